@@ -1,0 +1,97 @@
+"""The vision transformers that can be prompted: one row per family, and the only place that knows their module names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family of HF image classifiers keeps the parts that prompting touches.
+
+    Attributes:
+        model_type: `config.model_type` of the family.
+        model_classes: names of the classification models supported.
+        encoder: attribute of the classification model that holds the encoder.
+        head: attribute of the classification model that holds the classifier.
+        embeddings, layers, norm: attributes of the encoder.
+        attention: attribute of a layer.
+        special_tokens: tokens in front of the patches (CLS, distillation token ...); the first one is the CLS token.
+    """
+
+    model_type: str
+    model_classes: tuple[str, ...]
+    encoder: str
+    head: str = "classifier"
+    embeddings: str = "embeddings"
+    layers: str = "layers"
+    attention: str = "attention"
+    norm: str = "layernorm"
+    special_tokens: int = 1
+
+    def embed(self, encoder: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+        """Token embeddings with positions, (B, special_tokens + patches, D), in the encoder's dtype."""
+        embeddings = getattr(encoder, self.embeddings)
+        # The frozen model may be bfloat16 while the images are float32, as in the encoder's own forward.
+        dtype = embeddings.patch_embeddings.projection.weight.dtype
+        return embeddings(pixel_values.to(dtype), interpolate_pos_encoding=interpolate_pos_encoding)
+
+    def layer_list(self, encoder: nn.Module) -> nn.ModuleList:
+        return getattr(encoder, self.layers)
+
+    def attention_of(self, layer: nn.Module) -> nn.Module:
+        return getattr(layer, self.attention)
+
+    def final_norm(self, encoder: nn.Module) -> nn.Module:
+        return getattr(encoder, self.norm)
+
+    def cls_position(self, encoder: nn.Module) -> torch.Tensor:
+        """The CLS token's position embedding, (D,)."""
+        return getattr(encoder, self.embeddings).position_embeddings[0, 0]
+
+    def present(self, feature: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Put `feature` (B, D) where the family's head reads it: as the first of `tokens` (B, N, D)."""
+        return torch.cat([feature[:, None], tokens[:, 1:]], dim=1)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("vit", ("ViTForImageClassification",), encoder="vit"),
+        Family("deit", ("DeiTForImageClassification",), encoder="deit", special_tokens=2),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family of an HF image-classification model.
+
+    Raises:
+        ValueError: the model is of no supported family, or lacks the classification head; the message lists what is
+            supported.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> family_of(ViTForImageClassification(ViTConfig(num_hidden_layers=1))).encoder
+        'vit'
+    """
+    supported = ", ".join(sorted(name for family in FAMILIES.values() for name in family.model_classes))
+    config = getattr(model, "config", None)
+    # PEFT may hand over a plain dict of the config; models always carry the object.
+    model_type = getattr(config, "model_type", None)
+    name = type(model).__name__
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ValueError(
+            f"{name} (model_type {model_type!r}) cannot be prompted: prompts are read by self-attention, and the "
+            f"supported transformers are {supported}. Choose one of these as the base model."
+        )
+    if not {base.__name__ for base in type(model).__mro__}.intersection(family.model_classes):
+        raise ValueError(
+            f"{name} is of the supported family {model_type!r}, but prompts need one of its classification models, "
+            f"with a single head: {', '.join(family.model_classes)}. Load it with AutoModelForImageClassification."
+        )
+    return family

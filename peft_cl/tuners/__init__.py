@@ -1,0 +1,24 @@
+"""The methods as PEFT tuners. Importing this package registers them."""
+
+from __future__ import annotations
+
+from .base.config import PromptPoolConfig
+from .base.model import PromptPoolModel
+from .coda import CodaPromptConfig, CodaPromptModel
+from .dualprompt import DualPromptConfig, DualPromptModel
+from .l2p import L2PConfig, L2PModel
+from .linear_probe import LinearProbeConfig, LinearProbeModel
+
+
+__all__ = [
+    "CodaPromptConfig",
+    "CodaPromptModel",
+    "DualPromptConfig",
+    "DualPromptModel",
+    "L2PConfig",
+    "L2PModel",
+    "LinearProbeConfig",
+    "LinearProbeModel",
+    "PromptPoolConfig",
+    "PromptPoolModel",
+]

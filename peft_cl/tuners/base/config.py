@@ -1,0 +1,168 @@
+"""What the configurations of all methods share: the facts of the adapter, presets and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class PromptPoolConfig(PeftConfig):
+    """Base of the methods' configurations; not used by itself.
+
+    Settings are checked when the object is made. `classes`, `tasks` and `rows_in_use` are facts of the adapter that
+    `begin_task` writes and `save_pretrained` keeps; nobody sets them by hand.
+    """
+
+    head_init: Literal["default", "zeros", "trunc_normal"] = field(
+        default="default",
+        metadata={
+            "help": "Initialisation of a new class's row in the head: PyTorch's default, zeros, or normal (std 0.02)."
+        },
+    )
+    train_mask: bool = field(
+        default=True,
+        metadata={
+            "help": "In training, take the cross-entropy over the classes of the current task only (the others' "
+            "logits are -inf), as all three papers do. False: over all classes seen."
+        },
+    )
+    query_projection: Literal["linear", "mlp"] | None = field(
+        default=None,
+        metadata={
+            "help": "Learnable map of the query before it meets the keys: a linear layer, or Linear-ReLU-Linear. "
+            "None (the papers): the frozen feature itself."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The encoder and the head, filled in from the model's family. Leave at None."},
+    )
+    classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes learnt, in the order of the head's rows (written)."}
+    )
+    tasks: list[list[int]] | None = field(
+        default=None, metadata={"help": "For each task seen, the head rows of its classes (written)."}
+    )
+    rows_in_use: int | None = field(
+        default=None, metadata={"help": "Pool rows that take part in the prediction (written)."}
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Version of the adapter's file format (written)."}
+    )
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    method: ClassVar[str] = "prompt pool"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("head_init", ("default", "zeros", "trunc_normal"))
+        self._check_choice("query_projection", (None, "linear", "mlp"))
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version}, but this peft_cl reads formats up to {FORMAT_VERSION}: the "
+                "adapter was written by a newer peft_cl. Upgrade with `pip install -U peft-cl`."
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any):
+        """Make a configuration from a published setting.
+
+        Args:
+            name: one of `cls.presets` (see the class's docstring).
+            **overrides: fields that differ from the preset.
+
+        Raises:
+            ValueError: no such preset; the message lists them.
+
+        Example:
+            >>> from peft_cl import L2PConfig
+            >>> L2PConfig.from_preset("paper", top_k=3).pool_size
+            10
+        """
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; choose one of {', '.join(sorted(cls.presets))}.")
+        return cls(**{**cls.presets[name], **overrides})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """PEFT's `from_pretrained`, which also refuses a damaged weight file beside a local config by its name.
+
+        The weights are loaded later with a message that names no file; this is the one place of ours on that way.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_weight_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        return config
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks begun so far."""
+        return len(self.tasks or ())
+
+    @property
+    def prompted_layers(self) -> tuple[int, ...]:
+        """Encoder layers at which prompts enter, ascending, counted from 0."""
+        return ()
+
+    def check_backbone(self, num_layers: int) -> None:
+        """Refuse layers that the backbone does not have."""
+        outside = [layer for layer in self.prompted_layers if layer >= num_layers]
+        if outside:
+            raise ValueError(
+                f"layers {outside} are out of range: the base model has {num_layers} layers, counted 0 to "
+                f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
+            )
+
+    def check_next_task(self, index: int) -> None:
+        """Refuse task `index` (from 0) if the pool cannot hold it. Pools that grow or are shared hold any number."""
+
+    def _check_choice(self, name: str, choices: tuple) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1.")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} is {value!r}, but must be a number of at least 0 (0 switches the term off).")
+
+    def _check_layers(self, name: str, *, empty_allowed: bool = False) -> None:
+        """Layers are kept as a sorted list of distinct whole numbers from 0."""
+        layers = list(getattr(self, name))
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
+            raise ValueError(f"{name} is {layers}, but layers are whole numbers counted from 0.")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{name} is {layers}, but each layer may be named once.")
+        if not layers and not empty_allowed:
+            raise ValueError(f"{name} is empty, but at least one layer must be prompted, for instance [0].")
+        setattr(self, name, sorted(layers))
+
+
+def check_weight_file(path: Path) -> None:
+    """Raise a `ValueError` that names the file if an adapter's safetensors file is damaged or cut short."""
+    if not path.is_file():
+        return  # not a local folder, or PEFT's own error names what is missing
+    try:
+        with safe_open(path, framework="pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter file {path} is damaged or cut short ({path.stat().st_size} bytes; {error}). Copy or download "
+            "it again, or save the adapter anew."
+        ) from error

@@ -1,0 +1,67 @@
+"""What the two modules that we put into a base model, the prompted encoder and the head, have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module of the base model and keeps one entry per adapter beside it.
+
+    The entries sit in a `ModuleDict` whose name carries the method's prefix (`l2p_pool`, `l2p_head`): PEFT and
+    transformers recognise adapter weights by it.
+
+    Args:
+        base_layer: the wrapped module; it is never changed.
+        prefix: the method's prefix, for instance `"l2p_"`.
+    """
+
+    kind: str
+
+    def __init__(self, base_layer: nn.Module, prefix: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names = (f"{prefix}{self.kind}",)
+        self.other_param_names = ()
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the base model reads from the wrapped module (`self.vit.embeddings`) stay readable."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def entries(self) -> nn.ModuleDict:
+        """Adapter name -> this layer's part of the adapter."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def active(self) -> nn.Module | None:
+        """The active adapter's part, or None if adapters are disabled or none is active."""
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.entries]
+        return self.entries[names[0]] if names else None
+
+    def add_entry(self, adapter_name: str, entry: nn.Module) -> None:
+        """Add an adapter's part, on the device of the wrapped module, in float32."""
+        device = next((parameter.device for parameter in self.base_layer.parameters()), torch.device("cpu"))
+        meta = any(parameter.is_meta for parameter in entry.parameters())  # low_cpu_mem_usage: PEFT loads into it
+        self.entries[adapter_name] = entry if meta else entry.to(device)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading into empty weights. The device is the wrapped module's; the dtype stays ours:
+        prompts, keys and head are float32 whatever the backbone is."""
+        if adapter_name in self.entries:
+            self.add_entry(adapter_name, self.entries[adapter_name].to(device) if device else self.entries[adapter_name])

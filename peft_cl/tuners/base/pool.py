@@ -1,0 +1,106 @@
+"""The base of all pools: parameters of one adapter that turn a query into prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import PromptPoolConfig
+from .prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The facts of a backbone that a pool needs: `hidden_size` D and `num_layers`."""
+
+    hidden_size: int
+    num_layers: int
+
+
+class PromptPool(nn.Module):
+    """Parameters of one adapter. A method subclasses it and defines `select`, and what happens at a task's start.
+
+    A pool knows nothing of the backbone's modules, of the trainer or of files. It is built for the number of tasks that
+    its config has seen, so a saved adapter finds its shapes.
+
+    Args:
+        config: the method's configuration; the pool reads it and never writes it.
+        geometry: facts of the backbone.
+    """
+
+    #: Whether `select` needs the frozen model's feature of the image, that is, a query pass.
+    needs_query = True
+
+    def __init__(self, config: PromptPoolConfig, geometry: Geometry):
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.query_projection = _projection(config.query_projection, geometry.hidden_size)
+
+    @property
+    def task(self) -> int:
+        """The current task t, from 0. Before the first `begin_task` the pool is in its task 0."""
+        return max(self.config.num_tasks - 1, 0)
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that take part in a prediction now."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many of its rows take part in a prediction")
+
+    def begin_task(self, index: int) -> None:
+        """Make the pool ready for task `index` (from 1; task 0 is how a pool is made). Default: nothing changes."""
+
+    def forward(self, query: torch.Tensor | None) -> Prompts:
+        """Prompts for a batch.
+
+        Args:
+            query: (B, D) float32 features of the frozen model, or None if `needs_query` is False.
+        """
+        return self.select(self.query_projection(query) if query is not None else None)
+
+    def select(self, query: torch.Tensor | None) -> Prompts:
+        raise NotImplementedError(f"{type(self).__name__} must define select(query)")
+
+    def compare(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss terms from the features (B, D) that each of `Prompts.parts` gives alone."""
+        raise NotImplementedError(f"{type(self).__name__} asks for parts but does not define compare(features)")
+
+    def _grow(self, name: str, rows: torch.Tensor) -> None:
+        """Start new rows for the parameter `name`; its present rows join the buffer `past_<name>`, on axis -3 or -2.
+
+        Rows of past tasks are buffers, not parameters with a zero gradient: no optimizer (momentum, weight decay) can
+        move them, and their cost in gradients and optimizer state is nothing, however many tasks there were.
+        """
+        axis = self.row_axes[name]
+        current = getattr(self, name)
+        past = torch.cat([getattr(self, f"past_{name}"), current.detach()], dim=axis)
+        setattr(self, f"past_{name}", past)
+        setattr(self, name, nn.Parameter(rows.to(current), requires_grad=current.requires_grad))
+
+    #: Parameters with a past, and the axis of their rows.
+    row_axes: Mapping[str, int] = {}
+
+    def rows(self, name: str) -> torch.Tensor:
+        """All rows of `name`, those of past tasks first; they take part without a gradient."""
+        past = getattr(self, f"past_{name}")
+        current = getattr(self, name)
+        return torch.cat([past.to(current), current], dim=self.row_axes[name]) if past.numel() else current
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters())
+        return f"{shapes}, rows_in_use={self.rows_in_use}"
+
+
+def _projection(kind: str | None, size: int) -> nn.Module:
+    """The learnable query map; it starts as the identity, so training begins from the papers' query."""
+    if kind is None:
+        return nn.Identity()
+    if kind == "linear":
+        linear = nn.Linear(size, size)
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return linear
+    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))

@@ -1,0 +1,73 @@
+"""Similarity of queries and keys, selection, and the loss terms made of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cosine(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Cosine of each query with each key: (B, D) and (..., M, D) -> (..., B, M)."""
+    return F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).transpose(-1, -2)
+
+
+def batch_vote(selected: torch.Tensor, pool_size: int) -> torch.Tensor:
+    """The batch's most often chosen rows, for every sample of it (official JAX `batchwise_prompt`).
+
+    Args:
+        selected: (..., B, N) rows chosen by each sample.
+        pool_size: M.
+
+    Returns:
+        (..., B, N): the N rows with the most votes; of equal ones the lower row first.
+    """
+    votes = F.one_hot(selected.flatten(-2), pool_size).sum(dim=-2)
+    winners = votes.argsort(dim=-1, descending=True, stable=True)[..., : selected.shape[-1]]
+    return winners[..., None, :].expand_as(selected)
+
+
+def pull_term(
+    query: torch.Tensor, keys: torch.Tensor, selected: torch.Tensor, *, form: str, reduction: str
+) -> torch.Tensor:
+    """The term that pulls selected keys towards their queries, summed over key sets.
+
+    Args:
+        query: (B, D).
+        keys: (sets, M, D).
+        selected: (sets, B, N) rows.
+        form: `"cosine"`: minus the cosine, summed over the N (L2P, eq. 5, as the official code has it);
+            `"cosine_distance"`: 1 - cosine, summed over the N (CODA-Prompt's DualPrompt);
+            `"squared_distance"`: squared Euclidean distance, averaged over the N (the textbook form).
+        reduction: over the batch, `"mean"` or `"sum"`.
+    """
+    if form == "squared_distance":
+        chosen = keys[torch.arange(len(keys), device=keys.device)[:, None, None], selected]
+        per_sample = (chosen - query[None, :, None]).square().sum(-1).mean(-1)
+    else:
+        similarity = cosine(query, keys).gather(-1, selected)
+        per_sample = (-similarity if form == "cosine" else 1 - similarity).sum(-1)
+    per_batch = per_sample.mean(-1) if reduction == "mean" else per_sample.sum(-1)
+    return per_batch.sum()
+
+
+def selection_entropy_term(similarity: torch.Tensor) -> torch.Tensor:
+    """Minus the entropy of the batch's mean selection, averaged over key sets; to be minimised.
+
+    Counts of chosen rows have no gradient, so the selection is the softmax of the similarities (..., B, M).
+    """
+    mean = similarity.softmax(-1).mean(-2)
+    return (mean * mean.clamp_min(1e-12).log()).sum(-1).mean()
+
+
+def gram_penalty(rows: torch.Tensor) -> torch.Tensor:
+    """mean((R R' - I)^2) of rows (sets, k, D), summed over sets (CODA-Prompt, eq. 8, as its code has it)."""
+    gram = rows @ rows.transpose(-1, -2)
+    return (gram - torch.eye(gram.shape[-1], device=gram.device)).square().mean(dim=(-1, -2)).sum()
+
+
+def pairwise_penalty(rows: torch.Tensor) -> torch.Tensor:
+    """Sum over pairs of the absolute cosine of rows (sets, k, D), averaged over sets (the textbook form)."""
+    rows = F.normalize(rows, dim=-1)
+    gram = rows @ rows.transpose(-1, -2)
+    off_diagonal = gram.abs().sum(dim=(-1, -2)) - gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    return off_diagonal.mean()

@@ -1,0 +1,126 @@
+"""Configuration of CODA-Prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from peft.utils.peft_types import PeftType
+
+from ..base.config import PromptPoolConfig
+
+
+@dataclass
+class CodaPromptConfig(PromptPoolConfig):
+    """CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218): each image's prompt is a weighted sum of components.
+
+    Every task adds components; those of earlier tasks take part, detached. The number of tasks need not be known.
+
+    Presets: `paper` (orthogonality 0.1), `official` (the published scripts, orthogonality 0), `textbook` (a pool for
+    every layer, top-1 by the layer's own CLS token, as tokens, with pairwise orthogonality and entropy).
+
+    Example:
+        >>> CodaPromptConfig.from_preset("paper", components_per_task=5).prompt_length
+        8
+    """
+
+    components_per_task: int = field(
+        default=10, metadata={"help": "Components that each task adds (M/T; the paper's M 100 over 10 tasks)."}
+    )
+    pool_size: int | None = field(
+        default=None, metadata={"help": "Most components the adapter may hold (M). None: as many as there come tasks."}
+    )
+    prompt_length: int = field(
+        default=8, metadata={"help": "Rows of a prompt (L_p): as prefix, the first half are keys, the second values."}
+    )
+    layers: list[int] | None = field(
+        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Layers that are prompted, from 0. None: all."}
+    )
+    attention: bool = field(
+        default=True, metadata={"help": "Multiply the query by each component's attention vector (A, eq. 5)."}
+    )
+    selection: Literal["weighted", "top1"] = field(
+        default="weighted",
+        metadata={"help": "Sum of all components weighted by similarity (the paper), or the most similar one alone."},
+    )
+    query_source: Literal["pretrained", "layer_cls", "layer_mean"] = field(
+        default="pretrained",
+        metadata={
+            "help": "The query: the frozen model's CLS feature (the paper), or the layer's own input, its CLS token or "
+            "its mean (one pass, no query pass)."
+        },
+    )
+    prompt_type: Literal["prefix", "tokens"] = field(
+        default="prefix",
+        metadata={"help": "Prefix keys and values, or tokens put before each layer and taken out after it."},
+    )
+    orthogonality_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the orthogonality term (mu; paper 0.1, published scripts 0)."}
+    )
+    orthogonality: Literal["gram", "pairwise"] = field(
+        default="gram",
+        metadata={"help": "mean((R R' - I)^2) over P, K and A (the paper), or the prompts' absolute cosines."},
+    )
+    entropy_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the term that raises the entropy of the mean selection."}
+    )
+
+    method: ClassVar[str] = "CODA-Prompt"
+    presets: ClassVar[dict] = {
+        "paper": {"orthogonality_coefficient": 0.1},
+        "official": {},
+        "textbook": {
+            "prompt_length": 5,
+            "layers": None,
+            "attention": False,
+            "selection": "top1",
+            "query_source": "layer_cls",
+            "prompt_type": "tokens",
+            "orthogonality_coefficient": 1.0,
+            "orthogonality": "pairwise",
+            "entropy_coefficient": 0.1,
+        },
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.CODAPROMPT
+        self._check_positive("components_per_task", "prompt_length")
+        if self.pool_size is not None:
+            self._check_positive("pool_size")
+            self.check_next_task(0)
+        self._check_not_negative("orthogonality_coefficient", "entropy_coefficient")
+        self._check_choice("selection", ("weighted", "top1"))
+        self._check_choice("query_source", ("pretrained", "layer_cls", "layer_mean"))
+        self._check_choice("prompt_type", ("prefix", "tokens"))
+        self._check_choice("orthogonality", ("gram", "pairwise"))
+        if self.layers is not None:
+            self._check_layers("layers")
+        if self.prompt_type == "prefix" and self.prompt_length % 2:
+            raise ValueError(
+                f"prompt_length is {self.prompt_length}, but a prefix needs an even number: its first half are keys, "
+                "its second half values."
+            )
+        if self.query_source != "pretrained" and self.query_projection is not None:
+            raise ValueError(
+                f"query_projection is {self.query_projection!r}, but it maps the query of the query pass, and "
+                f"query_source is {self.query_source!r}. Set one of the two to its default."
+            )
+
+    @property
+    def prompted_layers(self) -> tuple[int, ...]:
+        return tuple(self.layers or ())
+
+    def check_backbone(self, num_layers: int) -> None:
+        if self.layers is None:
+            self.layers = list(range(num_layers))
+        super().check_backbone(num_layers)
+
+    def check_next_task(self, index: int) -> None:
+        needed = (index + 1) * self.components_per_task
+        if self.pool_size is not None and needed > self.pool_size:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but task {index + 1} needs {needed} components "
+                f"(components_per_task {self.components_per_task} for each task). Enlarge pool_size, lower "
+                "components_per_task, or set pool_size to None to let the pool grow."
+            )

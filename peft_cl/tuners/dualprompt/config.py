@@ -1,0 +1,132 @@
+"""Configuration of DualPrompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from peft.utils.peft_types import PeftType
+
+from ..base.config import PromptPoolConfig
+
+
+@dataclass
+class DualPromptConfig(PromptPoolConfig):
+    """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): a general prompt for all tasks, an expert row for each.
+
+    Presets: `paper` (CIFAR-100), `imagenet-r` (20 expert rows), `coda` (the CODA-Prompt repository's DualPrompt: keys
+    per layer, summed distance), `textbook` (both prompts as tokens, with an MLP on the query).
+
+    Example:
+        >>> DualPromptConfig.from_preset("imagenet-r").prompt_length
+        20
+    """
+
+    pool_size: int | None = field(
+        default=10,
+        metadata={"help": "Expert rows the adapter may hold, one a task (M). None: as many as there come tasks."},
+    )
+    prompt_length: int = field(
+        default=5, metadata={"help": "Rows of an expert prompt for keys, and as many for values (L_e)."}
+    )
+    g_prompt_length: int = field(
+        default=5, metadata={"help": "Rows of the general prompt for keys, and as many for values (L_g)."}
+    )
+    layers: list[int] = field(default_factory=lambda: [2, 3, 4], metadata={"help": "Layers with the expert prompt."})
+    g_layers: list[int] = field(
+        default_factory=lambda: [0, 1], metadata={"help": "Layers with the general prompt; may be empty."}
+    )
+    keys_per_layer: bool = field(
+        default=False, metadata={"help": "A key set for each expert layer instead of one for all."}
+    )
+    pull_coefficient: float = field(default=1.0, metadata={"help": "Weight of the term that pulls the task's key."})
+    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
+        default="cosine",
+        metadata={
+            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
+        },
+    )
+    pull_reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "How the pull term is reduced over the batch."}
+    )
+    shared_prompt_pool: bool = field(
+        default=True, metadata={"help": "A task's expert row starts as a copy of the row of the task before."}
+    )
+    prompt_type: Literal["prefix", "tokens"] = field(
+        default="prefix",
+        metadata={"help": "Prefix keys and values (the paper's choice), or tokens [G; E; CLS; patches] at layer 0."},
+    )
+    separation_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the squared covariance of the features under G alone and E alone (no such term in the "
+            "paper; it costs two more passes)."
+        },
+    )
+    batchwise_prompt_at_test: bool = field(
+        default=False,
+        metadata={"help": "A whole test batch takes its most chosen row. Leaks the task; only for comparison."},
+    )
+    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
+        default="uniform",
+        metadata={
+            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
+        },
+    )
+
+    method: ClassVar[str] = "DualPrompt"
+    presets: ClassVar[dict] = {
+        "paper": {"head_init": "zeros"},
+        "imagenet-r": {"prompt_length": 20, "head_init": "zeros"},
+        "coda": {
+            "prompt_length": 10,
+            "g_prompt_length": 3,
+            "keys_per_layer": True,
+            "pull_form": "cosine_distance",
+            "pull_reduction": "sum",
+            "shared_prompt_pool": False,
+            "init": "unit_uniform",
+        },
+        "textbook": {
+            "prompt_type": "tokens",
+            "layers": [0],
+            "g_layers": [0],
+            "query_projection": "mlp",
+            "init": "normal",
+        },
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.DUALPROMPT
+        self._check_positive("prompt_length", "g_prompt_length")
+        if self.pool_size is not None:
+            self._check_positive("pool_size")
+        self._check_not_negative("pull_coefficient", "separation_coefficient")
+        self._check_choice("pull_form", ("cosine", "cosine_distance", "squared_distance"))
+        self._check_choice("pull_reduction", ("mean", "sum"))
+        self._check_choice("prompt_type", ("prefix", "tokens"))
+        self._check_choice("init", ("uniform", "wide_uniform", "unit_uniform", "normal"))
+        self._check_layers("layers")
+        self._check_layers("g_layers", empty_allowed=True)
+        if self.prompt_type == "tokens" and (self.layers != [0] or self.g_layers not in ([0], [])):
+            raise ValueError(
+                f"layers is {self.layers} and g_layers {self.g_layers}, but tokens enter once, at layer 0. Set both to "
+                "[0], or prompt_type='prefix'."
+            )
+        if self.separation_coefficient and not self.g_layers:
+            raise ValueError(
+                f"separation_coefficient is {self.separation_coefficient}, but g_layers is empty: there is no general "
+                "prompt to separate from. Name its layers or set the coefficient to 0."
+            )
+
+    @property
+    def prompted_layers(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.layers, *self.g_layers}))
+
+    def check_next_task(self, index: int) -> None:
+        if self.pool_size is not None and index >= self.pool_size:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but task {index + 1} needs a row of its own: the pool must hold one "
+                "for each task. Enlarge pool_size, or set it to None to let the pool grow."
+            )

@@ -1,0 +1,89 @@
+"""DualPrompt's pool: a general prompt, and one expert row a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..base.initialisation import draw_rows
+from ..base.pool import Geometry, PromptPool
+from ..base.prompts import Injection, Prompts
+from ..base.similarity import batch_vote, cosine, pull_term
+from .config import DualPromptConfig
+
+
+class DualPromptPool(PromptPool):
+    """Parameters: `g_prompts` (g of the paper), (G layers, 2, L_g, D); `prompts` (e_t), (E layers, 2, rows, L_e, D);
+    `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values. `prompts` and `keys` hold the current
+    task's row, `past_prompts` and `past_keys` those before.
+    """
+
+    config: DualPromptConfig
+    row_axes = {"prompts": -3, "keys": -2}
+
+    def __init__(self, config: DualPromptConfig, geometry: Geometry):
+        super().__init__(config, geometry)
+        size, layers = geometry.hidden_size, len(config.layers)
+        sets = layers if config.keys_per_layer else 1
+        self.g_prompts = nn.Parameter(draw_rows(config.init, len(config.g_layers), 2, config.g_prompt_length, size))
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, 2, 1, config.prompt_length, size))
+        self.keys = nn.Parameter(draw_rows(config.init, sets, 1, size))
+        self.register_buffer("past_prompts", torch.zeros(layers, 2, self.task, config.prompt_length, size))
+        self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
+
+    @property
+    def rows_in_use(self) -> int:
+        return self.past_keys.shape[-2] + 1
+
+    def begin_task(self, index: int) -> None:
+        shared = self.config.shared_prompt_pool
+        copied = self.prompts.detach().clone() if shared else draw_rows(self.config.init, *self.prompts.shape)
+        self._grow("prompts", copied)
+        self._grow("keys", draw_rows(self.config.init, *self.keys.shape))
+
+    def select(self, query: torch.Tensor) -> Prompts:
+        losses = {}
+        if self.training:
+            # Every sample of a task takes the task's own row; one row serves the whole batch.
+            first = torch.zeros(len(self.keys), len(query), 1, dtype=torch.long, device=query.device)
+            pull = pull_term(query, self.keys, first, form=self.config.pull_form, reduction=self.config.pull_reduction)
+            losses["pull"] = self.config.pull_coefficient * pull
+            selected = first + (self.rows_in_use - 1)
+            experts = {layer: self.prompts[place, :, 0, None] for place, layer in enumerate(self.config.layers)}
+        else:
+            selected = cosine(query, self.rows("keys")).argmax(-1, keepdim=True)  # (sets, B, 1)
+            if self.config.batchwise_prompt_at_test:
+                selected = batch_vote(selected, self.rows_in_use)
+            prompts = self.rows("prompts")
+            experts = {
+                layer: prompts[place][:, selected[place if self.config.keys_per_layer else 0, :, 0]]
+                for place, layer in enumerate(self.config.layers)
+            }
+        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(self.config.g_layers)}
+        parts = {}
+        if self.training and self.config.separation_coefficient:
+            parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
+        return Prompts(self._inject(general, experts), losses, selected.squeeze(0), parts)
+
+    def _inject(
+        self, general: Mapping[int, torch.Tensor], experts: Mapping[int, torch.Tensor]
+    ) -> dict[int, Injection]:
+        """Prompts (2, B or 1, L, D) of each layer; a layer with both takes [G; E]."""
+        layers = {}
+        for layer in {*general, *experts}:
+            both = [prompts[layer] for prompts in (general, experts) if layer in prompts]
+            batch = max(prompt.shape[1] for prompt in both)
+            keys, values = torch.cat([prompt.expand(-1, batch, -1, -1) for prompt in both], dim=2)
+            if self.config.prompt_type == "tokens":
+                layers[layer] = Injection(tokens=keys)
+            else:
+                layers[layer] = Injection(keys=keys, values=values)
+        return layers
+
+    def compare(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Squared Frobenius norm of the batch covariance of the two parts' features: what they share is penalised."""
+        general, expert = (features[name] - features[name].mean(0) for name in ("general", "expert"))
+        covariance = general.T @ expert / max(len(general) - 1, 1)
+        return {"separation": self.config.separation_coefficient * covariance.square().sum()}

@@ -1,0 +1,196 @@
+"""Configuration of L2P."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from peft.utils.peft_types import PeftType
+
+from ..base.config import PromptPoolConfig
+
+
+@dataclass
+class L2PConfig(PromptPoolConfig):
+    """Learning to Prompt (Wang et al., CVPR 2022, arXiv 2112.08654): one pool, the top-N prompts of each image.
+
+    Presets: `paper` (the paper's constants), `google` (the official JAX code's CIFAR-100 file), `jhlee` (the PyTorch
+    port), `l2p++` and `deep` (prefix forms of the CODA-Prompt paper), `textbook` (plain form with squared distance and
+    an MLP on the query).
+
+    Example:
+        >>> L2PConfig(pool_size=20, top_k=4).prompt_length
+        5
+        >>> L2PConfig(pool_size=3, top_k=4)
+        Traceback (most recent call last):
+        ValueError: top_k is 4, but the pool holds only pool_size 3 prompts. Lower top_k or enlarge pool_size.
+    """
+
+    pool_size: int = field(default=10, metadata={"help": "Prompts in the pool (M)."})
+    prompt_length: int = field(
+        default=5,
+        metadata={"help": "Rows of a prompt (L_p). As prefix the first half are keys and the second half values."},
+    )
+    top_k: int = field(default=5, metadata={"help": "Prompts chosen for each image (N)."})
+    pull_coefficient: float = field(default=0.5, metadata={"help": "Weight of the term that pulls keys (lambda)."})
+    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
+        default="cosine",
+        metadata={
+            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
+        },
+    )
+    pull_reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "How the pull term is reduced over the batch."}
+    )
+    prompt_type: Literal["tokens", "prefix"] = field(
+        default="tokens",
+        metadata={"help": "Tokens in front of the sequence (L2P), or prefix keys and values (L2P++, Deep L2P++)."},
+    )
+    layers: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Layers that get a prefix, from 0. Tokens enter at layer 0."}
+    )
+    keys_per_layer: bool = field(
+        default=False, metadata={"help": "Prefix form: a key set for each layer instead of one for all."}
+    )
+    prompt_positions: Literal["none", "cls"] = field(
+        default="none",
+        metadata={"help": "Position embedding of the prompt tokens: none (official), or the CLS token's (ports)."},
+    )
+    head_type: Literal["prompt", "cls", "cls+prompt", "mean"] = field(
+        default="prompt",
+        metadata={"help": "What the head reads: mean of the prompt outputs, CLS, mean of both, mean of all tokens."},
+    )
+    batchwise_prompt: bool = field(
+        default=False,
+        metadata={"help": "In training, the whole batch takes the N prompts chosen most often in it."},
+    )
+    batchwise_prompt_at_test: bool = field(
+        default=False,
+        metadata={
+            "help": "The same vote at test. It leaks the task's identity, as test batches come from one task, and "
+            "makes results depend on the batch; only for comparison with code that does so."
+        },
+    )
+    use_prompt_mask: bool = field(
+        default=False, metadata={"help": "In training, task t takes the rows tN..(t+1)N instead of choosing."}
+    )
+    shared_prompt_pool: bool = field(
+        default=False, metadata={"help": "The rows tN..(t+1)N start task t as a copy of the task before."}
+    )
+    frequency_penalty: bool = field(
+        default=False,
+        metadata={
+            "help": "In training, distances are multiplied by how often a prompt was chosen in earlier tasks (the "
+            "paper's diversified selection)."
+        },
+    )
+    entropy_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the term that raises the entropy of the mean selection."}
+    )
+    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
+        default="uniform",
+        metadata={
+            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
+        },
+    )
+
+    method: ClassVar[str] = "L2P"
+    presets: ClassVar[dict] = {
+        "paper": {"pool_size": 10, "prompt_length": 5, "top_k": 5, "pull_coefficient": 0.5, "head_init": "zeros"},
+        "google": {
+            "pool_size": 10,
+            "prompt_length": 10,
+            "top_k": 4,
+            "pull_coefficient": 1.0,
+            "batchwise_prompt": True,
+            "head_init": "zeros",
+        },
+        "jhlee": {
+            "pool_size": 10,
+            "prompt_length": 5,
+            "top_k": 5,
+            "pull_coefficient": 0.1,
+            "batchwise_prompt": True,
+            "prompt_positions": "cls",
+            "init": "wide_uniform",
+            "head_init": "trunc_normal",
+        },
+        "l2p++": {
+            "pool_size": 30,
+            "prompt_length": 20,
+            "top_k": 5,
+            "pull_coefficient": 1.0,
+            "pull_form": "cosine_distance",
+            "prompt_type": "prefix",
+            "head_type": "cls",
+            "init": "unit_uniform",
+        },
+        "deep": {
+            "pool_size": 30,
+            "prompt_length": 20,
+            "top_k": 5,
+            "pull_coefficient": 1.0,
+            "pull_form": "cosine_distance",
+            "prompt_type": "prefix",
+            "layers": [0, 1, 2, 3, 4],
+            "keys_per_layer": True,
+            "head_type": "cls",
+            "init": "unit_uniform",
+        },
+        "textbook": {
+            "pool_size": 20,
+            "prompt_length": 5,
+            "top_k": 5,
+            "pull_coefficient": 1.0,
+            "pull_form": "squared_distance",
+            "query_projection": "mlp",
+            "head_type": "cls",
+            "init": "normal",
+        },
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.L2P
+        self._check_positive("pool_size", "prompt_length", "top_k")
+        self._check_not_negative("pull_coefficient", "entropy_coefficient")
+        self._check_choice("pull_form", ("cosine", "cosine_distance", "squared_distance"))
+        self._check_choice("pull_reduction", ("mean", "sum"))
+        self._check_choice("prompt_type", ("tokens", "prefix"))
+        self._check_choice("prompt_positions", ("none", "cls"))
+        self._check_choice("head_type", ("prompt", "cls", "cls+prompt", "mean"))
+        self._check_choice("init", ("uniform", "wide_uniform", "unit_uniform", "normal"))
+        self._check_layers("layers")
+        if self.top_k > self.pool_size:
+            raise ValueError(
+                f"top_k is {self.top_k}, but the pool holds only pool_size {self.pool_size} prompts. Lower top_k or "
+                "enlarge pool_size."
+            )
+        if self.prompt_type == "prefix":
+            if self.prompt_length % 2:
+                raise ValueError(
+                    f"prompt_length is {self.prompt_length}, but a prefix needs an even number: its first half are "
+                    "keys, its second half values."
+                )
+            if self.head_type in ("prompt", "cls+prompt"):
+                raise ValueError(
+                    f"head_type is {self.head_type!r}, but a prefix has no outputs to read: set head_type to 'cls'."
+                )
+            if self.prompt_positions != "none":
+                raise ValueError("prompt_positions is 'cls', but only tokens have positions: set it to 'none'.")
+        elif self.layers != [0] or self.keys_per_layer:
+            raise ValueError(
+                f"layers is {self.layers} and keys_per_layer {self.keys_per_layer}, but tokens enter once, at layer 0. "
+                "Set prompt_type='prefix' to prompt other layers."
+            )
+
+    @property
+    def prompted_layers(self) -> tuple[int, ...]:
+        return tuple(self.layers)
+
+    def check_next_task(self, index: int) -> None:
+        if self.use_prompt_mask and (index + 1) * self.top_k > self.pool_size:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but with use_prompt_mask task {index + 1} needs "
+                f"{(index + 1) * self.top_k} rows (top_k {self.top_k} for each task). Enlarge pool_size."
+            )
