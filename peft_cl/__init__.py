@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .metrics import RunResults, continual_metrics, results_table
+from .scenarios import RandomResizedCropFlip, Scenario, Task, class_incremental
+from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
 from .tuners import (
     CodaPromptConfig,
     CodaPromptModel,
@@ -12,16 +15,27 @@ from .tuners import (
     LinearProbeConfig,
     LinearProbeModel,
 )
+from .version import __version__
 
 
-__version__ = "0.1.0"
 __all__ = [
     "CodaPromptConfig",
     "CodaPromptModel",
+    "ContinualTrainer",
+    "ContinualTrainingArguments",
     "DualPromptConfig",
     "DualPromptModel",
     "L2PConfig",
     "L2PModel",
     "LinearProbeConfig",
     "LinearProbeModel",
+    "RandomResizedCropFlip",
+    "RunResults",
+    "Scenario",
+    "Strategy",
+    "Task",
+    "__version__",
+    "class_incremental",
+    "continual_metrics",
+    "results_table",
 ]

@@ -1,0 +1,58 @@
+# `make` alone lists the targets. Every target sets up what it needs: Python 3.11 and make are enough.
+
+# The interpreter that creates the environment, and the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for the target's command, as in: make test ARGS="-k coda -x"
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUFF_PATHS := peft_cl tests examples benchmarks
+RUFF_EXISTING = $(wildcard $(RUFF_PATHS))
+
+# Tests marked `data` need real images; without them they are deselected by name, not skipped one by one.
+ifeq ($(strip $(PEFT_CL_DATA)),)
+SELECTION := -m "not data"
+SELECTION_NOTE := PEFT_CL_DATA is not set: tests marked 'data' are left out
+else
+SELECTION :=
+SELECTION_NOTE := PEFT_CL_DATA=$(PEFT_CL_DATA): tests marked 'data' run too
+endif
+
+# Where .ci/run reads pytest's own exit status from: make turns every failure into its own status 2.
+PYTEST_STATUS ?= /dev/null
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quality style clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP)  ## Create .venv and install the project with its tested dependencies, where not done yet
+
+# The constraints are not optional: an unpinned torch may bring several GB of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install  ## Train and compare the methods on small data, from nothing (sets up first)
+	@$(BIN)/peft-cl demo $(ARGS)
+
+test: install  ## Run the tests (with those on real images if PEFT_CL_DATA names their folder)
+	@echo "$(SELECTION_NOTE)"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(SELECTION) $(ARGS); status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
+
+quality: install  ## Check lint and format, change nothing
+	@$(BIN)/ruff check $(RUFF_EXISTING)
+	@$(BIN)/ruff format --check $(RUFF_EXISTING)
+
+style: install  ## Mend lint and format where ruff can
+	@$(BIN)/ruff check --fix-only $(RUFF_EXISTING)
+	@$(BIN)/ruff format $(RUFF_EXISTING)
+
+clean:  ## Remove caches and build outputs (the environment stays)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find $(RUFF_EXISTING) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,351 @@
+"""The model card of an adapter: the Hub's `README.md`, from the record of a run.
+
+Every number on it comes from `RunResults`; nothing is filled in that was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from peft import PeftConfig
+
+from ..metrics import RunResults, results_table
+from .papers import PAPERS, Paper
+from .sources import Source, find_source
+
+
+# metric in `RunResults.metrics`: type in the card's metadata, name, meaning
+METRICS = {
+    "average_accuracy": ("accuracy", "Final average accuracy", "mean over all tasks after the last one trained"),
+    "average_incremental_accuracy": (
+        "average_incremental_accuracy",
+        "Average incremental accuracy",
+        "mean over the steps of the average accuracy so far",
+    ),
+    "forgetting": ("forgetting", "Forgetting", "mean drop from a task's best accuracy to its last, lower is better"),
+    "backward_transfer": ("", "Backward transfer", "mean change of a task's accuracy since it was learnt"),
+    "forward_transfer": ("", "Forward transfer", "mean gain on a task before it is learnt"),
+}
+# setting in `RunResults.hyperparameters`: name in the protocol
+SETTINGS = {
+    "num_train_epochs": "Epochs per task",
+    "max_steps": "Steps per task",
+    "per_device_train_batch_size": "Batch size per device",
+    "gradient_accumulation_steps": "Gradient accumulation steps",
+    "devices": "Devices",
+    "learning_rate": "Learning rate",
+    "lr_scheduler_type": "Learning rate schedule",
+    "optim": "Optimizer",
+    "weight_decay": "Weight decay",
+    "max_grad_norm": "Gradient clipping",
+    "augmentation": "Augmentation",
+}
+# What a configuration says about the adapter's file rather than about the method.
+NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
+    "classes",
+    "tasks",
+    "rows_in_use",
+    "format_version",
+    "target_modules",
+}
+
+
+def model_card(
+    results: RunResults,
+    config: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    *,
+    adapter_id: str | None = None,
+    has_processor: bool = False,
+    license: str | None = None,
+    limits: Sequence[str] = (),
+    paper: Paper | None = None,
+) -> str:
+    """Make the model card of an adapter from the record of its run.
+
+    A run that is not finished gives a card too, which says so at its top. A backbone or data set given as a local path
+    appears by the name of its folder; a backbone without a name (one made from a configuration) is left out of the
+    metadata, where the Hub refuses an empty name.
+
+    Args:
+        results: The record of the run.
+        config: The adapter's configuration (`adapter_config.json`), whose settings are listed. `None`: the one
+            recorded in the hyperparameters, if it is there.
+        base_model: Hub id or path of the backbone; `None`: that of the results.
+        dataset: Hub id or path of the data set; `None`: that of the results.
+        adapter_id: Hub id of the adapter, for the title of its results and the usage example.
+        has_processor: Whether the adapter's folder has its own image processor; else the backbone's is used.
+        license: The adapter's licence, an identifier of the Hub such as `"apache-2.0"`. `None`: none stated.
+        limits: Further limits of the adapter, a sentence or two of Markdown each, such as the licence of the data
+            that the backbone was trained on.
+        paper: The method's paper; `None`: looked up by `results.peft_type`.
+
+    Returns:
+        `str`: the card, YAML metadata and Markdown.
+
+    Example:
+        ```python
+        >>> results = RunResults.load("out/results.json")
+        >>> print(model_card(results, adapter_id="user/coda-cifar100", license="apache-2.0"))
+        ```
+    """
+    backbone = find_source(results.base_model if base_model is None else base_model)
+    data = find_source(results.dataset if dataset is None else dataset)
+    paper = paper or PAPERS.get(results.peft_type or "")
+    parts = [
+        f"---\n{_metadata(results, backbone, data, adapter_id, license).to_yaml()}\n---",
+        _introduction(results, backbone, data, paper),
+        _usage(backbone, adapter_id or "path/to/adapter", has_processor),
+        _measured(results),
+        _protocol(results, results.hyperparameters.get("adapter", {}) if config is None else config, backbone, data),
+        _limits(results, data, limits),
+        _citation(paper),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
+    """Write the model card of the adapter in `folder` to its `README.md`, in place of one that is there.
+
+    The configuration is read from the folder's `adapter_config.json` if it is there, and the usage example takes the
+    image processor from the folder if it holds one.
+
+    Args:
+        folder: The adapter's folder, made if missing.
+        results: The record of the run.
+        options: As `model_card` has them.
+
+    Returns:
+        `Path`: the file written.
+
+    Example:
+        ```python
+        >>> model.save_pretrained("out")
+        >>> write_model_card("out", RunResults.load("out/results.json"), limits=["For research only."])
+        PosixPath('out/README.md')
+        ```
+    """
+    folder = Path(folder)
+    config_file = folder / "adapter_config.json"
+    if "config" not in options and config_file.is_file():
+        options["config"] = json.loads(config_file.read_text(encoding="utf-8"))
+    processor_files = ("preprocessor_config.json", "processor_config.json")
+    options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "README.md"
+    path.write_text(model_card(results, **options), encoding="utf-8")
+    return path
+
+
+def _metadata(
+    results: RunResults, backbone: Source, data: Source, adapter_id: str | None, license: str | None
+) -> ModelCardData:
+    scenario = results.scenario
+    arguments = {
+        "scenario": scenario.get("name"),
+        "num_tasks": len(results.task_names),
+        "finished_tasks": results.finished_tasks,
+        "class_order_seed": scenario.get("seed"),
+        "seed": results.seed,
+    }
+    eval_results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=data.hub_id or "unknown",
+            dataset_name=data.short_name or "unknown",
+            dataset_split="test",
+            dataset_args={name: value for name, value in arguments.items() if value is not None},
+            metric_type=METRICS[metric][0],
+            metric_name=METRICS[metric][1],
+            metric_value=round(results.metrics[metric], 6),
+            verified=False,
+        )
+        for metric in METRICS
+        if METRICS[metric][0] and math.isfinite(results.metrics.get(metric, math.nan))
+    ]
+    name = adapter_id.split("/")[-1] if adapter_id else _title(results, data)
+    return ModelCardData(
+        license=license,
+        library_name="peft",
+        pipeline_tag="image-classification",
+        base_model=backbone.hub_id,
+        base_model_relation="adapter" if backbone.hub_id else None,
+        datasets=[data.hub_id] if data.hub_id and not data.is_local else None,
+        metrics=["accuracy"] if eval_results else None,
+        tags=["peft", "peft-cl", "continual-learning", *_tags(scenario.get("name"), results.method)],
+        model_name=name if eval_results else None,
+        eval_results=eval_results or None,
+    )
+
+
+def _tags(*names: str | None) -> list[str]:
+    """Names in the form of tags: "CODA-Prompt" becomes "coda-prompt"."""
+    return [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names if name]
+
+
+def _introduction(results: RunResults, backbone: Source, data: Source, paper: Paper | None) -> str:
+    tasks, done = len(results.task_names), results.finished_tasks
+    warning = f"> **This run is not finished**: {done} of {tasks} tasks are trained and evaluated."
+    if done:
+        warning += " The results below are of those tasks only."
+    what = (
+        f"An adapter for {backbone.link('backbone')}, trained by {results.method} with `peft_cl` on "
+        f"{_data_link(data)}, {tasks} task{'s' if tasks != 1 else ''} one after the other "
+        f"({results.scenario.get('name', 'task sequence')})."
+    )
+    method = (
+        f"{paper.description} The method is from {paper.link}."
+        if paper
+        else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
+    )
+    return "\n\n".join([f"# {_title(results, data)}", *([warning] if done < tasks else []), what, method])
+
+
+def _title(results: RunResults, data: Source) -> str:
+    return f"{results.method} on {data.short_name or 'a data set without a name'}"
+
+
+def _data_link(data: Source) -> str:
+    return data.link("data set", path="datasets/")
+
+
+def _usage(backbone: Source, adapter: str, has_processor: bool) -> str:
+    if backbone.is_embedded:
+        imports, base = "from peft_cl.assets import default_backbone\n", "default_backbone()"
+    else:
+        is_elsewhere = backbone.is_local or not backbone.name
+        imports, base = "", f'"path/to/{backbone.name or "backbone"}"' if is_elsewhere else f'"{backbone.name}"'
+    processor = f'"{adapter}"' if has_processor else base
+    return f"""## How to use
+
+`pip install peft-cl`, then:
+
+```python
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import peft_cl  # makes the method known to PEFT
+{imports}
+base = AutoModelForImageClassification.from_pretrained({base}, dtype="float32")
+model = PeftModel.from_pretrained(base, "{adapter}").eval()
+processor = AutoImageProcessor.from_pretrained({processor})
+
+image = Image.open("image.jpg").convert("RGB")
+with torch.no_grad():
+    logits = model(**processor(image, return_tensors="pt")).logits
+print(model.config.id2label[logits.argmax(-1).item()])
+```"""
+
+
+def _measured(results: RunResults) -> str:
+    done = results.finished_tasks
+    if done == 0:
+        return "## Results\n\nNothing is measured yet: no task is finished."
+    lines = [
+        f"- {METRICS.get(name, ('', name, ''))[1]}: {100 * value:.2f} %"
+        + (f" ({METRICS[name][2]})" if name in METRICS else "")
+        for name, value in results.metrics.items()
+        if math.isfinite(value)
+    ]
+    names = [_cell(name) for name in results.task_names[:done]]
+    header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
+    rows = [
+        _row([names[i], *(f"{100 * value:.1f}" if math.isfinite(value) else "" for value in row[:done])])
+        for i, row in enumerate(results.accuracy_matrix[:done])
+    ]
+    parts = [
+        "## Results",
+        f"Measured on the test split, of one run with the seed {results.seed}.",
+        results_table([results]),
+        "\n".join(lines),
+        "### Accuracy matrix",
+        "Accuracy in % on the task of the column, after training on the task of the row:",
+        "\n".join([header, *rows]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, data: Source) -> str:
+    scenario = results.scenario
+    facts: dict[str, Any] = {
+        "Backbone": backbone.link("backbone"),
+        "Data": _data_link(data),
+        "Scenario": scenario.get("name"),
+        "Tasks": len(results.task_names),
+        "Classes per task": _counts(scenario.get("classes_per_task")),
+        "Training examples per task": _counts(scenario.get("train_sizes")),
+        "Test examples per task": _counts(results.test_sizes),
+        "Class order": _class_order(scenario),
+        "Seed": results.seed,
+    }
+    hyperparameters = dict(results.hyperparameters)
+    # The Trainer's -1 stands for "as many as the epochs make"; a number takes the place of the epochs.
+    hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
+    facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
+    facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
+    facts["Command"] = f"`{results.command}`" if results.command else None
+    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
+    settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
+    parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]
+    if settings:
+        shown = {f"`{name}`": f"`{json.dumps(value, default=str)}`" for name, value in settings.items()}
+        parts += ["### Settings of the method", _table(("Setting", "Value"), shown)]
+    if scenario.get("class_order"):
+        classes = ", ".join(str(name) for name in scenario["class_order"])
+        parts.append(f"<details><summary>Classes, in their order</summary>\n\n{classes}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _counts(values: Sequence[int] | None) -> str | None:
+    """One number where all tasks have the same, else all of them."""
+    if not values:
+        return None
+    return f"{values[0]:,}" if len(set(values)) == 1 else ", ".join(f"{value:,}" for value in values)
+
+
+def _class_order(scenario: Mapping[str, Any]) -> str | None:
+    if "class_order" not in scenario:
+        return None
+    return (
+        "given, or the data set's own" if scenario.get("seed") is None else f"drawn with the seed {scenario['seed']}"
+    )
+
+
+def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
+    classes = results.scenario.get("class_order")
+    known = f"the {len(classes)} classes it was trained on" if classes else "the classes it was trained on"
+    if results.finished_tasks < len(results.task_names):
+        known = "the classes of the tasks finished"
+    points = [
+        f"It knows {known} and nothing else: every other image is given one of them as well.",
+        f"The results are of the test split of {data.short_name or 'its data set'}; other images may differ much.",
+        *limits,
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
+
+
+def _citation(paper: Paper | None) -> str:
+    return f"## Citation\n\n```bibtex\n{paper.bibtex}\n```" if paper else ""
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    return "\n".join([_row(header), "|---|---|", *(_row([_cell(name), _cell(value)]) for name, value in rows.items())])

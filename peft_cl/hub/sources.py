@@ -1,0 +1,61 @@
+"""Where a backbone or a data set comes from: the Hub, a local folder, or this package."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a backbone or data set comes from, as far as its name tells."""
+
+    name: str  # what a reader calls it, "" if it has no name
+    is_local: bool  # a folder, not a repository on the Hub
+    is_embedded: bool = False  # the folder of a backbone that peft_cl brings along
+
+    @property
+    def short_name(self) -> str:
+        """The name without the owner's."""
+        return self.name.split("/")[-1]
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name if it may stand in the card's metadata, which must be a valid id."""
+        try:
+            validate_repo_id(self.name)
+        except HFValidationError:
+            return None
+        return self.name or None
+
+    def link(self, kind: str, path: str = "") -> str:
+        """Name it in a sentence of Markdown: a link if it is on the Hub, else what it is.
+
+        Args:
+            kind: What it is, "backbone" or "data set".
+            path: What precedes an id of that kind in the Hub's addresses.
+        """
+        if not self.name:
+            return f"a {kind} without a name"
+        if self.is_embedded:
+            return f"`{self.name}`, the {kind} that peft_cl brings along"
+        if self.is_local:
+            return f"a local {kind}, `{self.name}` (a folder, not a repository on the Hub)"
+        return f"[`{self.name}`](https://huggingface.co/{path}{self.name})" if self.hub_id else f"`{self.name}`"
+
+
+def find_source(name: str) -> Source:
+    """Tell a local path from a Hub id: what is there as a folder, or cannot be an id, is a path."""
+    name = (name or "").strip()
+    if not name:
+        return Source("", is_local=False)
+    path = Path(name).expanduser()
+    is_local = path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1 or "\\" in name
+    if not is_local:
+        return Source(name, is_local=False)
+    *folders, last = re.split(r"[\\/]", str(path.resolve()))
+    return Source(last, is_local=True, is_embedded=folders[-2:] == ["peft_cl", "assets"])

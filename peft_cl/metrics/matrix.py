@@ -1,0 +1,183 @@
+"""Continual-learning metrics of an accuracy matrix.
+
+Everywhere, `R[i, j]` is the accuracy (0 to 1) on the test data of task j after training on task i, both counted from
+0: an array of shape (T, T) for T tasks, or nested lists, with `None` or NaN for what was not measured. Row i is
+finished when `R[i, 0..i]` is measured. All functions but `forward_transfer` read the first finished rows only, so they
+also tell about a sequence that is still under way: the formulas below then hold with T finished tasks.
+
+All but `finished_tasks` raise ValueError for a matrix without a finished row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def final_average_accuracy(matrix: ArrayLike) -> float:
+    """Mean accuracy over all tasks after the last one: `1/T sum_j R[T-1, j]`.
+
+    "ACC" of Lopez-Paz & Ranzato 2017, "Gradient episodic memory for continual learning", equation 2. Every task counts
+    alike, however many test examples it has.
+
+    Example:
+        >>> final_average_accuracy([[0.9, None], [0.7, 0.8]])
+        0.75
+    """
+    return float(_finished(matrix)[-1].mean())
+
+
+def average_incremental_accuracy(matrix: ArrayLike) -> float:
+    """Mean over the steps of the average accuracy so far: `1/T sum_i 1/(i+1) sum_{j<=i} R[i, j]`.
+
+    Rebuffi et al. 2017, "iCaRL: incremental classifier and representation learning", section 4.
+
+    Example:
+        >>> average_incremental_accuracy([[0.75, None], [0.25, 0.75]])
+        0.625
+    """
+    finished = _finished(matrix)
+    return float(np.mean([finished[step, : step + 1].mean() for step in range(len(finished))]))
+
+
+def forgetting(matrix: ArrayLike) -> float:
+    """Mean loss since the best accuracy: `1/(T-1) sum_{j<T-1} (max_{j<=i<=T-2} R[i, j] - R[T-1, j])`.
+
+    Chaudhry et al. 2018, "Riemannian walk for incremental learning", section 4.2; lower is better, negative if the
+    tasks got better. The last task cannot be forgotten yet and does not count; 0.0 for a single task.
+
+    Example:
+        >>> forgetting([[0.75, None], [0.5, 0.75]])
+        0.25
+    """
+    finished = _finished(matrix)
+    last = len(finished) - 1
+    if last == 0:
+        return 0.0
+    return float(np.mean([finished[task:last, task].max() - finished[last, task] for task in range(last)]))
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """Mean change since a task was learnt: `1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])`.
+
+    "BWT" of Lopez-Paz & Ranzato 2017, equation 3; higher is better, negative if the tasks were forgotten. 0.0 for a
+    single task.
+
+    Example:
+        >>> backward_transfer([[0.75, None], [0.5, 0.75]])
+        -0.25
+    """
+    finished = _finished(matrix)
+    last = len(finished) - 1
+    if last == 0:
+        return 0.0
+    return float((finished[last, :last] - finished.diagonal()[:last]).mean())
+
+
+def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
+    """Mean gain on a task before it is learnt: `1/(T-1) sum_{j>=1} (R[j-1, j] - baseline[j])`.
+
+    "FWT" of Lopez-Paz & Ranzato 2017, equation 4. It needs what a run does not usually measure: the accuracy on every
+    task before its turn, hence a matrix that is finished and measured above the diagonal. 0.0 for a single task.
+
+    Args:
+        matrix: The accuracy matrix, with `R[j-1, j]` measured.
+        baseline: Accuracy (0 to 1) of the untrained model on each task, shape (T,).
+
+    Raises:
+        ValueError: An accuracy it needs was not measured, or the baseline has another length.
+
+    Example:
+        >>> forward_transfer([[0.75, 0.5], [0.5, 0.75]], baseline=[0.25, 0.25])
+        0.25
+    """
+    accuracies = _checked(matrix)
+    _finished(accuracies)
+    start = np.asarray(baseline, dtype=float)
+    if start.shape != (len(accuracies),):
+        raise ValueError(
+            f"The baseline has shape {start.shape}, but needs one accuracy per task: ({len(accuracies)},)."
+        )
+    if len(accuracies) == 1:
+        return 0.0
+    gains = accuracies.diagonal(offset=1) - start[1:]
+    if np.isnan(gains).any():
+        tasks = (np.flatnonzero(np.isnan(gains)) + 1).tolist()
+        raise ValueError(
+            f"Forward transfer needs the accuracy on the tasks {tasks} before they are learnt, which is not measured; "
+            "evaluate on the next task as well after each one, and give a baseline without NaN."
+        )
+    return float(gains.mean())
+
+
+def finished_tasks(matrix: ArrayLike) -> int:
+    """Number of leading rows in which every task so far is measured, 0 to T.
+
+    Raises:
+        ValueError: The matrix is not square, has values outside 0 to 1, or a finished row after an unfinished one.
+
+    Example:
+        >>> finished_tasks([[0.9, None, None], [0.7, 0.8, None], [0.6, None, None]])
+        2
+    """
+    accuracies = _checked(matrix)
+    complete = [not np.isnan(row[: index + 1]).any() for index, row in enumerate(accuracies)]
+    count = complete.index(False) if False in complete else len(complete)
+    if any(complete[count:]):
+        raise ValueError(
+            f"Row {complete.index(True, count)} of the accuracy matrix is measured, but row {count} is not; "
+            "tasks are trained in order, so evaluate after each one."
+        )
+    return count
+
+
+def continual_metrics(matrix: ArrayLike, baseline: Sequence[float] | None = None) -> dict[str, float]:
+    """Returns the metrics of a run by name.
+
+    Args:
+        matrix: The accuracy matrix.
+        baseline: Accuracy of the untrained model on each task; adds `forward_transfer`.
+
+    Returns:
+        `average_accuracy` (the final one), `average_incremental_accuracy`, `forgetting` and `backward_transfer`, as
+        fractions of 1, of the finished tasks; with a baseline `forward_transfer` too.
+
+    Raises:
+        ValueError: No row is finished, or the matrix is not one of accuracies.
+
+    Example:
+        >>> continual_metrics([[0.75, None], [0.5, 0.75]])["backward_transfer"]
+        -0.25
+    """
+    metrics = {
+        "average_accuracy": final_average_accuracy(matrix),
+        "average_incremental_accuracy": average_incremental_accuracy(matrix),
+        "forgetting": forgetting(matrix),
+        "backward_transfer": backward_transfer(matrix),
+    }
+    if baseline is not None:
+        metrics["forward_transfer"] = forward_transfer(matrix, baseline)
+    return metrics
+
+
+def _checked(matrix: ArrayLike) -> np.ndarray:
+    accuracies = np.array(matrix, dtype=float)  # None becomes NaN
+    if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1]:
+        raise ValueError(
+            f"An accuracy matrix has one row and one column per task, got shape {accuracies.shape}; "
+            "fill what was not measured with NaN."
+        )
+    outside = accuracies[(accuracies < 0) | (accuracies > 1)]
+    if outside.size:
+        raise ValueError(f"Accuracies are fractions from 0 to 1, got {outside[0]}; divide percentages by 100.")
+    return accuracies
+
+
+def _finished(matrix: ArrayLike) -> np.ndarray:
+    """Returns the finished part, shape (finished, finished); above its diagonal it may hold NaN."""
+    count = finished_tasks(matrix)
+    if count == 0:
+        raise ValueError("No task of the accuracy matrix is finished; evaluate after the first task before asking.")
+    return _checked(matrix)[:count, :count]

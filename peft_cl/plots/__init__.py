@@ -1,0 +1,14 @@
+"""Pictures of a run: the accuracy matrix, the average accuracy over the tasks seen, and methods side by side.
+
+matplotlib is an optional extra and is imported when a picture is drawn. Figures are built without pyplot: no global
+state is touched, no display is needed, and nothing stays in memory once the figure is dropped.
+"""
+
+from __future__ import annotations
+
+from .comparison import plot_comparison
+from .curves import plot_average_accuracy
+from .matrix import plot_accuracy_matrix
+
+
+__all__ = ["plot_accuracy_matrix", "plot_average_accuracy", "plot_comparison"]

@@ -1,0 +1,198 @@
+"""The average accuracy over the tasks seen, a line per method."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..metrics import RunResults
+from .matrix import as_matrix, average_accuracy_curves, mean_matrix
+from .style import COLOURS, DASHES, INK, MARKERS, MUTED, new_figure, save, set_title, short_name, wrap
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """The runs of one method, and how they are drawn."""
+
+    label: str
+    matrices: np.ndarray  # (seeds, tasks, tasks), accuracy in 0..1, NaN where not measured
+    colour: str
+    marker: str
+    dash: str
+
+    @property
+    def ink(self) -> tuple[float, ...]:
+        """The colour darkened for text: thin letters need more contrast than a line."""
+        from matplotlib.colors import to_rgb
+
+        return tuple(0.72 * part for part in to_rgb(self.colour))
+
+    def name_with(self, value: float) -> str:
+        """The text at the end of the curve, with its last value."""
+        return wrap(f"{self.label}  {value:.1f}", letters=26)
+
+
+def plot_average_accuracy(list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw the average accuracy over the tasks seen, after each task: a line per method.
+
+    Runs that differ in their seed only are one line, their mean, with a band of one standard deviation over the seeds
+    (n - 1 in the denominator). A method's runs on other data, backbones or numbers of tasks are lines of their own.
+
+    Args:
+        list_of_results: The results of at least one run.
+        path: Where to save the picture; its ending chooses the format (png, pdf, svg). `None`: not saved.
+
+    Returns:
+        `matplotlib.figure.Figure`: the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+
+    Example:
+        ```python
+        >>> runs = [RunResults.load(f"out/{name}/results.json") for name in ("l2p", "dualprompt", "coda")]
+        >>> figure = plot_average_accuracy(runs, path="out/average_accuracy.png")
+        ```
+    """
+    lines = group_runs(list_of_results)
+    rows = sum(line.name_with(100).count("\n") + 1 for line in lines)
+    figure = new_figure(7.2, max(4.2, 1.6 + 0.19 * rows))
+    draw_curves(figure, figure.add_subplot(), lines, list_of_results)
+    save(figure, path)
+    return figure
+
+
+def group_runs(list_of_results: Sequence[RunResults]) -> list[Line]:
+    """Make a line of each method's runs; what else differs among the lines goes into their labels."""
+    groups: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
+    for results in list_of_results:
+        matrix = as_matrix(results.accuracy_matrix)
+        tasks = f"{len(matrix)} task{'s' if len(matrix) > 1 else ''}"
+        key = (results.method, short_name(results.dataset), short_name(results.base_model), tasks)
+        seeds = groups.setdefault(key, {})
+        if results.seed in seeds:
+            raise ValueError(
+                f"Two results have the method {results.method!r}, the seed {results.seed} and the same data, but a "
+                "line is the mean over different seeds; give two settings of one method different `method` names."
+            )
+        seeds[results.seed] = matrix
+    if not groups:
+        raise ValueError("The list of results is empty; pass the results of at least one run.")
+    differing = [part for part in (1, 2, 3) if len({key[part] for key in groups}) > 1]
+    lines = []
+    for number, (key, seeds) in enumerate(groups.items()):
+        details = f" ({', '.join(key[part] for part in differing)})" if differing else ""
+        lines.append(
+            Line(
+                label=key[0] + details,
+                matrices=np.stack(list(seeds.values())),
+                colour=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                dash=DASHES[number // len(COLOURS) % len(DASHES)],
+            )
+        )
+    return lines
+
+
+def draw_curves(figure: Figure, axes: Axes, lines: Sequence[Line], list_of_results: Sequence[RunResults]) -> None:
+    """Draw each line over the tasks seen and name it at its right end, in its colour."""
+    ends = []
+    for line in lines:
+        curves = 100 * average_accuracy_curves(line.matrices)
+        mean = mean_matrix(curves)
+        steps = np.arange(1, len(mean) + 1)
+        if len(curves) > 1:
+            band = curves.std(axis=0, ddof=1)
+            axes.fill_between(steps, mean - band, mean + band, color=line.colour, alpha=0.15, linewidth=0)
+        look = {"color": line.colour, "marker": line.marker, "linestyle": line.dash, "linewidth": 1.8}
+        axes.plot(steps, mean, markersize=5, markeredgecolor="white", markeredgewidth=0.6, label=line.label, **look)
+        measured = np.flatnonzero(np.isfinite(mean))
+        if len(measured):
+            ends.append((steps[measured[-1]], mean[measured[-1]], line))
+    most = max(line.matrices.shape[1] for line in lines)
+    axes.set_xlim(0.7, most + (0.15 if most > 1 else 0.3))
+    axes.set_xticks(range(1, most + 1, 1 if most <= 20 else 5))
+    low, high = axes.get_ylim() if ends else (0, 100)
+    axes.set_ylim(max(low, 0), min(high, 101))
+    if not ends:
+        axes.text(0.5, 0.5, "no task finished", transform=axes.transAxes, ha="center", color=MUTED)
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.set_xlabel("Tasks seen", fontsize=10, color=INK)
+    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#aaaaaa")
+    datasets = ", ".join(dict.fromkeys(short_name(results.dataset) for results in list_of_results))
+    set_title(axes, "Average accuracy over the tasks seen", datasets + _about_seeds(lines), width=6)
+    _label_ends(figure, axes, ends)
+
+
+def _about_seeds(lines: Sequence[Line]) -> str:
+    """Say over how many seeds the lines are means, and what their bands are; nothing where there is one seed."""
+    counts = {len(line.matrices) for line in lines}
+    if max(counts) == 1:
+        return ""
+    count = f"{max(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"; mean of {count} seeds, band: one standard deviation"
+
+
+def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[int, float, Line]]) -> None:
+    """Write name and last value to the right of each line's end, moved apart where they would overlap."""
+    ends = sorted(ends, key=lambda end: end[1])
+    labels = [line.name_with(value) for _, value, line in ends]
+    figure.draw_without_rendering()  # the height of the axes is known only once the figure is laid out
+    low, high = axes.get_ylim()
+    room = axes.get_window_extent().height * 72 / figure.dpi  # in points, 1/72 inch
+    heights = [12 * label.count("\n") + 13 for label in labels]
+    places = _move_apart([(value - low) / (high - low) * room for _, value, _ in ends], heights, room)
+    for (step, value, line), label, place in zip(ends, labels, places, strict=True):
+        axes.annotate(
+            label,
+            (step, value),
+            (1.03, place),
+            textcoords=("axes fraction", "axes points"),
+            color=line.ink,
+            fontsize=9,
+            fontweight="bold",
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.colour,
+                "linewidth": 0.6,
+                "alpha": 0.7,
+                "shrinkA": 2,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+                "patchA": None,
+            },
+            annotation_clip=False,
+        )
+
+
+def _move_apart(values: Sequence[float], heights: Sequence[float], room: float) -> list[float]:
+    """Return the middles nearest to the ascending values (least squares) at which labels so high do not overlap.
+
+    They stay within 0 and `room` if they fit. Less the heights stacked up to them, the middles must not descend:
+    isotonic regression, by merging neighbours that do.
+    """
+    stacked = np.cumsum(heights) - np.asarray(heights) / 2
+    blocks: list[list[float]] = []
+    for level in np.asarray(values) - stacked:
+        blocks.append([level])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1].extend(last)
+    levels = np.array([np.mean(block) for block in blocks for _ in block])
+    return (np.clip(levels, 0, max(0, room - sum(heights))) + stacked).tolist()

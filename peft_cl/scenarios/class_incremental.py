@@ -1,0 +1,147 @@
+"""Class-incremental learning: every task brings new classes, and the test never says from which task an image is."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from .columns import Labels, find_image_column, read_labels, train_and_test
+from .task import Scenario, Task
+
+
+def class_incremental(
+    dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
+    num_tasks: int,
+    label_column: str = "label",
+    *,
+    image_column: str | None = None,
+    class_order: Sequence[str] | Sequence[int] | None = None,
+    seed: int | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+) -> Scenario:
+    """Divides the classes of a data set into a sequence of tasks (class-incremental learning, van de Ven et al. 2022).
+
+    No image is decoded or copied: the labels are read once and each task is a `select` view. If the classes do not
+    divide evenly, the first tasks have one class more (10 classes in 4 tasks: 3, 3, 2, 2).
+
+    Args:
+        dataset: A `DatasetDict` (or dict) with a train and a test split, or a pair (train, test).
+        num_tasks: Number of tasks, from 1 to the number of classes.
+        label_column: A `ClassLabel`, integer (the name of a class is `str(label)`) or string column.
+        image_column: Column of the images; `None`: the only one with an `Image` feature.
+        class_order: Class names or label ids in the order wanted, without repeats; a subset leaves the rest out.
+            `None`: the order of the label ids, or drawn from `seed`.
+        seed: Draws the order, `numpy.random.default_rng(seed).permutation`; not together with `class_order`.
+        train_split: Name of the split to train on, for a dict of splits.
+        test_split: Name of the split to test on, for a dict of splits.
+
+    Returns:
+        The scenario, named `"class-incremental"`, its tasks `"task_0"`, `"task_1"`, ...
+
+    Raises:
+        ValueError: A missing split or column, labels that are missing or outside the names, different names in train
+            and test, fewer classes than tasks, a class order with unknown, repeated or untrained classes or together
+            with a seed, or a task without examples. The message names the remedy.
+        TypeError: `dataset` is no train and test split, or is streamed.
+
+    Warns:
+        UserWarning: `ClassLabel` names without a training example are left out (with `class_order`: an error).
+
+    Example:
+        >>> scenario = class_incremental(load_dataset("uoft-cs/cifar100"), 10, "fine_label", seed=0)
+        >>> [len(task.train) for task in scenario][:3]
+        [5000, 5000, 5000]
+    """
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, (int, np.integer)) or num_tasks < 1:
+        raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
+    if class_order is not None and seed is not None:
+        raise ValueError(f"class_order and seed={seed} both set the order of the classes; give only one of them.")
+    train, test = train_and_test(dataset, train_split, test_split)
+    labels = read_labels(train, test, label_column)
+    image_column = find_image_column(train, test, image_column)
+    order = _order_of_classes(labels, class_order, seed)
+    if len(order) < num_tasks:
+        raise ValueError(
+            f"{len(order)} classes cannot make {num_tasks} tasks, every task needs at least one class; "
+            f"give num_tasks of at most {len(order)}, or more classes."
+        )
+
+    # np.array_split gives the first parts one more, which is the rule documented above.
+    parts = np.array_split(order, num_tasks)
+    task_of_label = np.full(len(labels.names), -1, dtype=np.int64)
+    for index, part in enumerate(parts):
+        task_of_label[part] = index
+    task_of_train, task_of_test = task_of_label[labels.train], task_of_label[labels.test]
+
+    tasks = []
+    for index, part in enumerate(parts):
+        classes = tuple(labels.names[label] for label in part)
+        rows = np.flatnonzero(task_of_test == index)
+        if not rows.size:
+            raise ValueError(
+                f"Task {index} with the classes {list(classes)} has no test examples, so its accuracy cannot be "
+                "measured; leave these classes out by class_order=, use fewer tasks, or another test_split."
+            )
+        # Every class of the order has training examples (_order_of_classes), hence every task.
+        view = train.select(np.flatnonzero(task_of_train == index))
+        tasks.append(Task(index=index, name=f"task_{index}", classes=classes, train=view, test=test.select(rows)))
+    return Scenario(
+        tasks,
+        name="class-incremental",
+        image_column=image_column,
+        label_column=label_column,
+        label_names=labels.names,
+        seed=seed,
+    )
+
+
+def _order_of_classes(
+    labels: Labels, class_order: Sequence[str] | Sequence[int] | None, seed: int | None
+) -> np.ndarray:
+    """Returns the label ids in the order of the sequence, int64; each has at least one training example."""
+    trained = np.bincount(labels.train, minlength=len(labels.names)) > 0
+    if class_order is not None:
+        return _given_order(class_order, labels.names, trained)
+    if labels.declared and not trained.all():
+        unused = [labels.names[label] for label in np.flatnonzero(~trained)]
+        warnings.warn(
+            f"The classes {unused} have no training examples and are left out of the tasks, their test examples with "
+            "them; name the classes to use by class_order= to say so yourself.",
+            stacklevel=3,
+        )
+    order = np.flatnonzero(trained)
+    return order if seed is None else np.random.default_rng(seed).permutation(order)
+
+
+def _given_order(
+    class_order: Sequence[str] | Sequence[int], names: tuple[str, ...], trained: np.ndarray
+) -> np.ndarray:
+    if isinstance(class_order, str):
+        raise ValueError(f"class_order is the single text {class_order!r}; give a list of class names or label ids.")
+    id_of_name = {name: label for label, name in enumerate(names)}
+    order, unknown = [], []
+    for entry in class_order:
+        if isinstance(entry, str) and entry in id_of_name:
+            order.append(id_of_name[entry])
+        elif isinstance(entry, (int, np.integer)) and 0 <= entry < len(names):
+            order.append(int(entry))
+        else:
+            unknown.append(entry)
+    if unknown:
+        known = f"{list(names[:10])}{' ...' if len(names) > 10 else ''}"
+        raise ValueError(
+            f"class_order names classes that the data set does not have: {unknown}; "
+            f"give names out of {known} or label ids from 0 to {len(names) - 1}."
+        )
+    repeated = [names[label] for label, count in Counter(order).items() if count > 1]
+    if repeated:
+        raise ValueError(f"class_order has {repeated} more than once, but a class belongs to one task; list it once.")
+    untrained = [names[label] for label in order if not trained[label]]
+    if untrained:
+        raise ValueError(f"class_order has {untrained}, but the train split has no examples of them; leave them out.")
+    return np.array(order, dtype=np.int64)

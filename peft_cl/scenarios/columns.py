@@ -1,0 +1,194 @@
+"""Splits and columns of a data set: found, checked, and read without decoding an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow
+from datasets import ClassLabel, Dataset, Image, Value
+
+
+# Integer labels become positions in a table of names, so an identifier of a billion is refused, not allocated.
+LARGEST_INTEGER_LABEL = 1_000_000
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of both splits.
+
+    Attributes:
+        names: Class name of each label id.
+        train: Label ids of the train split, int64, shape (number of train examples,).
+        test: Label ids of the test split, likewise.
+        declared: Whether the data set itself lists the names (`ClassLabel`), so that a name may have no examples.
+    """
+
+    names: tuple[str, ...]
+    train: np.ndarray
+    test: np.ndarray
+    declared: bool
+
+
+def train_and_test(dataset: Any, train_split: str, test_split: str) -> tuple[Dataset, Dataset]:
+    """Returns the train and the test split of a `DatasetDict`, a dict of splits or a (train, test) pair.
+
+    Raises:
+        ValueError: A split is missing or empty.
+        TypeError: Something else than these, or splits that are streamed.
+    """
+    if isinstance(dataset, Mapping):
+        for split in (train_split, test_split):
+            if split not in dataset:
+                raise ValueError(
+                    f"There is no split {split!r} in the data set; its splits are {list(dataset)}. "
+                    "Name the ones to use by train_split= and test_split=, or make one by train_test_split()."
+                )
+        pair = (dataset[train_split], dataset[test_split])
+    elif isinstance(dataset, (tuple, list)) and len(dataset) == 2:
+        pair = (dataset[0], dataset[1])
+    else:
+        raise TypeError(
+            f"A scenario needs a train and a test split, got one {type(dataset).__name__}; "
+            "pass a DatasetDict (load_dataset without split=) or a pair (train, test)."
+        )
+    for split, part in zip((train_split, test_split), pair, strict=True):
+        if not isinstance(part, Dataset):
+            raise TypeError(
+                f"The {split!r} split is a {type(part).__name__}, but tasks are selected by row and need a "
+                "datasets.Dataset; load it without streaming=True, or convert it (Dataset.from_dict, from_generator)."
+            )
+        if len(part) == 0:
+            raise ValueError(f"The {split!r} split has no examples; every task needs some. Give another split.")
+    return pair
+
+
+def find_image_column(train: Dataset, test: Dataset, image_column: str | None) -> str:
+    """Returns `image_column` after checking it, or for `None` the only column with an `Image` feature.
+
+    Raises:
+        ValueError: The column is missing in a split, or there is none or more than one to choose from.
+    """
+    if image_column is None:
+        found = [name for name, feature in train.features.items() if isinstance(feature, Image)]
+        if len(found) != 1:
+            what = f"several image columns {found}" if found else "no column with an Image feature"
+            raise ValueError(
+                f"The data set has {what} (columns: {train.column_names}); "
+                "name the one to use by image_column=, or make one by cast_column(name, datasets.Image())."
+            )
+        image_column = found[0]
+    _require_column(train, test, image_column, "image_column")
+    return image_column
+
+
+def read_labels(train: Dataset, test: Dataset, label_column: str) -> Labels:
+    """Reads the labels of both splits; no image is decoded.
+
+    A `ClassLabel` column has its own names. In an integer column the name of a label is `str(label)`, in a string
+    column the label itself, the ids counting the sorted names; in both the train split says which classes there are.
+
+    Raises:
+        ValueError: The column is missing or not of these kinds, differs in kind or names between the splits, has
+            missing labels, or labels outside the names.
+    """
+    _require_column(train, test, label_column, "label_column")
+    kind, test_kind = (_kind_of_labels(split, label_column) for split in (train, test))
+    if kind != test_kind:
+        raise ValueError(
+            f"The label column {label_column!r} is {kind} in the train split, but {test_kind} in the test split; "
+            "give both the same feature by cast_column."
+        )
+    train_values, test_values = (
+        _read_column(split, label_column, name) for split, name in ((train, "train"), (test, "test"))
+    )
+    if kind == "ClassLabel":
+        return _declared_labels(train, test, label_column, train_values, test_values)
+    if kind == "integer":
+        _require_small(train_values, test_values, label_column)
+    _require_known(train_values, test_values, label_column)
+    if kind == "string":
+        names, train_ids = np.unique(train_values.astype(str), return_inverse=True)
+        test_ids = np.searchsorted(names, test_values.astype(str))
+        return Labels(tuple(names.tolist()), train_ids.astype(np.int64), test_ids.astype(np.int64), declared=False)
+    names = tuple(str(label) for label in range(int(train_values.max()) + 1))
+    return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
+
+
+def _require_column(train: Dataset, test: Dataset, column: str, argument: str) -> None:
+    for name, split in (("train", train), ("test", test)):
+        if column not in split.column_names:
+            raise ValueError(
+                f"There is no column {column!r} in the {name} split; its columns are {split.column_names}. "
+                f"Name the one to use by {argument}=."
+            )
+
+
+def _kind_of_labels(split: Dataset, column: str) -> str:
+    feature = split.features[column]
+    if isinstance(feature, ClassLabel):
+        return "ClassLabel"
+    if isinstance(feature, Value):
+        if feature.dtype.startswith(("int", "uint")):
+            return "integer"
+        if feature.dtype in ("string", "large_string"):
+            return "string"
+    raise ValueError(
+        f"The label column {column!r} has the feature {feature}, but one class per example is needed: a ClassLabel, "
+        f"integer or string column. Convert it by class_encode_column({column!r}), or name another by label_column=."
+    )
+
+
+def _read_column(split: Dataset, column: str, split_name: str) -> np.ndarray:
+    # Straight from Arrow: 100 times faster than going through the rows, untouched by a transform that the user
+    # has set on the data set, and a missing label is still told from a number.
+    values: pyarrow.ChunkedArray = split.select_columns(column).with_format("arrow")[:][column]
+    if values.null_count:
+        raise ValueError(
+            f"{values.null_count} of {len(split)} examples of the {split_name} split have no label in {column!r}; "
+            "every example needs one. Remove them by filter(), or use a labelled split."
+        )
+    return values.to_numpy()
+
+
+def _declared_labels(
+    train: Dataset, test: Dataset, column: str, train_ids: np.ndarray, test_ids: np.ndarray
+) -> Labels:
+    names, test_names = train.features[column].names, test.features[column].names
+    if names != test_names:
+        only_train, only_test = sorted(set(names) - set(test_names)), sorted(set(test_names) - set(names))
+        how = f"only in train: {only_train}, only in test: {only_test}" if only_train or only_test else "another order"
+        raise ValueError(
+            f"The train and test splits give {column!r} different label names ({how}), so the same id would mean two "
+            "classes; bring them together by align_labels_with_mapping(), or cast both to one ClassLabel."
+        )
+    for split_name, ids in (("train", train_ids), ("test", test_ids)):
+        outside = np.unique(ids[(ids < 0) | (ids >= len(names))])
+        if outside.size:
+            raise ValueError(
+                f"The {split_name} split has labels {outside[:10].tolist()} in {column!r}, outside the ClassLabel's "
+                f"0..{len(names) - 1}; -1 usually marks an unlabelled split. Use a labelled one "
+                "(for example test_split='validation'), or remove these examples by filter()."
+            )
+    return Labels(tuple(names), train_ids.astype(np.int64), test_ids.astype(np.int64), declared=True)
+
+
+def _require_small(train_values: np.ndarray, test_values: np.ndarray, column: str) -> None:
+    for split_name, values in (("train", train_values), ("test", test_values)):
+        if values.min() < 0 or values.max() > LARGEST_INTEGER_LABEL:
+            raise ValueError(
+                f"The integer labels of the {split_name} split in {column!r} run from {values.min()} to "
+                f"{values.max()}, but must lie in 0..{LARGEST_INTEGER_LABEL}; number the classes by "
+                f"class_encode_column({column!r}), or use a labelled split (-1 usually marks an unlabelled one)."
+            )
+
+
+def _require_known(train_values: np.ndarray, test_values: np.ndarray, column: str) -> None:
+    unknown = sorted(set(test_values.tolist()) - set(train_values.tolist()))
+    if unknown:
+        raise ValueError(
+            f"The test split has labels {unknown[:10]} in {column!r} that the train split does not have: the two have "
+            "different label names. Correct the names, or remove these examples by filter()."
+        )

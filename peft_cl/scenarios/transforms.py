@@ -1,0 +1,330 @@
+"""From the examples of a data set to model input: augmentation, image processor, labels. Needs no torchvision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+# Draws for one random crop before the central crop is taken instead, as in torchvision.
+CROP_ATTEMPTS = 10
+
+# Steps of an image processor that move pixels; the others work on each pixel value by itself.
+GEOMETRY_SWITCHES = ("do_resize", "do_center_crop", "do_pad")
+
+
+@dataclass(frozen=True)
+class RandomResizedCropFlip:
+    """Random resized crop and horizontal flip of a PIL image, the training augmentation of L2P, DualPrompt and CODA.
+
+    A crop of a random share of the area and a random aspect ratio is scaled to `size` (Szegedy et al. 2015, "Going
+    deeper with convolutions", section 6), then mirrored with probability `flip`. Crop and scaling are one bicubic
+    resampling; at the rim of the crop the filter still sees the pixels outside it. All randomness comes from torch's
+    global generator, the same number of draws for every image, so the random state that the Trainer saves governs it.
+
+    Args:
+        size: Height and width of the result in pixels, or one number for both. `None`: the output size of the
+            processor if used in an `ImageTransform`, otherwise the image's own size.
+        scale: Smallest and largest share of the area to crop, in (0, 1].
+        ratio: Smallest and largest width/height of the crop, drawn on a logarithmic scale.
+        flip: Probability of the flip, 0 to 1.
+        resize: Height and width (or one number for both) to scale the whole image to before cropping. L2P and
+            DualPrompt use 256 with `size=224`, CODA-Prompt nothing.
+
+    Raises:
+        ValueError: A size below 1, or a range that is empty, reversed or out of bounds.
+
+    Example:
+        >>> RandomResizedCropFlip(size=224, resize=256)(Image.new("RGB", (32, 32))).size
+        (224, 224)
+    """
+
+    size: int | tuple[int, int] | None = None
+    scale: tuple[float, float] = (0.05, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    resize: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("size", "resize"):
+            value = getattr(self, name)
+            sides = (1, 1) if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+            if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+                raise ValueError(f"{name} must be a number of pixels of at least 1 or (height, width), got {value!r}.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {self.scale!r}.")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be (low, high) of width/height with 0 < low <= high, got {self.ratio!r}.")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability from 0 to 1, got {self.flip!r}.")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.resize is not None:
+            height, width = _sides(self.resize)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        height, width = (image.height, image.width) if self.size is None else _sides(self.size)
+        draws = torch.rand(2 * CROP_ATTEMPTS + 3).tolist()
+        box = self._crop(image.width, image.height, draws)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < self.flip else image
+
+    def _crop(self, width: int, height: int, draws: list[float]) -> tuple[int, int, int, int]:
+        """Returns (left, top, right, bottom) of the crop in pixels."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for attempt in range(CROP_ATTEMPTS):
+            share = self.scale[0] + draws[2 * attempt] * (self.scale[1] - self.scale[0])
+            aspect = math.exp(low + draws[2 * attempt + 1] * (high - low))
+            crop_width = round(math.sqrt(share * width * height * aspect))
+            crop_height = round(math.sqrt(share * width * height / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left = int(draws[-3] * (width - crop_width + 1))
+                top = int(draws[-2] * (height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        # No crop fitted (a very long image, or a share near 1): the largest central one with an allowed ratio.
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        crop_width = max(1, min(width, round(height * aspect)))
+        crop_height = max(1, min(height, round(width / aspect)))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
+
+
+class ImageTransform:
+    """Turns PIL images into the model's `pixel_values`: to RGB, the augmentation, the Hugging Face image processor.
+
+    The result is bit for bit the processor's, but where possible computed by a direct path, several times cheaper:
+    after cropping and scaling, a processor only maps each channel value 0..255 to a number, so its answers for the
+    256 values are kept and looked up. Whether the direct path gives the processor's result is tried on noise images
+    when the transform is made; if not, the processor is called for every batch. The processor's settings are read
+    at that time too: after changing them, make a new transform.
+
+    An augmentation that ends at the processor's output size has settled the geometry: only the values are still
+    mapped, and a processor that scales to 256 and crops 224 does not crop the augmented image again.
+
+    Args:
+        processor: A Hugging Face image processor, or a processor that holds one as `image_processor`.
+        augmentation: Callable from an RGB PIL image to a PIL image, applied per image, for training;
+            `RandomResizedCropFlip` without a size takes the processor's. Picklable if workers are spawned.
+
+    Attributes:
+        output_size: (height, width) of the processor's result, `None` if it depends on the image.
+
+    Raises:
+        ValueError: The processor does not give `pixel_values` of shape (images, 3, height, width), or has no fixed
+            output size for an augmentation that has none either.
+
+    Example:
+        >>> transform = ImageTransform(AutoImageProcessor.from_pretrained("google/vit-base-patch16-224-in21k"))
+        >>> transform([Image.new("L", (32, 32))]).shape
+        torch.Size([1, 3, 224, 224])
+    """
+
+    def __init__(
+        self, processor: Callable[..., Any], augmentation: Callable[[Image.Image], Image.Image] | None = None
+    ) -> None:
+        self.processor = getattr(processor, "image_processor", processor)
+        # Its own generator: making a transform leaves the global random states alone.
+        generator = np.random.default_rng(0)
+        probes = [
+            Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            for height, width in ((48, 80), (320, 240), (900, 1000))
+        ]
+        answers = [self._process([probe]) for probe in probes]
+        sizes = {tuple(answer.shape[-2:]) for answer in answers}
+        self.output_size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
+        self._table = self._table_of_values(probes)
+        self._scaling_is_all = self._table is not None and self._scaling_gives(probes, answers)
+        if isinstance(augmentation, RandomResizedCropFlip) and augmentation.size is None:
+            if self.output_size is None:
+                raise ValueError(
+                    f"The output size of {type(self.processor).__name__} depends on the image, so the augmentation "
+                    "needs its own: give RandomResizedCropFlip(size=...)."
+                )
+            augmentation = dataclasses.replace(augmentation, size=self.output_size)
+        self.augmentation = augmentation
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Returns the `pixel_values` of the images.
+
+        Args:
+            images: At least one PIL image, of any mode and size.
+
+        Returns:
+            float32 tensor of shape (images, 3, height, width), contiguous.
+
+        Raises:
+            TypeError: Something in the list is no PIL image.
+            ValueError: No images, or the processor gives images of several sizes that do not make one tensor.
+        """
+        if len(images) == 0:
+            raise ValueError("An empty list of images makes no batch; give at least one image.")
+        images = [_to_rgb(image) for image in images]
+        if self.augmentation is not None:
+            images = [self.augmentation(image) for image in images]
+        if self._table is not None and (self._scaling_is_all or self._settled(images)):
+            return self._look_up(images, self._table)
+        return self._process(images)
+
+    def _settled(self, images: list[Image.Image]) -> bool:
+        return self.augmentation is not None and all((i.height, i.width) == self.output_size for i in images)
+
+    def _process(self, images: list[Image.Image], **switches: bool) -> torch.Tensor:
+        name = type(self.processor).__name__
+        try:
+            values = self.processor(images=images, return_tensors="pt", **switches)["pixel_values"]
+        except ValueError as error:
+            sizes = sorted({image.size for image in images})
+            raise ValueError(
+                f"{name} cannot make one batch of images with the sizes (width, height) {sizes[:5]}. If the sizes are "
+                f"the cause, set a fixed one in the processor, or give an augmentation with a size. It says: {error}"
+            ) from error
+        if values.ndim != 4 or values.shape[1] != 3:
+            raise ValueError(
+                f"{name} gives pixel_values of shape {tuple(values.shape)}, but (images, 3, height, width) is needed; "
+                "use an image processor of a vision model with fixed patches, such as ViTImageProcessor."
+            )
+        return values.float()
+
+    def _table_of_values(self, probes: list[Image.Image]) -> np.ndarray | None:
+        """Returns the processor's answers to the channel values, float32 of shape (3, 256), or `None` without any."""
+        if self.output_size is None:
+            return None
+        switches = {name: False for name in GEOMETRY_SWITCHES if getattr(self.processor, name, False)}
+        values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+        height, width = self.output_size
+        fitting = [probe.resize((width, height)) for probe in probes]
+        try:
+            table = self._process([Image.fromarray(values)], **switches)
+            answers = self._process(fitting, **switches)
+        except (TypeError, ValueError):
+            # A processor of another make that cannot leave out a step: it is simply called for every batch.
+            return None
+        if table.shape[-2:] != (16, 16) or answers.shape[-2:] != self.output_size:
+            return None
+        table = table[0].reshape(3, 256).numpy()
+        return table if torch.equal(self._look_up(fitting, table), answers) else None
+
+    def _scaling_gives(self, probes: list[Image.Image], answers: list[torch.Tensor]) -> bool:
+        """Whether scaling to the output size is all that the processor does to an image's geometry."""
+        if getattr(self.processor, "resample", None) is None:
+            return False
+        direct = [self._look_up([probe], self._table) for probe in probes]
+        return all(torch.equal(*pair) for pair in zip(direct, answers, strict=True))
+
+    def _look_up(self, images: list[Image.Image], table: np.ndarray) -> torch.Tensor:
+        height, width = self.output_size
+        values = np.empty((len(images), 3, height, width), dtype=np.float32)
+        for index, image in enumerate(images):
+            if image.size != (width, height):
+                image = image.resize((width, height), resample=self.processor.resample)
+            pixels = np.asarray(image)
+            for channel in range(3):
+                # "clip" has nothing to clip in 0..255, but writes straight into the result; "raise" makes a copy.
+                np.take(table[channel], pixels[:, :, channel], out=values[index, channel], mode="clip")
+        return torch.from_numpy(values)
+
+
+class ContinualCollator:
+    """Makes a batch for the model out of a scenario's examples, with the labels in the order of the model's outputs.
+
+    Set `remove_unused_columns=False` in the training arguments: the Trainer would remove the image column otherwise.
+
+    Args:
+        transform: Callable from a list of PIL images to `pixel_values`, such as `ImageTransform`.
+        label_index: `scenario.label_index()`: the model's label of each label id, -1 for classes left out.
+        image_column: Column of the images.
+        label_column: Column of the labels: ids, or class names if `label_names` is given.
+        label_names: `scenario.label_names`, for data sets with class names as labels and for error messages.
+
+    Raises:
+        ValueError: `label_index` and `label_names` differ in length.
+
+    Example:
+        >>> collator = ContinualCollator(transform, scenario.label_index(), "image", "label")
+        >>> batch = collator([scenario[0].train[row] for row in range(8)])
+        >>> batch["pixel_values"].shape, batch["labels"].dtype
+        (torch.Size([8, 3, 224, 224]), torch.int64)
+    """
+
+    def __init__(
+        self,
+        transform: Callable[[list[Image.Image]], torch.Tensor],
+        label_index: np.ndarray | Sequence[int],
+        image_column: str = "image",
+        label_column: str = "label",
+        *,
+        label_names: Sequence[str] | None = None,
+    ) -> None:
+        self.transform = transform
+        self.label_index = [int(position) for position in label_index]
+        self.image_column = image_column
+        self.label_column = label_column
+        if label_names is not None and len(label_names) != len(self.label_index):
+            raise ValueError(
+                f"label_index has {len(self.label_index)} entries but label_names {len(label_names)}; "
+                "take both from the same scenario."
+            )
+        self.label_names = None if label_names is None else tuple(label_names)
+        self._id_of_name = {name: label for label, name in enumerate(self.label_names or ())}
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns the batch.
+
+        Returns:
+            `pixel_values`, as the transform gives them, and `labels`, int64 of shape (examples,).
+
+        Raises:
+            ValueError: A column is missing, or a label is not among the classes of the scenario.
+        """
+        for column in (self.image_column, self.label_column):
+            if examples and column not in examples[0]:
+                raise ValueError(
+                    f"The examples have the columns {list(examples[0])}, but not {column!r}; if the data set has it, "
+                    "set remove_unused_columns=False in the training arguments."
+                )
+        labels = [self._label(example[self.label_column]) for example in examples]
+        pixel_values = self.transform([example[self.image_column] for example in examples])
+        return {"pixel_values": pixel_values, "labels": torch.tensor(labels, dtype=torch.int64)}
+
+    def _label(self, label: str | int) -> int:
+        if isinstance(label, str):
+            if self.label_names is None:
+                raise ValueError(
+                    f"The example's label is the name {label!r}, but the collator only knows label ids; "
+                    "give ContinualCollator(label_names=scenario.label_names)."
+                )
+            known = self._id_of_name.get(label, -1)
+        else:
+            known = int(label)
+        # A negative id would count from the end of the list: it must not reach it.
+        position = self.label_index[known] if 0 <= known < len(self.label_index) else -1
+        if position < 0:
+            named = "" if isinstance(label, str) or not self.label_names else f" ({self._name(known)})"
+            raise ValueError(
+                f"The label {label!r}{named} in {self.label_column!r} is not among the "
+                f"{sum(position >= 0 for position in self.label_index)} classes of the scenario; "
+                "use the tasks' own data, or make the scenario with this class."
+            )
+        return position
+
+    def _name(self, label: int) -> str:
+        return repr(self.label_names[label]) if 0 <= label < len(self.label_names) else "no such class"
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"A PIL image is needed, got {type(image).__name__}; "
+            "cast the column by cast_column(name, datasets.Image()), which also decodes it."
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")

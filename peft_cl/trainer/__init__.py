@@ -1,0 +1,10 @@
+"""Training a task sequence."""
+
+from __future__ import annotations
+
+from .arguments import ContinualTrainingArguments
+from .strategy import Strategy
+from .trainer import ContinualTrainer
+
+
+__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "Strategy"]

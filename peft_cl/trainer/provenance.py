@@ -1,0 +1,69 @@
+"""Where a result comes from: names, settings and versions, for the record of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from typing import Any
+
+from ..scenarios import Scenario
+from ..version import __version__
+
+
+#: Training arguments that shape the result; what differs from the Trainer's default is recorded too.
+RECORDED = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def hyperparameters(args: Any, config: Any, augmentation: Any) -> dict[str, Any]:
+    """Settings of the run in types that JSON knows."""
+    settings = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
+    settings["devices"] = args.world_size
+    settings["augmentation"] = repr(augmentation) if augmentation is not None else None
+    written = {"classes", "tasks", "rows_in_use", "base_model_name_or_path", "auto_mapping", "inference_mode"}
+    settings["adapter"] = {
+        name: _plain(value) for name, value in config.to_dict().items() if name not in written and value is not None
+    }
+    return settings
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets")
+    return {"peft-cl": __version__, **{name: version(name) for name in names}}
+
+
+def model_name(model: Any) -> str:
+    """Name or folder that the base model was loaded from; its class if it was made from a config."""
+    base = model.get_base_model()
+    return getattr(base.config, "_name_or_path", "") or type(base).__name__
+
+
+def dataset_name(scenario: Scenario) -> str:
+    """The name under which the data set was built."""
+    return scenario[0].train.info.dataset_name or "in-memory images"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return getattr(value, "value", value)
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(entry) for entry in value]
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return str(value)

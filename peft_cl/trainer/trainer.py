@@ -1,0 +1,305 @@
+"""The trainer of a task sequence."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch.utils.data import ConcatDataset
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
+
+from ..metrics import RunResults, continual_metrics
+from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
+from ..tuners.base.model import PromptPoolModel
+from .arguments import ContinualTrainingArguments
+from .progress import SequenceProgress
+from .provenance import dataset_name, hyperparameters, model_name, versions
+from .strategy import Strategy
+
+
+class ContinualTrainer(Trainer):
+    """A `transformers.Trainer` that learns the tasks of a scenario one after the other and measures as it goes.
+
+    For each task the model's head and pool start the task, optimizer and schedule are new, and the arguments hold as
+    for a training of its own. After it, all tasks seen are evaluated, and adapter and results are saved.
+
+    Args:
+        model: a `PeftModel` with one of this library's configurations.
+        args: `ContinualTrainingArguments`; epochs and steps count per task.
+        scenario: the tasks.
+        processing_class: the backbone's HF image processor.
+        augmentation: applied to each training image (PIL in, PIL out), for instance `RandomResizedCropFlip(size=224)`.
+        strategy: a comparison method; None trains the adapter as it is.
+        **kwargs: further arguments of `transformers.Trainer` (callbacks, ...).
+
+    Attributes:
+        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
+        metrics: average accuracy, average incremental accuracy, forgetting, backward transfer (fractions).
+        results: the record of the run, as saved in `results.json`.
+
+    Raises:
+        ValueError: anything that cannot work, before training starts.
+
+    Example:
+        >>> trainer = ContinualTrainer(model, args, scenario, processing_class=processor)    # doctest: +SKIP
+        >>> trainer.train()                                                                  # doctest: +SKIP
+        >>> trainer.metrics["average_accuracy"]                                              # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: ContinualTrainingArguments,
+        scenario: Scenario,
+        *,
+        processing_class: Any,
+        augmentation: Callable | None = None,
+        strategy: Strategy | None = None,
+        **kwargs: Any,
+    ):
+        check_fit(model, args, scenario, processing_class)
+        self.scenario = scenario
+        self.strategy = strategy or Strategy()
+        self.strategy.prepare(model)
+        label_index = scenario.label_index()
+        self._collators = {
+            training: ContinualCollator(
+                ImageTransform(processing_class, augmentation if training else None),
+                label_index,
+                scenario.image_column,
+                scenario.label_column,
+                label_names=scenario.label_names,
+            )
+            for training in (True, False)
+        }
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collators[False],
+            train_dataset=scenario[0].train,
+            processing_class=processing_class,
+            compute_metrics=self._accuracies,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+            **kwargs,
+        )
+        self.progress = SequenceProgress()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(self.progress)
+        self.pop_callback(PrinterCallback)
+        tasks = len(scenario)
+        self.accuracy_matrix = np.full((tasks, tasks), np.nan)
+        self.train_seconds = 0.0
+        self.task: Task | None = None
+        self._measured: list[Task] = []
+        self._losses: dict[str, torch.Tensor] = {}
+        self._losses_counted = 0
+
+    # ----------------------------------------------------------------------------------------------- the sequence
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Learn all tasks of the scenario. Returns the last task's `TrainOutput`."""
+        if args or any(value for value in kwargs.values()):
+            raise ValueError(
+                f"train() got {args or kwargs}, but a task sequence is trained as a whole. Call train() without arguments."
+            )
+        output = None
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
+        try:
+            for task in self.scenario[self.finished_tasks :]:
+                output = self.train_task(task)
+        finally:
+            self.progress.end_sequence()
+        return output
+
+    def train_task(self, task: Task) -> TrainOutput:
+        """Start, learn and measure one task, and save adapter and results."""
+        self.task = task
+        self.progress.begin_task(task.name, task.index)
+        self._tuner.begin_task(task.classes)
+        began = time.perf_counter()
+        output = self.strategy.learn(self, task)
+        self.train_seconds += time.perf_counter() - began
+        if self.args.evaluate_after == "seen" or task.index == len(self.scenario) - 1:
+            self.evaluate()
+        self.save()
+        self.progress.end_task(self._summary(task))
+        return output
+
+    def fit(self, task: Task) -> TrainOutput:
+        """The Trainer's own loop over the task's examples, with everything that belongs to a task made anew."""
+        # The Trainer keeps its optimizer, its schedule and its wrapped model from one train() to the next: rows that
+        # the task brought would be in none of them, and an evaluation before would switch DDP off.
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        self.train_dataset = task.train
+        return super().train()
+
+    @property
+    def finished_tasks(self) -> int:
+        """Tasks learnt and measured."""
+        return int(sum(~np.isnan(np.diagonal(self.accuracy_matrix))))
+
+    @property
+    def _tuner(self) -> PromptPoolModel:
+        return self.accelerator.unwrap_model(self.model).base_model
+
+    # ----------------------------------------------------------------------------------------------- measuring
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix.
+
+        Args:
+            eval_dataset: other examples of the scenario's classes; None: the tasks seen.
+
+        Returns:
+            dict with `eval_loss`, `eval_average_accuracy` (mean over tasks) and `eval_accuracy_<task name>`; for other
+            examples `eval_loss` and `eval_accuracy`.
+        """
+        if eval_dataset is None:
+            if self.task is None:
+                raise ValueError("No task has begun, so there is nothing to measure. Call train() first.")
+            self._measured = list(self.scenario[: self.task.index + 1])
+            eval_dataset = ConcatDataset([task.test for task in self._measured])
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            measured, self._measured = self._measured, []
+        for task in measured:
+            self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
+        return metrics
+
+    def _accuracies(self, prediction: Any) -> dict[str, float]:
+        correct = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)
+        if not self._measured:
+            return {"accuracy": float(correct.mean())}
+        ends = np.cumsum([len(task.test) for task in self._measured])
+        if len(correct) != ends[-1]:
+            raise RuntimeError(f"{len(correct)} predictions came back for {ends[-1]} test examples")
+        accuracies = [part.mean() for part in np.split(correct, ends[:-1])]
+        return {
+            "average_accuracy": float(np.mean(accuracies)),
+            **{f"accuracy_{task.name}": float(value) for task, value in zip(self._measured, accuracies, strict=True)},
+        }
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return continual_metrics(self.accuracy_matrix) if self.finished_tasks else {}
+
+    # ----------------------------------------------------------------------------------------------- losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            for name, value in self._tuner.head.last_losses.items():
+                self._losses[name] = self._losses.get(name, 0.0) + value
+            self._losses_counted += 1
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside the loss, log its terms one by one: means since the last log."""
+        if "loss" in logs and self._losses_counted:
+            means = {name: float(value) / self._losses_counted for name, value in self._losses.items()}
+            logs = {**logs, **means, "task": self.task.index}
+            self._losses, self._losses_counted = {}, 0
+        super().log(logs, start_time)
+
+    # ----------------------------------------------------------------------------------------------- data
+
+    def get_train_dataloader(self):
+        self.data_collator = self._collators[True]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = self._collators[False]
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
+        self.__dict__.pop("_eval_dataloaders", None)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_output_dir(self, trial):
+        """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
+        return os.path.join(self.args.output_dir, self.task.name if self.task else "")
+
+    # ----------------------------------------------------------------------------------------------- results
+
+    def save(self) -> None:
+        """Write adapter, processor and `results.json` into the output folder."""
+        self.save_model(self.args.output_dir)
+        if self.is_world_process_zero():
+            self.results.save(self.args.output_dir)
+
+    @property
+    def results(self) -> RunResults:
+        """The record of the run so far."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        weights = Path(self.args.output_dir, SAFETENSORS_WEIGHTS_NAME)
+        config = self._tuner.peft_config[self._tuner.active_adapters[0]]
+        return RunResults(
+            method=self.strategy.name or config.method,
+            peft_type=config.peft_type.value,
+            base_model=model_name(self.model),
+            dataset=dataset_name(self.scenario),
+            scenario=self.scenario.describe(),
+            seed=self.args.seed,
+            task_names=[task.name for task in self.scenario],
+            accuracy_matrix=self.accuracy_matrix.tolist(),
+            test_sizes=[len(task.test) for task in self.scenario],
+            metrics=self.metrics,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            adapter_bytes=self.strategy.saved_bytes(self, weights.stat().st_size) if weights.is_file() else None,
+            train_seconds=self.train_seconds,
+            hyperparameters=hyperparameters(self.args, config, self._collators[True].transform.augmentation),
+            versions=versions(),
+            command=None,
+            finished_tasks=self.finished_tasks,
+        )
+
+    def _summary(self, task: Task) -> str:
+        head = f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training"
+        if not self.finished_tasks:
+            return head
+        metrics = self.metrics
+        return (
+            f"{head}, average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
+        )
+
+
+def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any) -> None:
+    """Refuse what cannot work, before anything is trained."""
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, PromptPoolModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, but a task sequence needs a PeftModel with a configuration of "
+            "peft_cl. Wrap it: get_peft_model(model, CodaPromptConfig())."
+        )
+    if not isinstance(args, ContinualTrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}, but must be ContinualTrainingArguments.")
+    if not isinstance(scenario, Scenario):
+        raise ValueError(
+            f"scenario is a {type(scenario).__name__}, but must be a Scenario, for instance from "
+            "class_incremental(dataset, num_tasks=10)."
+        )
+    if processing_class is None:
+        raise ValueError(
+            "processing_class is None, but images need the backbone's processor: AutoImageProcessor.from_pretrained(...)."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split batches with DataParallel; prompts are "
+            "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    config = model.peft_config[model.active_adapter]
+    for index in range(len(scenario)):
+        config.check_next_task(config.num_tasks + index)

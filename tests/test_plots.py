@@ -1,0 +1,225 @@
+"""The pictures show the numbers they are made from, whole and legible."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from peft_cl.metrics import RunResults, continual_metrics, forgetting
+from peft_cl.plots import plot_accuracy_matrix, plot_average_accuracy, plot_comparison
+
+
+def accuracies(tasks: int, finished: int | None = None, seed: int = 0) -> np.ndarray:
+    """A plausible accuracy matrix: tasks fade while later ones are learnt."""
+    noise = np.random.default_rng(seed).uniform(-0.03, 0.03, (tasks, tasks))
+    row, column = np.indices((tasks, tasks))
+    matrix = 0.85 - 0.3 * (row - column) / tasks + noise
+    return np.where((column <= row) & (row < (tasks if finished is None else finished)), matrix, np.nan)
+
+
+def run(method: str = "L2P", tasks: int = 3, seed: int = 0, finished: int | None = None, **fields) -> RunResults:
+    matrix = accuracies(tasks, finished, seed)
+    defaults = {
+        "peft_type": "L2P",
+        "base_model": "owner/backbone",
+        "dataset": "owner/images",
+        "scenario": {},
+        "task_names": [f"task_{index}" for index in range(tasks)],
+        "test_sizes": [50] * tasks,
+        "metrics": {} if finished == 0 else continual_metrics(matrix),
+        "trainable_parameters": 1,
+        "total_parameters": 2,
+        "adapter_bytes": None,
+        "train_seconds": 1.0,
+        "finished_tasks": tasks if finished is None else finished,
+    }
+    return RunResults(method=method, seed=seed, accuracy_matrix=matrix, **{**defaults, **fields})
+
+
+def cells(axes) -> dict[tuple[int, int], str]:
+    """The text in each cell, by (row, column)."""
+    texts = [text for text in axes.texts if not hasattr(text, "arrow_patch")]  # an annotation is no cell
+    return {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in texts}
+
+
+def heading(figure: Figure) -> str:
+    axes = figure.axes[0]
+    below = [text.get_text() for text in axes.texts if hasattr(text, "arrow_patch")]
+    return " ".join([axes.get_title(loc="left"), *below]).replace("\n", " ").replace("\u00a0", " ")
+
+
+def end_labels(axes) -> list:
+    return [text for text in axes.texts if text.get_fontweight() == "bold"]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 10, 20])
+def test_cells_show_the_accuracies_of_the_tasks_seen(tasks: int) -> None:
+    matrix = accuracies(tasks)
+    texts = cells(plot_accuracy_matrix(matrix).axes[0])
+    assert texts == {
+        (row, column): f"{100 * matrix[row, column]:.1f}" for row in range(tasks) for column in range(row + 1)
+    }
+
+
+def test_beyond_twenty_tasks_there_are_colours_only() -> None:
+    axes = plot_accuracy_matrix(accuracies(21)).axes[0]
+    assert cells(axes) == {}
+    np.testing.assert_array_equal(axes.images[-1].get_array().filled(np.nan), accuracies(21))
+
+
+def test_forward_transfer_above_the_diagonal_is_not_drawn() -> None:
+    assert set(cells(plot_accuracy_matrix([[0.9, 0.4], [0.7, 0.8]]).axes[0])) == {(0, 0), (1, 0), (1, 1)}
+
+
+def test_heading_names_the_run_and_its_metrics() -> None:
+    results = run("CODA-Prompt", tasks=4)
+    text = heading(plot_accuracy_matrix(results))
+    metrics = results.metrics
+    assert text == (
+        f"CODA-Prompt on images average accuracy {100 * metrics['average_accuracy']:.1f} %, "
+        f"forgetting {100 * metrics['forgetting']:.1f} %"
+    )
+
+
+def test_unfinished_run_says_so_and_leaves_its_cells_empty() -> None:
+    figure = plot_accuracy_matrix(run(tasks=4, finished=2))
+    assert set(cells(figure.axes[0])) == {(0, 0), (1, 0), (1, 1)}
+    assert "(after 2 of 4 tasks)" in heading(figure)
+    assert "none of 4 tasks finished" in heading(plot_accuracy_matrix(run(tasks=4, finished=0)))
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (None, ["0", "1", "2"]),
+        (["step 1", "step 2", "step 3"], ["1", "2", "3"]),
+        (["photo", "art_painting", "sketch"], ["photo", "art_painting", "sketch"]),
+        (["task", "task", "task"], ["task", "task", "task"]),
+    ],
+)
+def test_task_names_label_both_axes(names: list[str] | None, shown: list[str]) -> None:
+    axes = plot_accuracy_matrix(accuracies(3), task_names=names).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == shown
+    assert [label.get_text() for label in axes.get_yticklabels()] == shown
+
+
+@pytest.mark.parametrize(
+    ("matrix", "names", "message"),
+    [
+        ([[0.5, 0.5]], None, "shape"),
+        ([[50.0]], None, "divide percentages by 100"),
+        ([[0.5]], ["a", "b"], "2 task names for an accuracy matrix of 1 task"),
+    ],
+)
+def test_what_is_no_accuracy_matrix_is_refused(matrix: list, names: list[str] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_accuracy_matrix(matrix, task_names=names)
+
+
+def test_seeds_become_a_mean_with_a_band_of_their_deviation() -> None:
+    runs = [run("L2P", 5, seed) for seed in range(3)] + [run("DualPrompt", 5, seed=0)]
+    axes = plot_average_accuracy(runs).axes[0]
+    curves = np.array([[100 * accuracies(5, seed=seed)[i, : i + 1].mean() for i in range(5)] for seed in range(3)])
+    line, single = axes.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), curves.mean(axis=0))
+    np.testing.assert_allclose(single.get_ydata(), curves[0])
+    (band,) = axes.collections  # one run has none
+    at_the_end = [y for x, y in band.get_paths()[0].vertices if x == 5]
+    deviation = curves[:, -1].std(ddof=1)
+    np.testing.assert_allclose(
+        [min(at_the_end), max(at_the_end)], [curves[:, -1].mean() - deviation, curves[:, -1].mean() + deviation]
+    )
+    assert {label.get_text() for label in end_labels(axes)} == {
+        f"L2P  {curves[:, -1].mean():.1f}",
+        f"DualPrompt  {curves[0, -1]:.1f}",
+    }
+
+
+def test_unfinished_seed_ends_the_mean_where_it_ends() -> None:
+    axes = plot_average_accuracy([run(tasks=5, seed=0), run(tasks=5, seed=1, finished=3)]).axes[0]
+    np.testing.assert_array_equal(np.isfinite(axes.get_lines()[0].get_ydata()), [True, True, True, False, False])
+
+
+def test_what_differs_between_lines_of_one_method_is_named() -> None:
+    figure = plot_average_accuracy([run(tasks=5), run(tasks=10)])
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["L2P (5 tasks)", "L2P (10 tasks)"]
+    figure = plot_average_accuracy([run(), run(dataset="owner/paintings")])
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["L2P (images)", "L2P (paintings)"]
+
+
+def test_labels_of_close_curves_do_not_overlap() -> None:
+    runs = [run(f"A method with quite a long name {number}", tasks=10) for number in range(9)]
+    figure = plot_average_accuracy(runs)
+    figure.draw_without_rendering()
+    # Of the text alone: an annotation's own extent has its line as well.
+    boxes = sorted((Text.get_window_extent(label) for label in end_labels(figure.axes[0])), key=lambda box: box.y0)
+    assert len(boxes) == 9
+    assert all(lower.y1 <= upper.y0 for lower, upper in zip(boxes, boxes[1:], strict=False))
+
+
+def test_comparison_shows_each_method_on_one_scale() -> None:
+    runs = [run(method, 4, seed) for method in ("L2P", "DualPrompt", "CODA-Prompt") for seed in range(2)]
+    panels = [axes for axes in plot_comparison(runs).axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in panels] == ["L2P", "DualPrompt", "CODA-Prompt"]
+    mean = (accuracies(4, seed=0) + accuracies(4, seed=1)) / 2
+    for axes in panels:
+        np.testing.assert_allclose(axes.images[-1].get_array().filled(np.nan), mean)
+        assert axes.images[-1].get_clim() == panels[0].images[-1].get_clim()
+        assert cells(axes)[3, 0] == f"{100 * mean[3, 0]:.1f}"
+
+
+def test_comparison_averages_forgetting_over_the_seeds() -> None:
+    """The forgetting of the mean matrix would be another number."""
+    runs = [run(tasks=8, seed=seed) for seed in range(3)]
+    mean_forgetting = 100 * np.mean([forgetting(results.accuracy_matrix) for results in runs])
+    (panel,) = (axes for axes in plot_comparison(runs).axes if axes.images)
+    assert any(f"forg. {mean_forgetting:.1f}\u00a0%" in text.get_text() for text in panel.texts)
+
+
+@pytest.mark.parametrize("plot", [plot_average_accuracy, plot_comparison])
+def test_lists_of_results_that_cannot_be_drawn_are_refused(plot) -> None:
+    with pytest.raises(ValueError, match="list of results is empty"):
+        plot([])
+    with pytest.raises(ValueError, match="'L2P', the seed 0 .* different `method` names"):
+        plot([run(), run()])
+
+
+@pytest.mark.parametrize(
+    ("plot", "content"),
+    [
+        (plot_accuracy_matrix, run("CODA-Prompt", tasks=3)),
+        (plot_accuracy_matrix, run("A method whose name takes two lines", tasks=3, finished=2)),
+        (plot_accuracy_matrix, run(tasks=4, task_names=["photo", "art_painting", "cartoon", "sketch"])),
+        (plot_accuracy_matrix, run(tasks=20)),
+        (plot_average_accuracy, [run(method, 10, seed) for method in ("L2P", "DualPrompt") for seed in range(2)]),
+        (plot_average_accuracy, [run(finished=0)]),
+        (plot_comparison, [run(f"Method {number}", tasks=10) for number in range(4)]),
+        (plot_comparison, [run(tasks=1)]),
+    ],
+)
+def test_saved_picture_is_whole(plot, content, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "picture.png"
+    assert isinstance(plot(content, path=path), Figure)
+    pixels = imread(path)[..., :3]
+    assert min(pixels.shape[:2]) > 600
+    assert len(np.unique(pixels[::5, ::5].reshape(-1, 3), axis=0)) > 20
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (edges == 1).all()  # nothing is cut off
+
+
+def test_no_global_state_of_pyplot_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would now fail
+    assert len([axes for axes in plot_comparison([run("L2P"), run("DualPrompt")]).axes if axes.images]) == 2
+
+
+@pytest.mark.parametrize("plot", [lambda: plot_accuracy_matrix([[0.5]]), lambda: plot_comparison([run()])])
+def test_without_matplotlib_the_error_says_what_to_install(plot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install peft-cl\[plots\]"):
+        plot()
