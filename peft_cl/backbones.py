@@ -1,4 +1,4 @@
-"""The vision transformers that can be prompted: one row per family, and the only place that knows their module names."""
+"""The vision transformers that can be prompted: one row per family. No other place knows their module names."""
 
 from __future__ import annotations
 

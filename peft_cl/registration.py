@@ -54,14 +54,27 @@ def add_peft_type(name: str) -> PeftType:
 def register_method(name: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> PeftType:
     """Register a method under `name` (lower case); its parameters carry the prefix `f"{name}_"`.
 
-    Registering the same classes twice is allowed (a module may be imported again); another class under a name that
-    is taken is PEFT's own `KeyError`.
+    Args:
+        name: the method's name in saved configs (in upper case) and in parameter names.
+        config_class: sets `self.peft_type` to the member of this name in its `__post_init__`.
+        model_class: its `prefix` is `f"{name}_"`.
+
+    Raises:
+        KeyError: another class has this name. The same class again is fine: a module may be reloaded.
+
+    Example:
+        >>> register_method("mymethod", MyConfig, MyModel)  # doctest: +SKIP
+        <PeftType.MYMETHOD: 'MYMETHOD'>
     """
     member = add_peft_type(name.upper())
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if known is not None and known.__qualname__ == config_class.__qualname__ and known.__module__ == config_class.__module__:
+    if known is not None and _address(known) == _address(config_class):
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_class
         PEFT_TYPE_TO_TUNER_MAPPING[member] = model_class
         return member
     register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
     return member
+
+
+def _address(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__

@@ -10,6 +10,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
+#: Where peft_cl's own backbones lie.
+EMBEDDED = Path(__file__).parents[1] / "assets"
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a backbone or data set comes from, as far as its name tells."""
@@ -53,8 +57,10 @@ def find_source(name: str) -> Source:
     name = (name or "").strip()
     if not name:
         return Source("", is_local=False)
+    if (EMBEDDED / name).is_dir() and "/" not in name:
+        return Source(name, is_local=True, is_embedded=True)
     path = Path(name).expanduser()
-    is_local = path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1 or "\\" in name
+    is_local = path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1 or "\\" in name
     if not is_local:
         return Source(name, is_local=False)
     *folders, last = re.split(r"[\\/]", str(path.resolve()))

@@ -31,7 +31,7 @@ class NearestClassMean(Strategy):
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:
         model = trainer.model.base_model
         head = model.head.active
-        rows = [model.peft_config["default"].classes.index(name) for name in task.classes]
+        rows = head.config.tasks[-1]
         sums = torch.zeros_like(head.weight)
         counts = torch.zeros(head.out_features, device=head.weight.device)
         for batch in trainer.get_eval_dataloader(task.train):

@@ -15,8 +15,8 @@ class ContinualTrainingArguments(TrainingArguments):
     checkpoints are written within a task (`save_strategy="no"`; the adapter and the results are saved after each task).
 
     Args:
-        evaluate_after: which tasks are measured after each task: `"seen"` (all tasks so far, the default) or
-            `"last"` (all tasks, but only once, after the last).
+        cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
+            and training images without augmentation) and keep it in memory, 4 D bytes an image.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -31,9 +31,9 @@ class ContinualTrainingArguments(TrainingArguments):
     save_strategy: str = field(
         default="no", metadata={"help": "Checkpoints within a task. The adapter is saved after each task anyway."}
     )
-    evaluate_after: str = field(
-        default="seen",
-        metadata={"help": "'seen': after each task, measure all tasks so far. 'last': only after the last task."},
+    cache_queries: bool = field(
+        default=True,
+        metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
     )
 
     def __post_init__(self):
@@ -48,5 +48,3 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "
                 "-inf in training, which makes a smoothed loss infinite. Set it to 0."
             )
-        if self.evaluate_after not in ("seen", "last"):
-            raise ValueError(f"evaluate_after is {self.evaluate_after!r}, but must be 'seen' or 'last'.")

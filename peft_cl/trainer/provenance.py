@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..scenarios import Scenario
@@ -49,14 +50,18 @@ def versions() -> dict[str, str]:
 
 
 def model_name(model: Any) -> str:
-    """Name or folder that the base model was loaded from; its class if it was made from a config."""
-    base = model.get_base_model()
-    return getattr(base.config, "_name_or_path", "") or type(base).__name__
+    """Hub name of the base model, or the last name of the folder it was loaded from; empty if made from a config."""
+    name = getattr(model.get_base_model().config, "_name_or_path", "")
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def dataset_name(scenario: Scenario) -> str:
-    """The name under which the data set was built."""
-    return scenario[0].train.info.dataset_name or "in-memory images"
+    """The Hub id (`owner/name`) of the scenario's data, or the name under which a local data set was built."""
+    info = scenario[0].train.info
+    for source in info.download_checksums or ():
+        if source.startswith("hf://datasets/"):
+            return source.removeprefix("hf://datasets/").partition("@")[0]
+    return info.dataset_name or "in-memory images"
 
 
 def _plain(value: Any) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch.utils.data import ConcatDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -23,6 +24,7 @@ from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .progress import SequenceProgress
 from .provenance import dataset_name, hyperparameters, model_name, versions
+from .query_cache import QueryCache
 from .strategy import Strategy
 
 
@@ -98,6 +100,7 @@ class ContinualTrainer(Trainer):
         tasks = len(scenario)
         self.accuracy_matrix = np.full((tasks, tasks), np.nan)
         self.train_seconds = 0.0
+        self.queries = QueryCache(training_images=augmentation is None)
         self.task: Task | None = None
         self._measured: list[Task] = []
         self._losses: dict[str, torch.Tensor] = {}
@@ -129,8 +132,7 @@ class ContinualTrainer(Trainer):
         began = time.perf_counter()
         output = self.strategy.learn(self, task)
         self.train_seconds += time.perf_counter() - began
-        if self.args.evaluate_after == "seen" or task.index == len(self.scenario) - 1:
-            self.evaluate()
+        self.evaluate()
         self.save()
         self.progress.end_task(self._summary(task))
         return output
@@ -142,8 +144,11 @@ class ContinualTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.train_dataset = task.train
-        return super().train()
+        self.train_dataset = self._examples([task], "train")
+        try:
+            return super().train()
+        finally:
+            self.queries.forget(task)
 
     @property
     def finished_tasks(self) -> int:
@@ -170,7 +175,7 @@ class ContinualTrainer(Trainer):
             if self.task is None:
                 raise ValueError("No task has begun, so there is nothing to measure. Call train() first.")
             self._measured = list(self.scenario[: self.task.index + 1])
-            eval_dataset = ConcatDataset([task.test for task in self._measured])
+            eval_dataset = self._examples(self._measured, "test")
         try:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -215,6 +220,20 @@ class ContinualTrainer(Trainer):
         super().log(logs, start_time)
 
     # ----------------------------------------------------------------------------------------------- data
+
+    def _examples(self, tasks: Sequence[Task], split: str) -> Any:
+        if not self.args.cache_queries:
+            return concatenate_datasets([getattr(task, split) for task in tasks])
+        return self.queries.examples(tasks, split, self._tuner, self._plain_loader)
+
+    def _plain_loader(self, examples: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """Un-augmented batches of all examples, in order, on this process alone."""
+        # A generator of its own: the order of the training images must not depend on whether queries are cached.
+        generator = torch.Generator()
+        loader = DataLoader(
+            examples, self.args.eval_batch_size, collate_fn=self._collators[False], generator=generator
+        )
+        return (self._prepare_inputs(batch) for batch in loader)
 
     def get_train_dataloader(self):
         self.data_collator = self._collators[True]
@@ -268,12 +287,10 @@ class ContinualTrainer(Trainer):
         )
 
     def _summary(self, task: Task) -> str:
-        head = f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training"
-        if not self.finished_tasks:
-            return head
         metrics = self.metrics
         return (
-            f"{head}, average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
+            f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training, "
+            f"average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
         )
 
 

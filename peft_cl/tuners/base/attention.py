@@ -32,7 +32,8 @@ class PrefixedConfig:
         self.values = values
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["config"], name)
+        # Not `self.config`: on an instance without state (copy, pickle) that would come back here for ever.
+        return getattr(object.__getattribute__(self, "config"), name)
 
 
 @contextmanager

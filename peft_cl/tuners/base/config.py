@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,8 +22,9 @@ FORMAT_VERSION = 1
 class PromptPoolConfig(PeftConfig):
     """Base of the methods' configurations; not used by itself.
 
-    Settings are checked when the object is made. `classes`, `tasks` and `rows_in_use` are facts of the adapter that
-    `begin_task` writes and `save_pretrained` keeps; nobody sets them by hand.
+    Settings are checked when the object is made: a field's type hint, where it is a `Literal` or `bool`, says what it
+    may be; a method checks the rest in its own `__post_init__`. `classes`, `tasks` and `rows_in_use` are facts of the
+    adapter that `begin_task` writes and `save_pretrained` keeps; nobody sets them by hand.
     """
 
     head_init: Literal["default", "zeros", "trunc_normal"] = field(
@@ -48,7 +52,11 @@ class PromptPoolConfig(PeftConfig):
         metadata={"help": "The encoder and the head, filled in from the model's family. Leave at None."},
     )
     classes: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes learnt, in the order of the head's rows (written)."}
+        default=None,
+        metadata={
+            "help": "Names of the head's rows, in order: the classes learnt, or the base model's before the first "
+            "task (written)."
+        },
     )
     tasks: list[list[int]] | None = field(
         default=None, metadata={"help": "For each task seen, the head rows of its classes (written)."}
@@ -65,13 +73,15 @@ class PromptPoolConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choice("head_init", ("default", "zeros", "trunc_normal"))
-        self._check_choice("query_projection", (None, "linear", "mlp"))
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version}, but this peft_cl reads formats up to {FORMAT_VERSION}: the "
                 "adapter was written by a newer peft_cl. Upgrade with `pip install -U peft-cl`."
             )
+        for name, choices in _choices_of(type(self)).items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any):
@@ -103,10 +113,48 @@ class PromptPoolConfig(PeftConfig):
         check_weight_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         return config
 
+    # ----------------------------------------------------------------------------------------------- tasks
+
     @property
     def num_tasks(self) -> int:
         """Tasks begun so far."""
         return len(self.tasks or ())
+
+    def add_task(self, class_names: Sequence[str]) -> int:
+        """Record the next task; nothing is written unless all of it is in order.
+
+        Args:
+            class_names: names of the task's classes; those of earlier tasks keep their rows, new ones are appended.
+
+        Returns:
+            The number of classes known before.
+
+        Raises:
+            ValueError: no names, names that are no strings, repeated names, or a pool that cannot hold another task.
+        """
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names is the string {class_names!r}, but must be a list of names, one per class.")
+        names = list(class_names)
+        if not names:
+            raise ValueError("class_names is empty, but a task has at least one class.")
+        wrong = [name for name in names if not isinstance(name, str)]
+        if wrong:
+            raise ValueError(f"class_names holds {wrong[:5]}, but names are strings. Convert them with str().")
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"class_names repeats {repeated}: each class of a task is named once.")
+        self.check_next_task(self.num_tasks)
+        known = self.classes if self.tasks else []
+        classes = list(dict.fromkeys([*known, *names]))
+        row = {name: index for index, name in enumerate(classes)}
+        self.classes = classes
+        self.tasks = [*(self.tasks or ()), [row[name] for name in names]]
+        return len(known)
+
+    def check_next_task(self, index: int) -> None:
+        """Refuse task `index` (from 0) if the pool cannot hold it. Pools that grow or are shared hold any number."""
+
+    # ----------------------------------------------------------------------------------------------- backbone
 
     @property
     def prompted_layers(self) -> tuple[int, ...]:
@@ -122,13 +170,7 @@ class PromptPoolConfig(PeftConfig):
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
             )
 
-    def check_next_task(self, index: int) -> None:
-        """Refuse task `index` (from 0) if the pool cannot hold it. Pools that grow or are shared hold any number."""
-
-    def _check_choice(self, name: str, choices: tuple) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+    # ----------------------------------------------------------------------------------------------- checks
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -139,19 +181,74 @@ class PromptPoolConfig(PeftConfig):
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{name} is {value!r}, but must be a number of at least 0 (0 switches the term off).")
 
     def _check_layers(self, name: str, *, empty_allowed: bool = False) -> None:
         """Layers are kept as a sorted list of distinct whole numbers from 0."""
-        layers = list(getattr(self, name))
+        value = getattr(self, name)
+        layers = list(value) if isinstance(value, (list, tuple, range, set)) else [None]
         if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-            raise ValueError(f"{name} is {layers}, but layers are whole numbers counted from 0.")
+            raise ValueError(f"{name} is {value!r}, but must be a list of whole numbers, counted from 0.")
         if len(set(layers)) != len(layers):
             raise ValueError(f"{name} is {layers}, but each layer may be named once.")
         if not layers and not empty_allowed:
             raise ValueError(f"{name} is empty, but at least one layer must be prompted, for instance [0].")
         setattr(self, name, sorted(layers))
+
+    def _check_even(self, name: str) -> None:
+        value = getattr(self, name)
+        if value % 2:
+            raise ValueError(
+                f"{name} is {value}, but a prefix needs an even number: its first half are keys, its second half "
+                f"values. Set it to {value + 1}."
+            )
+
+
+@dataclass
+class KeyPoolConfig(PromptPoolConfig):
+    """Base of the configurations of methods that choose prompts by their keys and pull the keys to their queries."""
+
+    keys_per_layer: bool = field(
+        default=False, metadata={"help": "Prefix form: a key set for each prompted layer instead of one for all."}
+    )
+    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
+        default="cosine",
+        metadata={
+            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
+        },
+    )
+    pull_reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "How the pull term is reduced over the batch."}
+    )
+    batchwise_prompt_at_test: bool = field(
+        default=False,
+        metadata={
+            "help": "At test, the whole batch takes the rows chosen most often in it. It leaks the task's identity, "
+            "as test batches come from one task, and makes results depend on the batch; only for comparison with "
+            "code that does so."
+        },
+    )
+    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
+        default="uniform",
+        metadata={
+            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
+        },
+    )
+
+
+@cache
+def _choices_of(config_class: type) -> dict[str, tuple]:
+    """Field name -> the values that its type hint names, for fields of a `Literal` (or None) or `bool` type."""
+    hints = get_type_hints(config_class)
+    found = {}
+    for config_field in fields(config_class):
+        hint = hints[config_field.name]
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if bool in parts or any(get_origin(part) is Literal for part in parts):
+            choices = [(True, False) if part is bool else get_args(part) or (None,) for part in parts]
+            found[config_field.name] = sum(choices, ())
+    return found
 
 
 def check_weight_file(path: Path) -> None:
@@ -163,6 +260,6 @@ def check_weight_file(path: Path) -> None:
             weights.keys()
     except SafetensorError as error:
         raise ValueError(
-            f"The adapter file {path} is damaged or cut short ({path.stat().st_size} bytes; {error}). Copy or download "
-            "it again, or save the adapter anew."
+            f"The adapter file {path} is damaged or cut short ({path.stat().st_size} bytes; {error}). Copy or "
+            "download it again, or save the adapter anew."
         ) from error

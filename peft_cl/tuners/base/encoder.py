@@ -77,12 +77,11 @@ class PromptedEncoder(AdapterLayer):
             )
         interpolate = bool(interpolate_pos_encoding)
         call = self.call or Call()
-        query = call.query
+        query = call.query if pool.needs_query else None
         if query is None and pool.needs_query:
             query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
-        # The keys decide by small differences of cosines: full precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            prompts = pool(query.float() if query is not None else None)
+            prompts = pool(query)
         trace = Trace(
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
             attentions=[] if self._wanted("output_attentions", kwargs) else None,
@@ -92,7 +91,7 @@ class PromptedEncoder(AdapterLayer):
             prompts.losses.update(pool.compare(self._features_of_parts(pixel_values, prompts, interpolate)))
         call.prompts = prompts
         return BaseModelOutputWithPooling(
-            last_hidden_state=self._for_head(tokens, num_prompts, getattr(pool.config, "head_type", "cls")),
+            last_hidden_state=self._for_head(tokens, num_prompts, pool.head_type),
             hidden_states=tuple(trace.hidden_states) if trace.hidden_states is not None else None,
             attentions=tuple(trace.attentions) if trace.attentions is not None else None,
         )
@@ -161,10 +160,7 @@ class PromptedEncoder(AdapterLayer):
         )
 
         def run(hidden: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
-            with (
-                prefixed(attention, *prefix) if prefix else nullcontext(),
-                without_own_checkpointing(layer) if checkpointed else nullcontext(),
-            ):
+            with prefixed(attention, *prefix) if prefix else nullcontext(), without_own_checkpointing(layer):
                 output = layer(hidden)
             return output[0] if isinstance(output, tuple) else output
 
@@ -222,9 +218,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """The layer's forward is checkpointed by us, with its prefix; it must not checkpoint itself inside."""
+    """The layer's forward is checkpointed by us, with its prefix, or needs no checkpoint; it must not do so itself."""
+    own = getattr(layer, "gradient_checkpointing", False)
     layer.gradient_checkpointing = False
     try:
         yield
     finally:
-        layer.gradient_checkpointing = True
+        layer.gradient_checkpointing = own

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
@@ -39,19 +41,14 @@ class GrowingLinear(nn.Linear):
         else:
             nn.init.trunc_normal_(self.weight, std=0.02)
 
-    @classmethod
-    def copy_of(cls, classifier: nn.Module, in_features: int, config: PromptPoolConfig) -> GrowingLinear:
-        """Start from the base model's own classifier, in float32; no row if the base model has none."""
-        if not isinstance(classifier, nn.Linear):
-            return cls(in_features, 0, config)
-        head = cls(classifier.in_features, classifier.out_features, config)
-        with torch.no_grad():
-            head.weight.copy_(classifier.weight)
-            if classifier.bias is not None:
-                head.bias.copy_(classifier.bias)
-            else:
-                head.bias.zero_()
-        return head
+    @torch.no_grad()
+    def copy_from(self, classifier: nn.Linear) -> None:
+        """Take the rows of another classifier of the same size; a missing bias is 0."""
+        self.weight.copy_(classifier.weight)
+        if classifier.bias is None:
+            nn.init.zeros_(self.bias)
+        else:
+            self.bias.copy_(classifier.bias)
 
     def grow(self, classes: int, *, keep: int) -> None:
         """Have `classes` rows, of which the first `keep` are the present ones; the others begin anew."""
@@ -69,7 +66,17 @@ class ClassifierHead(AdapterLayer):
 
     Two hooks on the classification model, `before_forward` and `after_forward`, carry `labels`, `task_ids` and `query`
     around the base model's own forward: its loss would use the base config's number of labels, weigh the pool's terms
-    by accelerate's accumulation steps, and cannot mask classes.
+    by accelerate's accumulation steps, and cannot mask classes. They are hooks because `PeftModel` calls the base
+    model, never a tuner's `forward`; so pipelines and `get_base_model()` give the same answers. With adapters disabled
+    the base model is left alone, its own loss included.
+
+    Args:
+        base_layer: the base model's classifier.
+        prefix: the method's prefix.
+        encoder_name: the base model's attribute that holds the `PromptedEncoder`.
+
+    Attributes:
+        last_losses: the terms of the last loss, by name, detached and weighted.
     """
 
     kind = "head"
@@ -78,6 +85,61 @@ class ClassifierHead(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
+        #: The classification model, in a tuple: torch must not take the whole for a part of its part.
+        self.owner: tuple[PreTrainedModel, ...] = ()
+
+    # ----------------------------------------------------------------------------------------------- the base model
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Hook into the classification model that this head is part of; `detach` undoes all of it.
+
+        Bound methods of a module inside the model survive deepcopy and pickle.
+        """
+        self.owner = (model,)
+        self.base_names = _class_names(model, self.base_layer)
+        self.base_labels = {name: dict(getattr(model.config, name)) for name in ("id2label", "label2id")}
+        self.base_accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", None)
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+        ]
+        # The Trainer must divide the loss by the accumulation steps itself: the pool's terms are not per-sample sums.
+        model.accepts_loss_kwargs = False
+
+    def detach(self) -> None:
+        (model,) = self.owner
+        for hook in self.hooks:
+            hook.remove()
+        self._show(self.base_labels)
+        if self.base_accepts_loss_kwargs is None:
+            del model.accepts_loss_kwargs
+        else:
+            model.accepts_loss_kwargs = self.base_accepts_loss_kwargs
+        self.owner = ()
+
+    def show_labels(self) -> None:
+        """Keep the base config's labels in step with the head that answers, for pipelines and predictions."""
+        if self.active is None:
+            self._show(self.base_labels)
+        else:
+            names = self.active.config.classes
+            self._show({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
+
+    def _show(self, labels: dict[str, dict]) -> None:
+        (model,) = self.owner
+        for name, value in labels.items():
+            setattr(model.config, name, dict(value))
+        model.num_labels = len(labels["id2label"])
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.show_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.show_labels()
+
+    # ----------------------------------------------------------------------------------------------- forward
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, D) -> logits (B, classes learnt)."""
@@ -88,9 +150,11 @@ class ClassifierHead(AdapterLayer):
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
-        args, kwargs = _labels_by_name(model, args, kwargs)
-        encoder: PromptedEncoder = getattr(model, self.encoder_name)
-        encoder.call = Call(kwargs.pop("labels", None), kwargs.pop("task_ids", None), kwargs.pop("query", None))
+        call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
+        if self.active is not None:
+            args, kwargs = _labels_by_name(model, args, kwargs)
+            call.labels = kwargs.pop("labels", None)
+        getattr(model, self.encoder_name).call = call
         return args, kwargs
 
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -98,6 +162,10 @@ class ClassifierHead(AdapterLayer):
         encoder: PromptedEncoder = getattr(model, self.encoder_name)
         call, encoder.call = encoder.call, None
         if output is None or call is None:  # the forward raised: only the state had to be cleared
+            return output
+        if self.active is None:
+            if call.task_ids is not None:
+                raise ValueError("task_ids were given, but no adapter is active: the base model has no tasks.")
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.mask(logits, call.task_ids, training=model.training)
@@ -118,25 +186,38 @@ class ClassifierHead(AdapterLayer):
     def mask(self, logits: torch.Tensor, task_ids: torch.Tensor | None, *, training: bool) -> torch.Tensor:
         """Set the logits of classes that are out of the question to -inf.
 
-        In training these are the classes of other tasks (`train_mask`); with `task_ids` (B,), the tasks of the samples
-        (task-incremental evaluation), those outside each sample's own task.
+        Args:
+            logits: (B, classes) of the active head.
+            task_ids: (B,), the task of each sample (task-incremental evaluation): its own task's classes are kept.
+            training: without `task_ids`, keep the classes of the current task (`train_mask`).
         """
-        head = self.active
-        if head is None or not head.config.tasks:
-            if task_ids is not None:
-                raise ValueError("task_ids were given, but the active adapter has no tasks. Call begin_task first.")
-            return logits
+        config = self.active.config
         if task_ids is not None:
-            allowed = torch.stack([_one_task(head.config, task, logits) for task in task_ids.tolist()])
-        elif training and head.config.train_mask:
-            allowed = _one_task(head.config, head.config.num_tasks - 1, logits)
+            task_ids = torch.as_tensor(task_ids)
+            unknown = sorted({task for task in task_ids.tolist() if not 0 <= task < config.num_tasks})
+            if unknown:
+                raise ValueError(
+                    f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, counted "
+                    "from 0."
+                )
+            allowed = _rows_of_tasks(config.tasks, logits)[task_ids.to(logits.device)]
+        elif training and config.train_mask and config.tasks:
+            allowed = _rows_of_tasks(config.tasks[-1:], logits)
         else:
             return logits
         return logits.masked_fill(~allowed, -torch.inf)
 
     def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of (B, classes) and (B,) labels, in float32."""
-        # Checked where it costs nothing; on an accelerator it would make every step wait for the device.
+        """Mean cross-entropy of (B, classes) and (B,) labels, in float32.
+
+        Raises:
+            ValueError: labels that are no class indices, of unknown classes, or of classes that are masked out.
+        """
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, but must be class indices, (B,)."
+            )
+        # Looked into where it costs nothing; on an accelerator it would make every step wait for the device.
         if labels.device.type == "cpu" and labels.numel():
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= logits.shape[-1]:
@@ -145,16 +226,28 @@ class ClassifierHead(AdapterLayer):
                     f"{logits.shape[-1] - 1}. Call begin_task with the new classes' names, or map the labels to the "
                     "order of `classes` in the adapter's config."
                 )
-        return F.cross_entropy(logits.float(), labels)
+            masked = labels[torch.isneginf(logits.detach().gather(1, labels[:, None].long()))[:, 0].cpu()]
+            if len(masked):
+                raise ValueError(
+                    f"labels hold the classes {masked.unique().tolist()[:5]}, which are not of the task that the "
+                    "logits are masked to, so their loss would be infinite. Train on the examples of the current "
+                    "task, give the right task_ids, or set train_mask=False."
+                )
+        return F.cross_entropy(logits.float(), labels.long())
 
 
-def _one_task(config: PromptPoolConfig, task: int, like: torch.Tensor) -> torch.Tensor:
-    """Boolean (classes,): which classes belong to `task`."""
-    if not 0 <= task < config.num_tasks:
-        raise ValueError(f"task {task} is unknown: the adapter has seen the tasks 0 to {config.num_tasks - 1}.")
-    allowed = torch.zeros(like.shape[-1], dtype=torch.bool)
-    allowed[config.tasks[task]] = True
-    return allowed.to(like.device)
+def _rows_of_tasks(tasks: Sequence[Sequence[int]], logits: torch.Tensor) -> torch.Tensor:
+    """Boolean (tasks, classes): which head rows belong to each task."""
+    rows = torch.zeros(len(tasks), logits.shape[-1], dtype=torch.bool)
+    for task, classes in enumerate(tasks):
+        rows[task, classes] = True
+    return rows.to(logits.device)
+
+
+def _class_names(model: PreTrainedModel, classifier: nn.Module) -> list[str]:
+    """Names of the base model's classes; none if it has no classifier (`num_labels=0`)."""
+    rows = classifier.out_features if isinstance(classifier, nn.Linear) else 0
+    return [str(model.config.id2label.get(row, row)) for row in range(rows)]
 
 
 def _labels_by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -24,8 +24,8 @@ def orthonormal_rows(count: int, past: torch.Tensor) -> torch.Tensor:
         past: (rows, D) earlier rows; they may be trained, that is, neither unit nor orthogonal.
 
     Returns:
-        (count, D). Gram-Schmidt on random rows, done by QR: same result, and steady for thousands of rows. D dimensions
-        hold at most D orthogonal rows; beyond that the new rows avoid the most recent rows for which there is room.
+        (count, D). Gram-Schmidt on random rows, done by QR: same result, and steady for thousands of rows. There are
+        at most D orthogonal rows of D numbers; beyond that the new rows avoid the latest rows for which there is room.
 
     Raises:
         ValueError: count > D.
@@ -33,7 +33,7 @@ def orthonormal_rows(count: int, past: torch.Tensor) -> torch.Tensor:
     size = past.shape[-1]
     if count > size:
         raise ValueError(
-            f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Use fewer components a task."
+            f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Lower components_per_task."
         )
     recent = past[max(0, len(past) - (size - count)) :].double()
     drawn = torch.randn(count, size, dtype=torch.float64)

@@ -54,14 +54,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.entries]
         return self.entries[names[0]] if names else None
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter. PEFT and transformers both come through here, whichever way the user asked."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(
+                f"set_adapter got {names}, but one prompt adapter can be active at a time: each has its own head. "
+                "Name one."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
     def add_entry(self, adapter_name: str, entry: nn.Module) -> None:
-        """Add an adapter's part, on the device of the wrapped module, in float32."""
-        device = next((parameter.device for parameter in self.base_layer.parameters()), torch.device("cpu"))
-        meta = any(parameter.is_meta for parameter in entry.parameters())  # low_cpu_mem_usage: PEFT loads into it
-        self.entries[adapter_name] = entry if meta else entry.to(device)
+        """Add an adapter's part, on the device of the wrapped module; its dtype, float32, stays."""
+        self.entries[adapter_name] = entry
+        # With low_cpu_mem_usage the entry is empty yet, and PEFT asks for the move after it has loaded the weights.
+        if not any(parameter.is_meta for parameter in entry.parameters()):
+            self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT calls this after loading into empty weights. The device is the wrapped module's; the dtype stays ours:
-        prompts, keys and head are float32 whatever the backbone is."""
+        """Called by PEFT after loading. Unlike PEFT's own, it leaves the dtype: prompts, keys and head are float32
+        whatever the backbone is."""
         if adapter_name in self.entries:
-            self.add_entry(adapter_name, self.entries[adapter_name].to(device) if device else self.entries[adapter_name])
+            like = next(self.base_layer.parameters(), torch.empty(0))
+            self.entries[adapter_name].to(device or like.device)

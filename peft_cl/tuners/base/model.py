@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,23 +54,17 @@ class PromptPoolModel(BaseTuner):
             {0: 'cat', 1: 'dog', 2: 'horse'}
         """
         adapter, config = self._active_config()
-        names = _checked_names(class_names)
         if config.inference_mode:
             raise ValueError(
                 f"The adapter {adapter!r} was loaded for inference and cannot learn a task. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True)."
             )
-        config.check_next_task(config.num_tasks)
-        known = list(config.classes or ()) if config.tasks else []
-        classes = known + [name for name in names if name not in known]
-        config.classes = classes
-        config.tasks = [*(config.tasks or ()), [classes.index(name) for name in names]]
-        self.head.entries[adapter].grow(len(classes), keep=len(known))
-        pool = self.pool
+        known = config.add_task(class_names)
+        self.head.entries[adapter].grow(len(config.classes), keep=known)
         if config.num_tasks > 1:
-            pool.begin_task(config.num_tasks - 1)
-        config.rows_in_use = pool.rows_in_use
-        self._show_labels()
+            self.pool.begin_task(config.num_tasks - 1)
+        config.rows_in_use = self.pool.rows_in_use
+        self.head.show_labels()
 
     @property
     def encoder(self) -> PromptedEncoder:
@@ -102,15 +97,31 @@ class PromptPoolModel(BaseTuner):
 
     # ----------------------------------------------------------------------------------------------- injection
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        family = family_of(self.model)
-        peft_config.check_backbone(len(family.layer_list(_unwrapped(getattr(self.model, family.encoder)))))
-        peft_config.target_modules = [family.encoder, family.head]
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The adapter keeps its own record of classes and tasks: a user may give one config to several models.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PromptPoolConfig, model_config: dict) -> PromptPoolConfig:
+        family = self.family
+        places = [family.encoder, family.head]
+        if peft_config.target_modules not in (None, places):
+            raise ValueError(
+                f"target_modules is {peft_config.target_modules!r}, but in a {type(self.model).__name__} prompts and "
+                f"head belong in {places}. Leave target_modules at None; load a saved adapter into a base model of "
+                "the family it was trained on."
+            )
+        peft_config.target_modules = places
+        peft_config.check_backbone(self._geometry().num_layers)
         return peft_config
+
+    def _geometry(self) -> Geometry:
+        encoder = getattr(self.model, self.family.encoder)
+        return Geometry(self.model.config.hidden_size, len(self.family.layer_list(encoder)))
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: PromptPoolConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -119,96 +130,41 @@ class PromptPoolModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        family = self.family
-        hidden_size = self.model.config.hidden_size
-        if target_name == family.encoder:
-            if not isinstance(target, PromptedEncoder):
-                target = PromptedEncoder(target, self.prefix, family)
-                setattr(parent, target_name, target)
-            geometry = Geometry(hidden_size, len(family.layer_list(target.base_layer)))
-            pool = self.pool_class(peft_config, geometry)
-            peft_config.rows_in_use = pool.rows_in_use
-            target.add_entry(adapter_name, pool)
-            return
-        if not isinstance(target, ClassifierHead):
-            target = ClassifierHead(target, self.prefix, family.encoder)
-            setattr(parent, target_name, target)
-            self._attach(target)
-        if peft_config.tasks:
-            head = GrowingLinear(hidden_size, len(peft_config.classes), peft_config)
+        if target_name == self.family.encoder:
+            self._add_pool(peft_config, adapter_name)
         else:
-            head = GrowingLinear.copy_of(target.base_layer, hidden_size, peft_config)
-        target.add_entry(adapter_name, head)
+            self._add_head(peft_config, adapter_name)
 
-    def _attach(self, head: ClassifierHead) -> None:
-        """Hook the head's two methods into the base model, once; `unload` takes them out again.
+    def _add_pool(self, config: PromptPoolConfig, adapter_name: str) -> None:
+        if not isinstance(self.encoder, PromptedEncoder):
+            setattr(self.model, self.family.encoder, PromptedEncoder(self.encoder, self.prefix, self.family))
+        pool = self.pool_class(config, self._geometry())
+        config.rows_in_use = pool.rows_in_use
+        self.encoder.add_entry(adapter_name, pool)
 
-        `PeftModel` calls the base model, never this tuner's `forward`, so behaviour must sit on the base model. Bound
-        methods of a module inside it survive deepcopy and pickle.
-        """
-        model = self.model
-        head.base_config = {name: getattr(model.config, name) for name in ("id2label", "label2id")}
-        head.base_accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", None)
-        head.hooks = [
-            model.register_forward_pre_hook(head.before_forward, with_kwargs=True),
-            model.register_forward_hook(head.after_forward, with_kwargs=True, always_call=True),
-        ]
-        # The Trainer must divide the loss by the accumulation steps itself: the pool's terms are not per-sample sums.
-        model.accepts_loss_kwargs = False
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._show_labels()
+    def _add_head(self, config: PromptPoolConfig, adapter_name: str) -> None:
+        if not isinstance(self.head, ClassifierHead):
+            head = ClassifierHead(self.head, self.prefix, self.family.encoder)
+            setattr(self.model, self.family.head, head)
+            head.attach(self.model)
+        # Until its first task an adapter has the base model's classes, and starts from the base model's classifier. A
+        # saved adapter brings its classes, whatever classifier it meets.
+        from_base = config.classes is None
+        if from_base:
+            config.classes = list(self.head.base_names)
+        entry = GrowingLinear(self.model.config.hidden_size, len(config.classes), config)
+        if from_base and config.classes:
+            entry.copy_from(self.head.base_layer)
+        self.head.add_entry(adapter_name, entry)
 
     # ----------------------------------------------------------------------------------------------- adapters
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise ValueError(
-                f"set_adapter got {names}, but one prompt adapter can be active at a time: each has its own head. "
-                "Name one."
-            )
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._show_labels()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._show_labels()
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
-        self._show_labels()
-
-    def _show_labels(self) -> None:
-        """Keep the base config's labels in step with the head that answers, for pipelines and predictions."""
-        head = getattr(self.model, self.family.head)
-        if not isinstance(head, ClassifierHead):
-            return
-        active = head.active
-        if active is None or not active.config.tasks:
-            labels = head.base_config
-        else:
-            names = active.config.classes
-            labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        for name, value in labels.items():
-            setattr(self.model.config, name, dict(value))
-        self.model.num_labels = len(labels["id2label"])
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
-        head = self.head
-        for hook in head.hooks:
-            hook.remove()
-        head.enable_adapters(False)
-        self._show_labels()
-        if head.base_accepts_loss_kwargs is None:
-            del self.model.accepts_loss_kwargs
-        else:
-            self.model.accepts_loss_kwargs = head.base_accepts_loss_kwargs
+        self.head.detach()
         setattr(self.model, self.family.encoder, self.encoder.base_layer)
-        setattr(self.model, self.family.head, head.base_layer)
+        setattr(self.model, self.family.head, self.head.base_layer)
         del self.model.peft_config
         return self.model
 
@@ -239,11 +195,15 @@ class PromptPoolModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marks = [f".{cls.prefix}{kind}.{adapter_name}." for kind in (PromptedEncoder.kind, ClassifierHead.kind)]
         expected = {key: value for key, value in model.state_dict().items() if any(mark in key for mark in marks)}
-        missing = sorted(expected.keys() - remapped.keys())
-        if missing:
+        missing = sorted(
+            cls._remove_adapter_name_from_key(key, adapter_name) for key in expected.keys() - remapped.keys()
+        )
+        surplus = sorted(remapped.keys() - expected.keys())
+        if missing or surplus:
             raise ValueError(
-                f"The {config.method} adapter file lacks {missing}: it is incomplete, or of another method. Found "
-                f"{sorted(state_dict)}. Save the adapter again with save_pretrained."
+                f"The {config.method} adapter file lacks {missing} and has {surplus} that the adapter does not know: "
+                "it is incomplete, or of another method or other settings. Save the adapter again with "
+                "save_pretrained, and keep its config and its weights together."
             )
         misfits = [
             f"{cls._remove_adapter_name_from_key(key, adapter_name)}: file {tuple(remapped[key].shape)}, model "
@@ -259,22 +219,3 @@ class PromptPoolModel(BaseTuner):
                 "was saved, or under a new adapter name."
             )
         return remapped
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, AdapterLayer) else module
-
-
-def _checked_names(class_names: Sequence[str]) -> list[str]:
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names is the string {class_names!r}, but must be a list of names, one per class.")
-    names = list(class_names)
-    if not names:
-        raise ValueError("class_names is empty, but a task has at least one class.")
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"class_names holds {wrong[:5]}, but names are strings. Convert them with str().")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"class_names repeats {repeated}: each class of a task is named once.")
-    return names

@@ -23,8 +23,12 @@ class Geometry:
 class PromptPool(nn.Module):
     """Parameters of one adapter. A method subclasses it and defines `select`, and what happens at a task's start.
 
-    A pool knows nothing of the backbone's modules, of the trainer or of files. It is built for the number of tasks that
-    its config has seen, so a saved adapter finds its shapes.
+    A pool knows nothing of the backbone's modules, of the trainer or of files. It is built for the number of tasks
+    that its config has seen, so a saved adapter finds its shapes.
+
+    Rows of past tasks, where a method keeps them apart, are buffers `past_<name>` beside the parameters `<name>`, not
+    parameters with a zero gradient: no optimizer (momentum, weight decay) can move them, and their cost in gradients
+    and optimizer state is nothing, however many tasks there were.
 
     Args:
         config: the method's configuration; the pool reads it and never writes it.
@@ -33,6 +37,12 @@ class PromptPool(nn.Module):
 
     #: Whether `select` needs the frozen model's feature of the image, that is, a query pass.
     needs_query = True
+
+    #: What the head reads: `"cls"`, or an output of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
+    head_type = "cls"
+
+    #: Parameters with rows of past tasks, and the axis of the rows, counted from the end.
+    row_axes: Mapping[str, int] = {}
 
     def __init__(self, config: PromptPoolConfig, geometry: Geometry):
         super().__init__()
@@ -57,11 +67,16 @@ class PromptPool(nn.Module):
         """Prompts for a batch.
 
         Args:
-            query: (B, D) float32 features of the frozen model, or None if `needs_query` is False.
+            query: (B, D) features of the frozen model, or None if `needs_query` is False.
         """
-        return self.select(self.query_projection(query) if query is not None else None)
+        if query is None:
+            return self.select(None)
+        # The keys decide by small differences of cosines, so the query takes their precision (float32, unless the
+        # user cast the whole model), not the frozen model's.
+        return self.select(self.query_projection(query.to(next(self.parameters()).dtype)))
 
     def select(self, query: torch.Tensor | None) -> Prompts:
+        """Choose the prompts of a batch for its mapped query (B, D). In training, add the method's loss terms."""
         raise NotImplementedError(f"{type(self).__name__} must define select(query)")
 
     def compare(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -69,19 +84,11 @@ class PromptPool(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} asks for parts but does not define compare(features)")
 
     def _grow(self, name: str, rows: torch.Tensor) -> None:
-        """Start new rows for the parameter `name`; its present rows join the buffer `past_<name>`, on axis -3 or -2.
-
-        Rows of past tasks are buffers, not parameters with a zero gradient: no optimizer (momentum, weight decay) can
-        move them, and their cost in gradients and optimizer state is nothing, however many tasks there were.
-        """
-        axis = self.row_axes[name]
+        """Start new rows for the parameter `name`; its present rows join the buffer `past_<name>`."""
         current = getattr(self, name)
-        past = torch.cat([getattr(self, f"past_{name}"), current.detach()], dim=axis)
+        past = torch.cat([getattr(self, f"past_{name}"), current.detach()], dim=self.row_axes[name])
         setattr(self, f"past_{name}", past)
         setattr(self, name, nn.Parameter(rows.to(current), requires_grad=current.requires_grad))
-
-    #: Parameters with a past, and the axis of their rows.
-    row_axes: Mapping[str, int] = {}
 
     def rows(self, name: str) -> torch.Tensor:
         """All rows of `name`, those of past tasks first; they take part without a gradient."""

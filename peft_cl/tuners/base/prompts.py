@@ -25,6 +25,16 @@ class Injection:
     cls_position: bool = False
     keep: bool = True
 
+    @classmethod
+    def from_halves(cls, prompts: torch.Tensor) -> Injection:
+        """Prefix of prompts whose first half of rows are keys and whose second half are values.
+
+        Args:
+            prompts: (B or 1, L, D), or (B, N, L, D) for N prompts; these are cut first and then chained.
+        """
+        keys, values = (half.flatten(1, -2) for half in prompts.chunk(2, dim=-2))
+        return cls(keys=keys, values=values)
+
 
 @dataclass
 class Prompts:
@@ -45,9 +55,3 @@ class Prompts:
     def at(self, layer: int, hidden_states: torch.Tensor) -> Injection | None:
         """What enters `layer`, whose input is `hidden_states` (B, N, D). A pool may decide by that input."""
         return self.layers.get(layer)
-
-
-def halves(rows: torch.Tensor) -> Injection:
-    """Prefix from rows (B or 1, L, D) whose first half are keys and whose second half are values (CODA-Prompt)."""
-    keys, values = rows.chunk(2, dim=1)
-    return Injection(keys=keys, values=values)

@@ -46,8 +46,8 @@ class CodaPromptConfig(PromptPoolConfig):
     query_source: Literal["pretrained", "layer_cls", "layer_mean"] = field(
         default="pretrained",
         metadata={
-            "help": "The query: the frozen model's CLS feature (the paper), or the layer's own input, its CLS token or "
-            "its mean (one pass, no query pass)."
+            "help": "The query: the frozen model's CLS feature (the paper), or the layer's own input, its CLS token "
+            "or its mean (one pass, no query pass)."
         },
     )
     prompt_type: Literal["prefix", "tokens"] = field(
@@ -90,17 +90,10 @@ class CodaPromptConfig(PromptPoolConfig):
             self._check_positive("pool_size")
             self.check_next_task(0)
         self._check_not_negative("orthogonality_coefficient", "entropy_coefficient")
-        self._check_choice("selection", ("weighted", "top1"))
-        self._check_choice("query_source", ("pretrained", "layer_cls", "layer_mean"))
-        self._check_choice("prompt_type", ("prefix", "tokens"))
-        self._check_choice("orthogonality", ("gram", "pairwise"))
         if self.layers is not None:
             self._check_layers("layers")
-        if self.prompt_type == "prefix" and self.prompt_length % 2:
-            raise ValueError(
-                f"prompt_length is {self.prompt_length}, but a prefix needs an even number: its first half are keys, "
-                "its second half values."
-            )
+        if self.prompt_type == "prefix":
+            self._check_even("prompt_length")
         if self.query_source != "pretrained" and self.query_projection is not None:
             raise ValueError(
                 f"query_projection is {self.query_projection!r}, but it maps the query of the query pass, and "

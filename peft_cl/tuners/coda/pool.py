@@ -8,7 +8,7 @@ from torch import nn
 
 from ..base.initialisation import orthonormal_rows
 from ..base.pool import Geometry, PromptPool
-from ..base.prompts import Injection, Prompts, halves
+from ..base.prompts import Injection, Prompts
 from ..base.similarity import gram_penalty, pairwise_penalty, selection_entropy_term
 from .config import CodaPromptConfig
 
@@ -60,7 +60,8 @@ class CodaPromptPool(PromptPool):
         return super().forward(query)
 
     def select(self, query: torch.Tensor) -> Prompts:
-        similarity = self.similarity(query, self.rows("keys"), self.rows("attention") if self.config.attention else None)
+        attention = self.rows("attention") if self.config.attention else None
+        similarity = self.similarity(query, self.rows("keys"), attention)
         prompts = self.combine(similarity, self.rows("prompts"))
         layers = {layer: self.injection(prompts[place]) for place, layer in enumerate(self.config.layers)}
         losses = self.losses(similarity) if self.training else {}
@@ -89,7 +90,9 @@ class CodaPromptPool(PromptPool):
 
     def injection(self, prompts: torch.Tensor) -> Injection:
         """(B, L, D) -> what enters the layer."""
-        return halves(prompts) if self.config.prompt_type == "prefix" else Injection(tokens=prompts, keep=False)
+        if self.config.prompt_type == "prefix":
+            return Injection.from_halves(prompts)
+        return Injection(tokens=prompts, keep=False)
 
     def losses(self, similarity: torch.Tensor) -> dict[str, torch.Tensor]:
         losses = {}
@@ -122,7 +125,7 @@ class LayerwisePrompts(Prompts):
         own = hidden_states[:, 0] if pool.config.query_source == "layer_cls" else hidden_states.mean(dim=1)
         with torch.autocast(hidden_states.device.type, enabled=False):
             attention = pool.rows("attention")[place] if pool.config.attention else None
-            similarity = pool.similarity(own.float(), pool.rows("keys")[place], attention)
+            similarity = pool.similarity(own.to(pool.keys.dtype), pool.rows("keys")[place], attention)
             prompts = pool.combine(similarity, pool.rows("prompts")[place])
         self.similarities.append(similarity)
         if len(self.similarities) == len(self.places):

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
-from ..base.config import PromptPoolConfig
+from ..base.config import KeyPoolConfig
 
 
 @dataclass
-class DualPromptConfig(PromptPoolConfig):
+class DualPromptConfig(KeyPoolConfig):
     """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): a general prompt for all tasks, an expert row for each.
 
     Presets: `paper` (CIFAR-100), `imagenet-r` (20 expert rows), `coda` (the CODA-Prompt repository's DualPrompt: keys
@@ -27,28 +27,18 @@ class DualPromptConfig(PromptPoolConfig):
         metadata={"help": "Expert rows the adapter may hold, one a task (M). None: as many as there come tasks."},
     )
     prompt_length: int = field(
-        default=5, metadata={"help": "Rows of an expert prompt for keys, and as many for values (L_e)."}
+        default=5,
+        metadata={"help": "Rows of an expert prompt (L_e): as prefix, so many for keys and as many for values."},
     )
     g_prompt_length: int = field(
-        default=5, metadata={"help": "Rows of the general prompt for keys, and as many for values (L_g)."}
+        default=5,
+        metadata={"help": "Rows of the general prompt (L_g): as prefix, so many for keys and as many for values."},
     )
     layers: list[int] = field(default_factory=lambda: [2, 3, 4], metadata={"help": "Layers with the expert prompt."})
     g_layers: list[int] = field(
         default_factory=lambda: [0, 1], metadata={"help": "Layers with the general prompt; may be empty."}
     )
-    keys_per_layer: bool = field(
-        default=False, metadata={"help": "A key set for each expert layer instead of one for all."}
-    )
     pull_coefficient: float = field(default=1.0, metadata={"help": "Weight of the term that pulls the task's key."})
-    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
-        default="cosine",
-        metadata={
-            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
-        },
-    )
-    pull_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "How the pull term is reduced over the batch."}
-    )
     shared_prompt_pool: bool = field(
         default=True, metadata={"help": "A task's expert row starts as a copy of the row of the task before."}
     )
@@ -61,16 +51,6 @@ class DualPromptConfig(PromptPoolConfig):
         metadata={
             "help": "Weight of the squared covariance of the features under G alone and E alone (no such term in the "
             "paper; it costs two more passes)."
-        },
-    )
-    batchwise_prompt_at_test: bool = field(
-        default=False,
-        metadata={"help": "A whole test batch takes its most chosen row. Leaks the task; only for comparison."},
-    )
-    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
-        default="uniform",
-        metadata={
-            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
         },
     )
 
@@ -103,16 +83,12 @@ class DualPromptConfig(PromptPoolConfig):
         if self.pool_size is not None:
             self._check_positive("pool_size")
         self._check_not_negative("pull_coefficient", "separation_coefficient")
-        self._check_choice("pull_form", ("cosine", "cosine_distance", "squared_distance"))
-        self._check_choice("pull_reduction", ("mean", "sum"))
-        self._check_choice("prompt_type", ("prefix", "tokens"))
-        self._check_choice("init", ("uniform", "wide_uniform", "unit_uniform", "normal"))
         self._check_layers("layers")
         self._check_layers("g_layers", empty_allowed=True)
         if self.prompt_type == "tokens" and (self.layers != [0] or self.g_layers not in ([0], [])):
             raise ValueError(
-                f"layers is {self.layers} and g_layers {self.g_layers}, but tokens enter once, at layer 0. Set both to "
-                "[0], or prompt_type='prefix'."
+                f"layers is {self.layers} and g_layers {self.g_layers}, but tokens enter once, at layer 0. Set both "
+                "to [0], or prompt_type='prefix'."
             )
         if self.separation_coefficient and not self.g_layers:
             raise ValueError(

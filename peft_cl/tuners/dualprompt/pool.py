@@ -16,8 +16,8 @@ from .config import DualPromptConfig
 
 class DualPromptPool(PromptPool):
     """Parameters: `g_prompts` (g of the paper), (G layers, 2, L_g, D); `prompts` (e_t), (E layers, 2, rows, L_e, D);
-    `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values. `prompts` and `keys` hold the current
-    task's row, `past_prompts` and `past_keys` those before.
+    `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values; as tokens it is an axis of 1. `prompts`
+    and `keys` hold the current task's row, `past_prompts` and `past_keys` those before.
     """
 
     config: DualPromptConfig
@@ -27,10 +27,12 @@ class DualPromptPool(PromptPool):
         super().__init__(config, geometry)
         size, layers = geometry.hidden_size, len(config.layers)
         sets = layers if config.keys_per_layer else 1
-        self.g_prompts = nn.Parameter(draw_rows(config.init, len(config.g_layers), 2, config.g_prompt_length, size))
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, 2, 1, config.prompt_length, size))
+        parts = 2 if config.prompt_type == "prefix" else 1
+        general = (len(config.g_layers), parts, config.g_prompt_length, size)
+        self.g_prompts = nn.Parameter(draw_rows(config.init, *general))
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, 1, config.prompt_length, size))
         self.keys = nn.Parameter(draw_rows(config.init, sets, 1, size))
-        self.register_buffer("past_prompts", torch.zeros(layers, 2, self.task, config.prompt_length, size))
+        self.register_buffer("past_prompts", torch.zeros(layers, parts, self.task, config.prompt_length, size))
         self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
 
     @property
@@ -70,16 +72,16 @@ class DualPromptPool(PromptPool):
     def _inject(
         self, general: Mapping[int, torch.Tensor], experts: Mapping[int, torch.Tensor]
     ) -> dict[int, Injection]:
-        """Prompts (2, B or 1, L, D) of each layer; a layer with both takes [G; E]."""
+        """Prompts (2 or 1, B or 1, L, D) of each layer; a layer with both takes [G; E]."""
         layers = {}
         for layer in {*general, *experts}:
             both = [prompts[layer] for prompts in (general, experts) if layer in prompts]
             batch = max(prompt.shape[1] for prompt in both)
-            keys, values = torch.cat([prompt.expand(-1, batch, -1, -1) for prompt in both], dim=2)
+            rows = torch.cat([prompt.expand(-1, batch, -1, -1) for prompt in both], dim=2)
             if self.config.prompt_type == "tokens":
-                layers[layer] = Injection(tokens=keys)
+                layers[layer] = Injection(tokens=rows[0])
             else:
-                layers[layer] = Injection(keys=keys, values=values)
+                layers[layer] = Injection(keys=rows[0], values=rows[1])
         return layers
 
     def compare(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

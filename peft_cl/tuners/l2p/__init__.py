@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from ...registration import add_peft_type, register_method
-
-
-add_peft_type("L2P")
-
-from .config import L2PConfig  # noqa: E402  (the config names its PEFT type)
-from .model import L2PModel  # noqa: E402
+from ...registration import register_method
+from .config import L2PConfig
+from .model import L2PModel
 
 
 __all__ = ["L2PConfig", "L2PModel"]

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
-from ..base.config import PromptPoolConfig
+from ..base.config import KeyPoolConfig
 
 
 @dataclass
-class L2PConfig(PromptPoolConfig):
+class L2PConfig(KeyPoolConfig):
     """Learning to Prompt (Wang et al., CVPR 2022, arXiv 2112.08654): one pool, the top-N prompts of each image.
 
     Presets: `paper` (the paper's constants), `google` (the official JAX code's CIFAR-100 file), `jhlee` (the PyTorch
@@ -33,24 +33,12 @@ class L2PConfig(PromptPoolConfig):
     )
     top_k: int = field(default=5, metadata={"help": "Prompts chosen for each image (N)."})
     pull_coefficient: float = field(default=0.5, metadata={"help": "Weight of the term that pulls keys (lambda)."})
-    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
-        default="cosine",
-        metadata={
-            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
-        },
-    )
-    pull_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "How the pull term is reduced over the batch."}
-    )
     prompt_type: Literal["tokens", "prefix"] = field(
         default="tokens",
         metadata={"help": "Tokens in front of the sequence (L2P), or prefix keys and values (L2P++, Deep L2P++)."},
     )
     layers: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Layers that get a prefix, from 0. Tokens enter at layer 0."}
-    )
-    keys_per_layer: bool = field(
-        default=False, metadata={"help": "Prefix form: a key set for each layer instead of one for all."}
     )
     prompt_positions: Literal["none", "cls"] = field(
         default="none",
@@ -64,15 +52,12 @@ class L2PConfig(PromptPoolConfig):
         default=False,
         metadata={"help": "In training, the whole batch takes the N prompts chosen most often in it."},
     )
-    batchwise_prompt_at_test: bool = field(
+    use_prompt_mask: bool = field(
         default=False,
         metadata={
-            "help": "The same vote at test. It leaks the task's identity, as test batches come from one task, and "
-            "makes results depend on the batch; only for comparison with code that does so."
+            "help": "In training, task t takes the rows tN..(t+1)N instead of choosing; at test, the choice is among "
+            "the rows of the tasks seen."
         },
-    )
-    use_prompt_mask: bool = field(
-        default=False, metadata={"help": "In training, task t takes the rows tN..(t+1)N instead of choosing."}
     )
     shared_prompt_pool: bool = field(
         default=False, metadata={"help": "The rows tN..(t+1)N start task t as a copy of the task before."}
@@ -86,12 +71,6 @@ class L2PConfig(PromptPoolConfig):
     )
     entropy_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the term that raises the entropy of the mean selection."}
-    )
-    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
-        default="uniform",
-        metadata={
-            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
-        },
     )
 
     method: ClassVar[str] = "L2P"
@@ -154,12 +133,6 @@ class L2PConfig(PromptPoolConfig):
         self.peft_type = PeftType.L2P
         self._check_positive("pool_size", "prompt_length", "top_k")
         self._check_not_negative("pull_coefficient", "entropy_coefficient")
-        self._check_choice("pull_form", ("cosine", "cosine_distance", "squared_distance"))
-        self._check_choice("pull_reduction", ("mean", "sum"))
-        self._check_choice("prompt_type", ("tokens", "prefix"))
-        self._check_choice("prompt_positions", ("none", "cls"))
-        self._check_choice("head_type", ("prompt", "cls", "cls+prompt", "mean"))
-        self._check_choice("init", ("uniform", "wide_uniform", "unit_uniform", "normal"))
         self._check_layers("layers")
         if self.top_k > self.pool_size:
             raise ValueError(
@@ -167,11 +140,7 @@ class L2PConfig(PromptPoolConfig):
                 "enlarge pool_size."
             )
         if self.prompt_type == "prefix":
-            if self.prompt_length % 2:
-                raise ValueError(
-                    f"prompt_length is {self.prompt_length}, but a prefix needs an even number: its first half are "
-                    "keys, its second half values."
-                )
+            self._check_even("prompt_length")
             if self.head_type in ("prompt", "cls+prompt"):
                 raise ValueError(
                     f"head_type is {self.head_type!r}, but a prefix has no outputs to read: set head_type to 'cls'."
@@ -180,8 +149,8 @@ class L2PConfig(PromptPoolConfig):
                 raise ValueError("prompt_positions is 'cls', but only tokens have positions: set it to 'none'.")
         elif self.layers != [0] or self.keys_per_layer:
             raise ValueError(
-                f"layers is {self.layers} and keys_per_layer {self.keys_per_layer}, but tokens enter once, at layer 0. "
-                "Set prompt_type='prefix' to prompt other layers."
+                f"layers is {self.layers} and keys_per_layer {self.keys_per_layer}, but tokens enter once, at layer "
+                "0. Set prompt_type='prefix' to prompt other layers."
             )
 
     @property

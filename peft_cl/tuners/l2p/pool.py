@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..base.initialisation import draw_rows
@@ -25,15 +26,21 @@ class L2PPool(PromptPool):
         super().__init__(config, geometry)
         size = geometry.hidden_size
         sets = len(config.layers) if config.keys_per_layer else 1
-        self.prompts = nn.Parameter(draw_rows(config.init, len(config.layers), config.pool_size, config.prompt_length, size))
+        layers, length = len(config.layers), config.prompt_length
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, config.pool_size, length, size))
         self.keys = nn.Parameter(draw_rows(config.init, sets, config.pool_size, size))
         if config.frequency_penalty:
             self.register_buffer("chosen_before", torch.zeros(sets, config.pool_size))
             self.register_buffer("chosen_now", torch.zeros(sets, config.pool_size))
 
     @property
+    def head_type(self) -> str:
+        return self.config.head_type
+
+    @property
     def rows_in_use(self) -> int:
-        return self.config.pool_size
+        config = self.config
+        return (self.task + 1) * config.top_k if config.use_prompt_mask else config.pool_size
 
     def begin_task(self, index: int) -> None:
         first, end = index * self.config.top_k, (index + 1) * self.config.top_k
@@ -51,11 +58,8 @@ class L2PPool(PromptPool):
         losses = {}
         if self.training:
             if config.frequency_penalty:
-                votes = nn.functional.one_hot(selected, config.pool_size).sum(dim=(1, 2))
-                self.chosen_now += votes
-            pull = pull_term(
-                query, self.keys, selected, form=config.pull_form, reduction=config.pull_reduction
-            )
+                self.chosen_now += F.one_hot(selected, config.pool_size).sum(dim=(1, 2))
+            pull = pull_term(query, self.keys, selected, form=config.pull_form, reduction=config.pull_reduction)
             losses["pull"] = config.pull_coefficient * pull
             if config.entropy_coefficient:
                 losses["entropy"] = config.entropy_coefficient * selection_entropy_term(similarity)
@@ -64,13 +68,9 @@ class L2PPool(PromptPool):
             chosen = selected[place if config.keys_per_layer else 0]
             prompts = self.prompts[place][chosen]  # (B, N, L, D)
             if config.prompt_type == "tokens":
-                layers[layer] = Injection(
-                    tokens=prompts.flatten(1, 2), cls_position=config.prompt_positions == "cls"
-                )
+                layers[layer] = Injection(tokens=prompts.flatten(1, 2), cls_position=config.prompt_positions == "cls")
             else:
-                # Each prompt is cut in halves, then the chosen ones are chained.
-                keys, values = (half.flatten(1, 2) for half in prompts.chunk(2, dim=2))
-                layers[layer] = Injection(keys=keys, values=values)
+                layers[layer] = Injection.from_halves(prompts)
         return Prompts(layers, losses, selected.squeeze(0))
 
     def _choose(self, similarity: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,9 @@ class L2PPool(PromptPool):
         if self.training and config.use_prompt_mask:
             rows = torch.arange(config.top_k, device=similarity.device) + self.task * config.top_k
             return rows.expand(*similarity.shape[:2], -1)
-        if self.training and config.frequency_penalty and self.task > 0:
+        if not self.training:
+            similarity = similarity[..., : self.rows_in_use]
+        elif config.frequency_penalty and self.task > 0:
             frequency = self.chosen_before / self.chosen_before.sum(-1, keepdim=True).clamp_min(1)
             similarity = -(1 - similarity) * frequency[:, None]
         selected = similarity.topk(config.top_k, dim=-1).indices

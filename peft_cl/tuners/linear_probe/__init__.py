@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from ...registration import add_peft_type, register_method
-
-
-add_peft_type("LINEARPROBE")
-
-from .config import LinearProbeConfig  # noqa: E402  (the config names its PEFT type)
-from .model import LinearProbeModel  # noqa: E402
+from ...registration import register_method
+from .config import LinearProbeConfig
+from .model import LinearProbeModel
 
 
 __all__ = ["LinearProbeConfig", "LinearProbeModel"]

@@ -1,0 +1,44 @@
+"""Faults of what the user gave, told apart from faults of the program: the first are one line, the others a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class CommandError(Exception):
+    """Something in the command or its files is wrong; the message names it, the rule and the remedy."""
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn the faults that libraries find in the user's input, while the block runs, into a `CommandError`.
+
+    Only input is read and checked in such blocks: a fault in training itself keeps its traceback.
+
+    Args:
+        what: What was tried, the first words of the message.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise CommandError(f"{what}: {text.strip() or type(error).__name__}") from error
+
+
+def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> CommandError:
+    """Make the error for a name that is not known: with the nearest one, and all there are.
+
+    Args:
+        what: The kind of thing the name stands for.
+        name: What was given.
+        known: What could have been given.
+        prefix: What stands before each of the names, for instance `"training."`.
+    """
+    names = sorted(known)
+    nearest = difflib.get_close_matches(str(name), names, n=1)
+    guess = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
+    return CommandError(f"There is no {what} {prefix}{name}.{guess} Known: {', '.join(names) or 'none'}.")

@@ -1,0 +1,49 @@
+"""The methods by the names that the command knows them by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..strategies import FineTuning, NearestClassMean
+from ..trainer import Strategy
+from ..tuners import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
+from ..tuners.base.config import PromptPoolConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter's configuration, how it is trained, and settings of the adapter that differ from its defaults."""
+
+    config_class: type[PromptPoolConfig]
+    strategy_class: type[Strategy] = Strategy
+    defaults: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the backbone changes, so that it must be float32 and be saved with the adapter."""
+        return issubclass(self.strategy_class, FineTuning)
+
+    @property
+    def title(self) -> str:
+        """Name in tables."""
+        return self.strategy_class.name or self.config_class.method
+
+    def configure(self, preset: str | None = None, **settings: object) -> PromptPoolConfig:
+        """Make the adapter's configuration.
+
+        Raises:
+            ValueError: A preset that the method does not have, or a setting that it refuses.
+        """
+        settings = {**dict(self.defaults), **settings}
+        return self.config_class.from_preset(preset, **settings) if preset else self.config_class(**settings)
+
+
+METHODS = {
+    "l2p": Method(L2PConfig),
+    "dualprompt": Method(DualPromptConfig),
+    "coda": Method(CodaPromptConfig),
+    "linear-probe": Method(LinearProbeConfig),
+    # Fine-tuning means the plain cross-entropy over all classes seen, without the mask that the prompt methods have.
+    "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=(("train_mask", False),)),
+    "nearest-class-mean": Method(LinearProbeConfig, NearestClassMean),
+}

@@ -1,0 +1,208 @@
+"""Reading a configuration: the YAML file, the changes from the command line, and values put into dataclasses."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import CommandError, explained, unknown
+
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where PyYAML's 1.1 surprises: 1e-3 is a number, `no` and `off` are words; a repeated key is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(repeated)} stands there more than once", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_REPLACED[0], re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _REPLACED[1],
+    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+|\.[0-9]+|[0-9]+\.[0-9]*|\.(?:inf|nan))$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML; `source` names where it comes from in the error."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise CommandError(f"{source} is not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file: a mapping of sections."""
+    path = Path(path)
+    if not path.is_file():
+        raise CommandError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
+    with explained(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    config = parse_yaml(text, str(path))
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise CommandError(f"{path} holds no sections. It must be a mapping such as `method: l2p`, one line for each.")
+    return config
+
+
+def split_overrides(arguments: Sequence[str], flags: Collection[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Divide a command line into what argparse knows and the changes `--dotted.key value` (or `--dotted.key=value`).
+
+    Args:
+        arguments: The words after `train`.
+        flags: Options that belong to argparse; none of them takes a value.
+
+    Returns:
+        The words for argparse, and the pairs of key and value, read as YAML.
+
+    Example:
+        >>> split_overrides(["run.yaml", "--training.learning_rate", "1e-3", "--overwrite"], ["--overwrite"])
+        (['run.yaml', '--overwrite'], [('training.learning_rate', 0.001)])
+    """
+    rest, overrides = [], []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word in flags:
+            rest.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise CommandError(f"--{key} has no value. Write `--{key} VALUE`.")
+            value = words.pop(0)
+        overrides.append((key, parse_yaml(value, f"The value of --{key}, {value!r},")))
+    return rest, overrides
+
+
+def apply_overrides(config: dict[str, Any], overrides: Sequence[tuple[str, Any]], names: Collection[str]) -> None:
+    """Set dotted keys in the configuration, in place; a section that is missing is made.
+
+    Args:
+        config: Sections as `read_config` gives them.
+        overrides: Pairs of dotted key and value.
+        names: The sections there may be.
+    """
+    for key, value in overrides:
+        section, *path = key.split(".")
+        if section not in names:
+            raise unknown("option or section", section, names, prefix="--")
+        place, name = config, section
+        for step in path:
+            if not isinstance(place.get(name), dict):
+                if place.get(name) is not None:
+                    raise CommandError(
+                        f"--{key} sets a part of {name}, but {name} is {place[name]!r}. Set --{section} itself."
+                    )
+                place[name] = {}
+            place, name = place[name], step
+        place[name] = value
+
+
+def check_names(section: str, values: Any, known: Collection[str]) -> dict[str, Any]:
+    """Return the section's values as a dict with known names only; a section left empty has none."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise CommandError(f"{section} is {values!r}, but must be a mapping of names and values.")
+    for name in values:
+        if name not in known:
+            raise unknown("setting", name, known, prefix=f"{section}.")
+    return values
+
+
+def fill(section: str, cls: type[T], values: Any, leave_out: Collection[str] = (), **given: Any) -> T:
+    """Make a dataclass from a section's values, with names and types checked.
+
+    Args:
+        section: Name of the section, for messages.
+        cls: The dataclass.
+        values: The section's values by name; `None`: none.
+        leave_out: Fields that cannot be set by the user.
+        **given: Fields set by the program.
+
+    Raises:
+        CommandError: An unknown name, a value of another type, or one that the class refuses.
+    """
+    settable = [field.name for field in fields(cls) if field.init and field.name not in leave_out]
+    values = check_names(section, values, [name for name in settable if name not in given])
+    for field in fields(cls):
+        required = field.default is MISSING and field.default_factory is MISSING and field.init
+        if required and field.name not in {*values, *given}:
+            raise CommandError(f"{section}.{field.name} is missing: {field.metadata['help']} Give `{section}:` one.")
+    hints = get_type_hints(cls)
+    converted = {name: convert(f"{section}.{name}", value, hints.get(name, Any)) for name, value in values.items()}
+    with explained(f"{section} is wrong"):
+        return cls(**given, **converted)
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Return the value as the type hint has it: a whole number may stand for a float, a list for a tuple.
+
+    Hints other than numbers, text, `Literal`, lists, tuples and unions of these are not checked.
+    """
+    for choice in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        matches, converted = _match(name, value, choice)
+        if matches:
+            return converted
+    raise CommandError(f"{name} is {value!r}, but must be {_words(hint)}.")
+
+
+def _match(name: str, value: Any, hint: Any) -> tuple[bool, Any]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in (None, type(None)):
+        return value is None, None
+    if hint is Any:
+        return True, value
+    if origin is Literal:
+        return value in arguments, value
+    if hint in (bool, str):
+        return isinstance(value, hint), value
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool), value
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False, value
+        if origin is tuple and arguments[-1] is not Ellipsis and len(arguments) != len(value):
+            return False, value
+        inner = [arguments[0]] * len(value) if origin is list or arguments[-1] is Ellipsis else arguments
+        items = [convert(f"{name}[{i}]", item, kind) for i, (item, kind) in enumerate(zip(value, inner, strict=True))]
+        return True, origin(items)
+    if isinstance(hint, type):
+        return isinstance(value, hint), value
+    return True, value
+
+
+def _words(hint: Any) -> str:
+    """Say a type hint in words: `float | None` becomes "a number or null"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(choice) for choice in arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return "a list"
+    if origin is tuple:
+        return f"a list of {len(arguments)}"
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return plain.get(hint, getattr(hint, "__name__", str(hint)))

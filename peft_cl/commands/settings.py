@@ -1,0 +1,205 @@
+"""What one run is: a configuration turned into checked objects, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers.processing_utils import ImagesKwargs
+
+from ..hub.card import NOT_SETTINGS
+from ..scenarios import RandomResizedCropFlip
+from ..trainer import ContinualTrainingArguments
+from ..tuners.base.config import PromptPoolConfig
+from .errors import CommandError, explained, unknown
+from .methods import METHODS, Method
+from .options import check_names, convert, fill
+
+
+SECTIONS = (
+    "model",
+    "processor",
+    "method",
+    "preset",
+    "adapter",
+    "dataset",
+    "scenario",
+    "augmentation",
+    "training",
+    "output_dir",
+)
+#: Learning rate of a batch of 256 images, which the JAX protocols scale by the batch; ours, not the Trainer's.
+SCALED_RATE = "learning_rate_per_256"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The section `model`; a text in its place is the name."""
+
+    name: str = field(metadata={"help": "Hub name, local folder, or vit-tiny-64, which comes with peft_cl."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Number format of the frozen backbone; the adapter is float32 always."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2. null: transformers' own choice."}
+    )
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """The section `dataset`; a text in its place is the path."""
+
+    path: str = field(metadata={"help": "Hub name, or a local folder of images or parquet files."})
+    name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set that has several."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. null: the only one with an Image feature."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split to measure on."})
+    test_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each class that becomes the test split, for data with one split only; test_split is "
+            "not read then."
+        },
+    )
+    split_seed: int = field(
+        default=0, metadata={"help": "Draws the test fraction; of its own, so that all training seeds share a split."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}, but must lie between 0 and 1, such as 0.2.")
+
+
+@dataclass(frozen=True)
+class ScenarioSettings:
+    """The section `scenario`: class-incremental learning."""
+
+    num_tasks: int = field(metadata={"help": "Number of tasks that the classes are divided into."})
+    seed: int | None = field(default=None, metadata={"help": "Draws the class order. null: the data's own order."})
+    class_order: list[str | int] | None = field(
+        default=None, metadata={"help": "Class names or label ids, in order. null: as seed says."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_tasks < 1:
+            raise ValueError(f"num_tasks is {self.num_tasks}, but must be at least 1.")
+        if self.seed is not None and self.class_order is not None:
+            raise ValueError(f"seed {self.seed} and class_order both set the order of the classes. Give one of them.")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A run, checked as far as it can be without its model and its data."""
+
+    method_name: str
+    method: Method
+    preset: str | None
+    adapter: PromptPoolConfig
+    model: ModelSettings
+    processor: dict[str, Any]
+    dataset: DatasetSettings
+    scenario: ScenarioSettings
+    augmentation: RandomResizedCropFlip | None
+    training: ContinualTrainingArguments
+    learning_rate_note: str
+    output_dir: str
+
+
+def make_settings(config: dict[str, Any]) -> RunSettings:
+    """Turn the sections of a configuration into settings.
+
+    Raises:
+        CommandError: An unknown section or name, a value of another type or out of range, or a section that is
+            missing; the message says which, the rule and the remedy.
+    """
+    for name in config:
+        if name not in SECTIONS:
+            raise _unknown_section(name)
+    model = fill("model", ModelSettings, _expand(config.get("model"), "name"))
+    method_name, method, preset, adapter = _make_adapter(config)
+    if method.trains_backbone and model.dtype != "float32":
+        raise CommandError(
+            f"model.dtype is {model.dtype}, but {method_name} trains the backbone, whose small steps are lost in 16 "
+            "bits. Set model.dtype to float32 (and training.bf16 to true, for speed on a GPU)."
+        )
+    output_dir = config.get("output_dir")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise CommandError("output_dir is missing: it names the folder for adapter and results. Give one.")
+    training, note = _make_arguments(config.get("training"), output_dir)
+    return RunSettings(
+        method_name=method_name,
+        method=method,
+        preset=preset,
+        adapter=adapter,
+        model=model,
+        processor=check_names("processor", config.get("processor"), ImagesKwargs.__annotations__),
+        dataset=fill("dataset", DatasetSettings, _expand(config.get("dataset"), "path")),
+        scenario=fill("scenario", ScenarioSettings, config.get("scenario")),
+        augmentation=_make_augmentation(config.get("augmentation")),
+        training=training,
+        learning_rate_note=note,
+        output_dir=output_dir,
+    )
+
+
+def _unknown_section(name: str) -> CommandError:
+    error = unknown("section", name, SECTIONS)
+    owners = {
+        "training": ContinualTrainingArguments.__dataclass_fields__,
+        "dataset": DatasetSettings.__dataclass_fields__,
+        "scenario": ScenarioSettings.__dataclass_fields__,
+    }
+    found = [section for section, names in owners.items() if name in names]
+    # The commonest slip: a setting without its section.
+    return CommandError(f"{error} {found[0]}.{name} exists: put it there.") if found else error
+
+
+def _expand(values: Any, name: str) -> Any:
+    return {name: values} if isinstance(values, str) else values
+
+
+def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, PromptPoolConfig]:
+    name = config.get("method")
+    if name is None:
+        raise CommandError(f"method is missing. Give one of {', '.join(METHODS)}.")
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    method, preset = METHODS[name], config.get("preset")
+    config_class = method.config_class
+    if preset is not None and preset not in config_class.presets:
+        raise unknown(f"preset of {name}", preset, config_class.presets)
+    known = [setting for setting in config_class.__dataclass_fields__ if setting not in NOT_SETTINGS]
+    values = check_names("adapter", config.get("adapter"), known)
+    with explained("adapter is wrong"):
+        return name, method, preset, method.configure(preset, **values)
+
+
+def _make_augmentation(values: Any) -> RandomResizedCropFlip | None:
+    if values is None or values is False or values == "none":
+        return None
+    return fill("augmentation", RandomResizedCropFlip, values)
+
+
+def _make_arguments(values: Any, output_dir: str) -> tuple[ContinualTrainingArguments, str]:
+    """Returns the arguments, and how the learning rate came about."""
+    values = dict(check_names("training", values, [*_settable_arguments(), SCALED_RATE]))
+    per_256 = convert(f"training.{SCALED_RATE}", values.pop(SCALED_RATE, None), float | None)
+    if per_256 is not None and values.get("learning_rate") is not None:
+        raise CommandError(
+            f"training has both learning_rate ({values['learning_rate']}) and {SCALED_RATE} ({per_256}). Keep one; "
+            f"on the command line `--training.{SCALED_RATE} null` takes the other out."
+        )
+    arguments = fill("training", ContinualTrainingArguments, values, output_dir=output_dir)
+    if per_256 is None:
+        return arguments, f"{arguments.learning_rate:g}"
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    arguments.learning_rate = per_256 * batch / 256
+    return arguments, f"{arguments.learning_rate:g} = {per_256:g} x {batch} images in a step / 256"
+
+
+def _settable_arguments() -> list[str]:
+    known = ContinualTrainingArguments.__dataclass_fields__
+    return [name for name in known if known[name].init and name != "output_dir"]

@@ -1,0 +1,114 @@
+"""Loading what a run is made of: backbone, image processor, data, and an adapter's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import snapshot_download
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from ..hub.sources import EMBEDDED, find_source
+from ..scenarios.columns import read_labels
+from .errors import CommandError, explained
+from .settings import DatasetSettings
+
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: Folder in the adapter's for a backbone that was trained along with it.
+BACKBONE_FOLDER = "backbone"
+
+
+def backbone_path(name: str) -> str:
+    """Return what `from_pretrained` takes: the folder of an embedded backbone, wherever it was when it was named."""
+    source = find_source(name)
+    return str(EMBEDDED / source.name) if source.is_embedded else name
+
+
+def load_backbone(name: str, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Load an image classifier by Hub name, local folder or the name of an embedded one."""
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    _require_folder("model", name)
+    with explained(f"The model {name!r} cannot be loaded"):
+        return AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+
+
+def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
+    """Load an image processor, with some of its settings changed."""
+    with explained(f"The image processor of {name!r} cannot be loaded"):
+        return AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+
+
+def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
+    """Load a data set with its train and test splits, dividing one split where `test_fraction` says so."""
+    splits = load_splits(settings.path, settings.name)
+    if settings.test_fraction is None:
+        if settings.test_split not in splits and len(splits) == 1:
+            raise CommandError(
+                f"The data set {settings.path!r} has one split, {next(iter(splits))!r}, and none named "
+                f"{settings.test_split!r}. Set dataset.test_fraction, for instance to 0.2, to divide it."
+            )
+        return splits
+    name = settings.train_split if len(splits) > 1 else next(iter(splits))
+    if name not in splits:
+        raise CommandError(
+            f"The data set {settings.path!r} has the splits {list(splits)}, but no {name!r} to take the test fraction "
+            "from. Set dataset.train_split."
+        )
+    with explained(f"The split {name!r} cannot be divided"):
+        train, test = divide(splits[name], settings.label_column, settings.test_fraction, settings.split_seed)
+    return {settings.train_split: train, settings.test_split: test}
+
+
+def load_splits(path: str, name: str | None = None) -> DatasetDict:
+    """Load all splits of a Hub data set or a local folder."""
+    _require_folder("data set", path)
+    with explained(f"The data set {path!r} cannot be loaded"):
+        return load_dataset(path, name)
+
+
+def divide(split: Dataset, label_column: str, test_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Divide a split into train and test, the same share of each class; a class of two or more is in both.
+
+    Any label column that a scenario reads will do, while `Dataset.train_test_split` needs a `ClassLabel`.
+    """
+    labels = read_labels(split, split, label_column).train
+    generator = np.random.default_rng(seed)
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(test_fraction * len(rows))), len(rows) - 1)
+        is_test[rows[:count]] = True
+    return split.select(np.flatnonzero(~is_test)), split.select(np.flatnonzero(is_test))
+
+
+def adapter_folder(name: str) -> Path:
+    """Return the folder of an adapter, fetched from the Hub if it is none here.
+
+    Raises:
+        CommandError: There is no such folder or repository, or no adapter in it.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        _require_folder("adapter", name)
+        with explained(f"There is no folder {name!r}, and the Hub gives no adapter of that name"):
+            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (path / file).is_file()]
+    if missing:
+        raise CommandError(
+            f"The folder {str(path)!r} is no complete adapter: it has no {' and no '.join(missing)}. Give the output "
+            "folder of a run, or a folder that save_pretrained wrote."
+        )
+    return path
+
+
+def _require_folder(what: str, name: str) -> None:
+    """Refuse a name that can only be a folder, but is none; the libraries' own messages speak of the Hub then."""
+    source = find_source(name)
+    if source.is_local and not source.is_embedded and not Path(name).expanduser().exists():
+        raise CommandError(
+            f"There is no {what} {name!r}: no such folder here, and a name on the Hub has the form owner/name. "
+            "Correct the path."
+        )

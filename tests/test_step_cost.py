@@ -1,0 +1,111 @@
+"""The step-cost benchmark: its rows are complete, and it refuses to time a step that is not what it says."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+TINY = ["--layers", "1", "--image-size", "32", "--batch-size", "2", "--repeats", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def step_cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("step_cost")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """The script sets the number of threads for the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_run_writes_one_row_for_each_method_and_phase(
+    step_cost: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    returned = step_cost.main([*TINY, "--json", str(tmp_path / "rows.json")])
+
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows == returned
+    assert [(row["method"], row["phase"]) for row in rows] == [
+        (method, phase) for method in ("L2P", "DualPrompt", "CODA-Prompt") for phase in ("train", "eval")
+    ]
+    for row in rows:
+        assert (row["dtype"], row["cached"], row["batch"]) == ("float32", False, 2)
+        assert row["threads"] == 1
+        assert row["torch"] == torch.__version__
+        assert row["seconds"] > 0 and row["bare_seconds"] > 0
+        assert min(row["ratios"]) <= row["ratio"] <= max(row["ratios"])
+        assert len(row["ratios"]) == 2
+        # One layer of ViT-B/16 has 7 million float32 weights, and a step needs more than them.
+        assert row["peak_memory_bytes"] > 7e6 * 4
+    # Five prompts of five tokens; the other methods prompt attention. CODA-Prompt holds ten components for each task.
+    assert {row["method"]: row["extra_tokens"] for row in rows} == {"L2P": 25, "DualPrompt": 0, "CODA-Prompt": 0}
+    assert {row["method"]: row["rows_in_use"] for row in rows}["CODA-Prompt"] == 100
+    printed = capsys.readouterr().out
+    assert all(f"{row['ratio']:.3f}" in printed for row in rows)
+
+
+def test_methods_and_dtype_can_be_chosen(step_cost: ModuleType) -> None:
+    rows = step_cost.main([*TINY, "--methods", "coda-prompt", "--dtype", "bfloat16"])
+
+    assert [(row["method"], row["phase"], row["dtype"]) for row in rows] == [
+        ("CODA-Prompt", "train", "bfloat16"),
+        ("CODA-Prompt", "eval", "bfloat16"),
+    ]
+
+
+def test_a_backbone_weight_with_a_gradient_is_refused_by_name(step_cost: ModuleType) -> None:
+    backbone = step_cost.build_backbone(1, 32, torch.float32)
+    model = step_cost.build_method("dualprompt", backbone)
+    pixel_values, labels = torch.randn(2, 3, 32, 32), torch.tensor([95, 99])
+    step, _ = step_cost.method_steps(model, pixel_values, labels)
+    step.seconds()  # frozen: accepted
+
+    model.get_submodule("base_model.model.vit.base_layer.layers.0.mlp.fc1").weight.requires_grad_()
+
+    with pytest.raises(AssertionError, match=r"layers\.0\.mlp\.fc1\.weight"):
+        step.seconds()
+
+
+def test_a_step_that_misses_a_weight_of_the_adapter_is_refused_by_name(step_cost: ModuleType) -> None:
+    model = step_cost.build_method("l2p", step_cost.build_backbone(1, 32, torch.float32))
+
+    with pytest.raises(AssertionError, match="keys"):
+        step_cost.check_gradients(model)
+
+
+def test_a_second_copy_of_the_backbone_is_refused(step_cost: ModuleType) -> None:
+    backbone = step_cost.build_backbone(1, 32, torch.float32)
+    model = step_cost.build_method("l2p", backbone)
+    step_cost.check_one_backbone(model, backbone)
+
+    model.base_model.model.query_encoder = copy.deepcopy(backbone.vit)
+
+    with pytest.raises(AssertionError, match="one copy"):
+        step_cost.check_one_backbone(model, backbone)
+
+
+def test_peak_memory_counts_what_is_alive_together(step_cost: ModuleType) -> None:
+    values = torch.zeros(1000)
+
+    with step_cost.TensorMemory() as memory:
+        first = values + 1
+        second = first + 1
+        del first
+        third = second + 1
+        view = third[:10]
+
+    assert memory.peak == 2 * values.nbytes
+    assert memory.now == 2 * values.nbytes
+    assert view.untyped_storage().nbytes() == values.nbytes

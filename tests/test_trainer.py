@@ -1,0 +1,246 @@
+"""The trainer of a task sequence, on small images that can be learnt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from peft import PeftModel, get_peft_model
+from PIL import Image as PILImage
+from transformers import TrainerCallback, ViTImageProcessorPil
+
+from peft_cl import (
+    CodaPromptConfig,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    DualPromptConfig,
+    L2PConfig,
+    LinearProbeConfig,
+    RandomResizedCropFlip,
+    RunResults,
+    class_incremental,
+)
+from peft_cl.strategies import FineTuning, NearestClassMean
+
+
+CONFIGS = {
+    "l2p": lambda: L2PConfig(pool_size=6, prompt_length=2, top_k=2),
+    "dualprompt": lambda: DualPromptConfig(prompt_length=2, g_prompt_length=2),
+    "coda": lambda: CodaPromptConfig(components_per_task=2, prompt_length=4),
+    "linear-probe": lambda: LinearProbeConfig(),
+}
+
+
+def images(per_class: int, seed: int) -> Dataset:
+    """Six classes of 32x32 images, each a colour with noise: learnable at a glance."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]])
+    labels = np.repeat(np.arange(6), per_class)
+    pixels = colours[labels][:, None, None] + rng.normal(0, 25, (len(labels), 32, 32, 3))
+    pictures = [PILImage.fromarray(picture.clip(0, 255).astype("uint8")) for picture in pixels]
+    names = ["red", "green", "blue", "yellow", "cyan", "magenta"]
+    return Dataset.from_dict(
+        {"image": pictures, "label": labels.tolist()},
+        features=Features({"image": Image(), "label": ClassLabel(names=names)}),
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Dataset]:
+    return {"train": images(16, 0), "test": images(8, 1)}
+
+
+@pytest.fixture(scope="module")
+def processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+@pytest.fixture
+def make_trainer(tiny_vit, data, processor, tmp_path):
+    def make(config, *, num_tasks=3, strategy=None, augmentation=None, callbacks=None, folder="run", **training):
+        torch.manual_seed(0)
+        settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
+        arguments = ContinualTrainingArguments(
+            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, logging_steps=1, **settings
+        )
+        return ContinualTrainer(
+            get_peft_model(tiny_vit(), config),
+            arguments,
+            class_incremental(data, num_tasks=num_tasks),
+            processing_class=processor,
+            strategy=strategy,
+            augmentation=augmentation,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sequence_is_learnt_measured_saved_and_reloaded(name, make_trainer, tiny_vit, data, tmp_path):
+    trainer = make_trainer(CONFIGS[name]())
+    trainer.train()
+    matrix = trainer.accuracy_matrix
+    assert np.isnan(matrix[np.triu_indices(3, 1)]).all()
+    assert not np.isnan(matrix[np.tril_indices(3)]).any()
+    assert matrix[0, 0] == 1.0  # two plain colours
+    assert trainer.metrics["average_accuracy"] == pytest.approx(matrix[2].mean())
+
+    results = RunResults.load(tmp_path / "run")
+    np.testing.assert_array_equal(np.array(results.accuracy_matrix, dtype=float), matrix)
+    assert results.finished_tasks == 3
+    assert results.adapter_bytes == (tmp_path / "run" / "adapter_model.safetensors").stat().st_size
+
+    # What was saved predicts what was measured, on a base with another head, through the stock loading code.
+    loaded = PeftModel.from_pretrained(tiny_vit(num_labels=2), tmp_path / "run")
+    assert list(loaded.config.id2label.values()) == list(trainer.scenario.classes)
+    fresh = make_trainer(CONFIGS[name](), folder="fresh")
+    loaded.eval()
+    pixels = fresh._collators[False](list(data["test"]))
+    with torch.no_grad():
+        predicted = loaded(pixels["pixel_values"]).logits.argmax(-1)
+    correct = (predicted == pixels["labels"]).numpy().reshape(3, -1).mean(axis=1)
+    np.testing.assert_allclose(correct, matrix[2])
+
+
+def test_only_the_current_task_has_a_new_optimizer_with_its_parameters(make_trainer):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+            seen.append((held == trainable, len(optimizer.state)))
+
+    make_trainer(CONFIGS["coda"](), callbacks=[Watch()]).train()
+    assert seen == [(True, 0)] * 3
+
+
+def test_rows_of_past_tasks_never_move(make_trainer):
+    trainer = make_trainer(CONFIGS["coda"](), weight_decay=0.5)
+    trainer.train_task(trainer.scenario[0])
+    pool = trainer.model.base_model.pool
+    learnt = pool.prompts.detach().clone()
+    trainer.train_task(trainer.scenario[1])
+    assert torch.equal(pool.past_prompts, learnt)
+
+
+def test_loss_terms_are_logged_one_by_one(make_trainer):
+    logged = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    make_trainer(CONFIGS["l2p"](), callbacks=[Watch()]).train()
+    steps = [entry for entry in logged if "pull" in entry]
+    assert len(steps) == 3 * 8  # three tasks of 32 images, batch 8, two epochs
+    assert {entry["task"] for entry in steps} == {0, 1, 2}
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["pull"], abs=2e-4)
+
+
+def test_cached_queries_change_nothing(make_trainer):
+    matrices, weights = [], []
+    for cache in (True, False):
+        trainer = make_trainer(CONFIGS["coda"](), folder=f"cache {cache}", cache_queries=cache)
+        trainer.train()
+        matrices.append(trainer.accuracy_matrix)
+        weights.append(trainer.model.base_model.pool.prompts.detach())
+    np.testing.assert_array_equal(*matrices)
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
+
+
+def test_augmented_training_images_get_no_cached_query(make_trainer):
+    trainer = make_trainer(CONFIGS["coda"](), augmentation=RandomResizedCropFlip(), num_train_epochs=1)
+    trainer.train()
+    assert {split for _, split in trainer.queries._queries} == {"test"}
+
+
+def test_batch_4_equals_2_by_2_accumulated(make_trainer):
+    def learnt(**training):
+        trainer = make_trainer(
+            CONFIGS["l2p"](), folder=str(training), optim="sgd", learning_rate=0.1, max_steps=3, **training
+        )
+        trainer.train_task(trainer.scenario[0])
+        return trainer.model.base_model.pool.keys.detach(), trainer.model.base_model.head.active.weight.detach()
+
+    once = learnt(per_device_train_batch_size=4)
+    accumulated = learnt(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    torch.testing.assert_close(once, accumulated, atol=1e-6, rtol=1e-5)
+
+
+def test_nearest_class_mean_is_the_nearest_mean(make_trainer, data):
+    trainer = make_trainer(LinearProbeConfig(), strategy=NearestClassMean())
+    trainer.train()
+    train, test = (trainer._collators[False](list(data[split])) for split in ("train", "test"))
+    tuner = trainer.model.base_model
+    features, queries = tuner.query(train["pixel_values"]), tuner.query(test["pixel_values"])
+    means = torch.stack([features[train["labels"] == label].mean(0) for label in range(6)])
+    nearest = torch.cdist(queries, means).argmin(-1)
+    with torch.no_grad():
+        predicted = trainer.model.eval()(test["pixel_values"]).logits.argmax(-1)
+    assert torch.equal(predicted, nearest)
+    assert trainer.results.method == "Nearest class mean"
+
+
+def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
+    trainer = make_trainer(LinearProbeConfig(train_mask=False), strategy=FineTuning(), learning_rate=1e-3)
+    trainer.train()
+    before = tiny_vit().vit.layers[0].mlp.fc1.weight
+    after = trainer.model.base_model.encoder.base_layer.layers[0].mlp.fc1.weight
+    assert not torch.equal(before, after)
+    results = trainer.results
+    assert results.trainable_parameters > 150_000
+    assert results.adapter_bytes > 4 * 150_000
+
+
+def test_each_task_has_its_own_folder_for_checkpoints(make_trainer, tmp_path):
+    trainer = make_trainer(CONFIGS["dualprompt"](), save_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("task_*/checkpoint-4")) == ["checkpoint-4"] * 3
+
+
+def test_evaluate_on_other_examples(make_trainer, data):
+    trainer = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
+    trainer.train()
+    metrics = trainer.evaluate(data["test"])
+    assert metrics["eval_accuracy"] == pytest.approx(trainer.accuracy_matrix[2].mean())
+
+
+class TestBadInput:
+    """Each is refused before anything is trained."""
+
+    def test_a_pool_smaller_than_the_tasks_need(self, make_trainer):
+        with pytest.raises(ValueError, match=r"pool_size is 2, but task 3 needs a row of its own.*Enlarge pool_size"):
+            make_trainer(DualPromptConfig(pool_size=2))
+
+    def test_label_smoothing(self, tmp_path):
+        with pytest.raises(ValueError, match=r"label_smoothing_factor is 0.1.*Set it to 0"):
+            ContinualTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
+
+    def test_removed_columns(self, tmp_path):
+        with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), remove_unused_columns=True)
+
+    def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
+        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
+        with pytest.raises(ValueError, match="model is a ViTForImageClassification.*get_peft_model"):
+            ContinualTrainer(tiny_vit(), arguments, class_incremental(data, 3), processing_class=processor)
+
+    def test_no_scenario_and_no_processor(self, tiny_vit, data, processor, tmp_path):
+        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
+        model = get_peft_model(tiny_vit(), LinearProbeConfig())
+        with pytest.raises(ValueError, match="scenario is a dict.*class_incremental"):
+            ContinualTrainer(model, arguments, data, processing_class=processor)
+        with pytest.raises(ValueError, match="processing_class is None.*AutoImageProcessor"):
+            ContinualTrainer(model, arguments, class_incremental(data, 3), processing_class=None)
+
+    def test_evaluation_before_any_task(self, make_trainer):
+        with pytest.raises(ValueError, match="No task has begun"):
+            make_trainer(CONFIGS["linear-probe"]()).evaluate()
+
+    def test_arguments_of_train(self, make_trainer):
+        with pytest.raises(ValueError, match="Call train\\(\\) without arguments"):
+            make_trainer(CONFIGS["linear-probe"]()).train(resume_from_checkpoint=True)
