@@ -117,6 +117,21 @@ def test_only_the_current_task_has_a_new_optimizer_with_its_parameters(make_trai
     assert seen == [(True, 0)] * 3
 
 
+def test_parts_have_learning_rates_of_their_own(make_trainer):
+    rates = {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {parameter: name.split(".", 3)[-1] for name, parameter in model.named_parameters()}
+            for group in optimizer.param_groups:
+                rates.update({names[parameter].rpartition("default.")[2]: group["lr"] for parameter in group["params"]})
+
+    given = {"prompts": 0.5, "pool": 0.25, "head": 0.125}
+    trainer = make_trainer(CONFIGS["coda"](), callbacks=[Watch()], learning_rates=given, lr_scheduler_type="constant")
+    trainer.train_task(trainer.scenario[0])
+    assert rates == {"prompts": 0.5, "keys": 0.25, "attention": 0.25, "weight": 0.125, "bias": 0.125}
+
+
 def test_rows_of_past_tasks_never_move(make_trainer):
     trainer = make_trainer(CONFIGS["coda"](), weight_decay=0.5)
     trainer.train_task(trainer.scenario[0])
@@ -223,6 +238,12 @@ class TestBadInput:
     def test_removed_columns(self, tmp_path):
         with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):
             ContinualTrainingArguments(str(tmp_path), remove_unused_columns=True)
+
+    def test_learning_rates(self, tmp_path):
+        with pytest.raises(ValueError, match="learning_rates names 'prompt', but the parts are prompts"):
+            ContinualTrainingArguments(str(tmp_path), learning_rates={"prompt": 0.1})
+        with pytest.raises(ValueError, match="gives 'keys' the rate -1"):
+            ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": -1})
 
     def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
         arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)

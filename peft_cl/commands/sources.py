@@ -45,11 +45,6 @@ def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     """Load a data set with its train and test splits, dividing one split where `test_fraction` says so."""
     splits = load_splits(settings.path, settings.name)
     if settings.test_fraction is None:
-        if settings.test_split not in splits and len(splits) == 1:
-            raise CommandError(
-                f"The data set {settings.path!r} has one split, {next(iter(splits))!r}, and none named "
-                f"{settings.test_split!r}. Set dataset.test_fraction, for instance to 0.2, to divide it."
-            )
         return splits
     name = settings.train_split if len(splits) > 1 else next(iter(splits))
     if name not in splits:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .learning_rates import check_rates
+
 
 @dataclass
 class ContinualTrainingArguments(TrainingArguments):
@@ -15,6 +17,9 @@ class ContinualTrainingArguments(TrainingArguments):
     checkpoints are written within a task (`save_strategy="no"`; the adapter and the results are saved after each task).
 
     Args:
+        learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`, `"attention"`,
+            `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the schedule holds
+            for all.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
 
@@ -31,6 +36,10 @@ class ContinualTrainingArguments(TrainingArguments):
     save_strategy: str = field(
         default="no", metadata={"help": "Checkpoints within a task. The adapter is saved after each task anyway."}
     )
+    learning_rates: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Rates by part that differ from learning_rate, for instance {'prompts': 0.005}."},
+    )
     cache_queries: bool = field(
         default=True,
         metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
@@ -43,6 +52,7 @@ class ContinualTrainingArguments(TrainingArguments):
                 "remove_unused_columns is True, but the image column would be removed before it is turned into pixels. "
                 "Leave it at False."
             )
+        check_rates(self.learning_rates or {})
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "

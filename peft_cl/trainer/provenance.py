@@ -18,6 +18,7 @@ RECORDED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "learning_rates",
     "lr_scheduler_type",
     "warmup_steps",
     "optim",
@@ -69,6 +70,8 @@ def _plain(value: Any) -> Any:
         return getattr(value, "value", value)
     if isinstance(value, (list, tuple, set)):
         return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)
     return str(value)

@@ -22,6 +22,7 @@ from ..metrics import RunResults, continual_metrics
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .provenance import dataset_name, hyperparameters, model_name, versions
 from .query_cache import QueryCache
@@ -149,6 +150,13 @@ class ContinualTrainer(Trainer):
             return super().train()
         finally:
             self.queries.forget(task)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with `learning_rates` where parts have rates of their own."""
+        optimizer = super().create_optimizer(model)
+        if self.args.learning_rates:
+            set_rates(optimizer, self.model, self.args.learning_rates)
+        return optimizer
 
     @property
     def finished_tasks(self) -> int:

@@ -219,9 +219,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
     """The layer's forward is checkpointed by us, with its prefix, or needs no checkpoint; it must not do so itself."""
-    own = getattr(layer, "gradient_checkpointing", False)
+    if not getattr(layer, "gradient_checkpointing", False):
+        yield
+        return
     layer.gradient_checkpointing = False
     try:
         yield
     finally:
-        layer.gradient_checkpointing = own
+        layer.gradient_checkpointing = True

@@ -31,6 +31,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
+        # A new module is in training mode; put into a model in evaluation mode, it has to be told.
+        self.training = self.entries.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the base model reads from the wrapped module (`self.vit.embeddings`) stay readable."""
@@ -65,8 +67,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def add_entry(self, adapter_name: str, entry: nn.Module) -> None:
-        """Add an adapter's part, on the device of the wrapped module; its dtype, float32, stays."""
-        self.entries[adapter_name] = entry
+        """Add an adapter's part, on the device of the wrapped module and in the layer's mode; its dtype, float32, stays."""
+        self.entries[adapter_name] = entry.train(self.training)
         # With low_cpu_mem_usage the entry is empty yet, and PEFT asks for the move after it has loaded the weights.
         if not any(parameter.is_meta for parameter in entry.parameters()):
             self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -1,0 +1,191 @@
+"""`peft-cl train`: learn a task sequence as a configuration file says."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import set_seed
+
+from ..hub import write_model_card
+from ..hub.card import NOT_SETTINGS
+from ..metrics import RunResults, results_table
+from ..plots import plot_accuracy_matrix
+from ..scenarios import Scenario, class_incremental
+from ..trainer import ContinualTrainer
+from .errors import CommandError, explained
+from .options import apply_overrides, read_config
+from .settings import SECTIONS, RunSettings, make_settings
+from .sources import BACKBONE_FOLDER, CONFIG_FILE, WEIGHTS_FILE, load_backbone, load_data, load_processor
+
+
+RESULTS_FILE, PICTURE_FILE, CARD_FILE = "results.json", "accuracy_matrix.png", "README.md"
+TRAINED_BACKBONE = (
+    f"All weights of the backbone were trained: load the base model from the folder `{BACKBONE_FOLDER}` beside this "
+    "file, not the original one."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; examples/ has some")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
+    parser.epilog = (
+        "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
+        f"--adapter.layers '[0, 1]' --method coda. Sections: {', '.join(SECTIONS)}."
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
+    """Check everything, then train, then write results, picture and card."""
+    config = read_config(arguments.config)
+    apply_overrides(config, overrides, SECTIONS)
+    settings = make_settings(config)
+    if not arguments.overwrite:
+        refuse_existing(Path(settings.output_dir))
+    trainer = make_trainer(settings)
+    if trainer.is_world_process_zero():
+        print(describe(settings, trainer), flush=True)
+        if arguments.overwrite:
+            clear(Path(settings.output_dir))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        print(finish(settings, trainer, command))
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuse to write over the results or the adapter of an earlier run."""
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"output_dir is {str(folder)!r}, but that is a file. Give another name.")
+    found = [name for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
+    if found:
+        raise CommandError(
+            f"The output folder {str(folder)!r} holds a run already ({', '.join(found)}). Give another output_dir, or "
+            "--overwrite to replace it."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
+    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, PICTURE_FILE, CARD_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if (folder / BACKBONE_FOLDER).is_dir():
+        shutil.rmtree(folder / BACKBONE_FOLDER)
+
+
+def make_trainer(settings: RunSettings) -> ContinualTrainer:
+    """Load data, processor and backbone, and put the trainer together; every fault of the input shows here."""
+    # One process downloads and prepares, the others find it done.
+    with settings.training.main_process_first(desc="data and backbone"):
+        scenario = make_scenario(settings)
+        processor = load_processor(settings.model.name, settings.processor)
+        backbone = load_backbone(settings.model.name, settings.model.dtype, settings.model.attn_implementation)
+    set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
+    with explained("This run cannot be set up"):
+        return ContinualTrainer(
+            get_peft_model(backbone, settings.adapter),
+            settings.training,
+            scenario,
+            processing_class=processor,
+            augmentation=settings.augmentation,
+            strategy=settings.method.strategy_class(),
+        )
+
+
+def make_scenario(settings: RunSettings) -> Scenario:
+    data = load_data(settings.dataset)
+    if len(data) == 1 and settings.dataset.test_split not in data:
+        raise CommandError(
+            f"The data set {settings.dataset.path!r} has one split, {next(iter(data))!r}, and none named "
+            f"{settings.dataset.test_split!r}. Set dataset.test_fraction, for instance to 0.2, to divide it."
+        )
+    with explained("The tasks cannot be made"):
+        return class_incremental(
+            data,
+            settings.scenario.num_tasks,
+            settings.dataset.label_column,
+            image_column=settings.dataset.image_column,
+            class_order=settings.scenario.class_order,
+            seed=settings.scenario.seed,
+            train_split=settings.dataset.train_split,
+            test_split=settings.dataset.test_split,
+        )
+
+
+def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
+    """Say what is going to be trained, a line for each part."""
+    training, scenario = settings.training, trainer.scenario
+    facts = scenario.describe()
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    defaults = settings.method.config_class().to_dict()
+    changed = {
+        name: value
+        for name, value in settings.adapter.to_dict().items()
+        if name not in NOT_SETTINGS and value != defaults[name]
+    }
+    epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
+    lines = {
+        "method": settings.method.title + (f", preset {settings.preset}" if settings.preset else ""),
+        "adapter": json.dumps(changed) if changed else "all settings at their defaults",
+        "backbone": f"{settings.model.name}, {settings.model.dtype}, "
+        f"{trainer.model.config._attn_implementation} attention",
+        "parameters": f"{trainable:,} trainable before the first task, {total:,} in all",
+        "data": f"{settings.dataset.path}, {sum(facts['train_sizes']):,} training and "
+        f"{sum(facts['test_sizes']):,} test images",
+        "tasks": f"{len(scenario)}, classes of each: {', '.join(map(str, facts['classes_per_task']))}, "
+        + (order if settings.scenario.class_order is None else "in the order given"),
+        "augmentation": str(settings.augmentation or "none"),
+        "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
+        f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
+        f"{training.world_size} processes",
+        "learning rate": settings.learning_rate_note,
+        "seed": str(training.seed),
+        "output": settings.output_dir,
+    }
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items()) + "\n"
+
+
+def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> str:
+    """Complete the output folder, and return the summary."""
+    folder = Path(settings.output_dir)
+    results = trainer.results
+    hyperparameters = {**results.hyperparameters, "backbone_dtype": settings.model.dtype}
+    results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
+    results.save(folder)
+    limits = []
+    if settings.method.trains_backbone:
+        save_backbone(trainer, folder)
+        limits = [TRAINED_BACKBONE]
+    write_model_card(folder, results, limits=limits)
+    if importlib.util.find_spec("matplotlib"):
+        plot_accuracy_matrix(results, path=folder / PICTURE_FILE)
+        picture = ""
+    else:
+        picture = f"No {PICTURE_FILE}: pictures need matplotlib, `pip install peft-cl[plots]`.\n"
+    return f"\n{summary(results)}\n{picture}Adapter, results and model card are in {folder}."
+
+
+def save_backbone(trainer: ContinualTrainer, folder: Path) -> None:
+    """Save a backbone that was trained, and have the adapter's configuration name it as its base model.
+
+    The adapter is taken out of the model for it: the trainer is at its end.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.peft_config[model.active_adapter].base_model_name_or_path = str(folder / BACKBONE_FOLDER)
+    model.peft_config[model.active_adapter].save_pretrained(str(folder))
+    model.unload().save_pretrained(folder / BACKBONE_FOLDER)
+
+
+def summary(results: RunResults) -> str:
+    """The run as a table, and its metrics."""
+    metrics = [
+        f"{name.replace('_', ' ')} {value:.2%}" for name, value in results.metrics.items() if value == value  # not NaN
+    ]
+    return f"{results_table([results])}\n\n{', '.join(metrics)}\n"

@@ -1,0 +1,49 @@
+"""Learning rates of their own for the parts of an adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+#: Parts that may have a rate; the name of a pool's parameter goes before "pool", which means all of them.
+PARTS = ("prompts", "g_prompts", "keys", "attention", "query_projection", "head", "pool")
+
+
+def check_rates(rates: dict[str, float]) -> None:
+    """Raise a `ValueError` for a part that does not exist or a rate that is none."""
+    for name, rate in rates.items():
+        if name not in PARTS:
+            raise ValueError(f"learning_rates names {name!r}, but the parts are {', '.join(PARTS)}.")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
+            raise ValueError(f"learning_rates gives {name!r} the rate {rate!r}, but a rate is a number of at least 0.")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
+    """Split the optimizer's groups where parameters of `model` have rates of their own; all else in a group stays."""
+    parts = {parameter: part_of(name, rates) for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        for part in (None, *rates):
+            chosen = [parameter for parameter in group["params"] if parts[parameter] == part]
+            if chosen:
+                groups.append({**group, "params": chosen, "lr": rates.get(part, group["lr"])})
+    optimizer.param_groups[:] = groups
+
+
+def part_of(name: str, rates: dict[str, float]) -> str | None:
+    """The entry of `rates` that holds for the parameter `name`, or None.
+
+    Example:
+        >>> part_of("vit.coda_pool.default.prompts", {"prompts": 0.01, "pool": 0.001})
+        'prompts'
+        >>> part_of("vit.coda_pool.default.keys", {"prompts": 0.01, "pool": 0.001})
+        'pool'
+    """
+    components = name.split(".")
+    container = next((part for kind in ("pool", "head") for part in components if part.endswith(f"_{kind}")), None)
+    if container is None:
+        return None  # a weight of the backbone
+    exact = next((part for part in components if part in rates), None)
+    kind = container.rpartition("_")[2]
+    return exact or (kind if kind in rates else None)

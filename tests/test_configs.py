@@ -1,0 +1,203 @@
+"""Settings: presets, help texts, and bad ones refused before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from peft import PeftConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTModel,
+)
+from tuner_cases import CASES, METHODS, config, images, logits, tiny
+
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
+
+
+CONFIGS = (L2PConfig, DualPromptConfig, CodaPromptConfig, LinearProbeConfig)
+PRESETS = [(config_class, preset) for config_class in CONFIGS for preset in config_class.presets]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_every_field_is_explained(config_class):
+    own = {field.name for field in fields(config_class)} - {field.name for field in fields(PeftConfig)}
+    for field in fields(config_class):
+        if field.name in own:
+            assert len(field.metadata["help"]) > 10, field.name
+    assert config_class.__doc__ and "Example" in config_class.__doc__
+
+
+@pytest.mark.parametrize(("config_class", "preset"), PRESETS)
+def test_presets_are_valid_and_can_be_changed(config_class, preset):
+    settings = config_class.from_preset(preset, train_mask=False, head_init="trunc_normal")
+    assert settings.train_mask is False and settings.head_init == "trunc_normal"
+    for name, value in config_class.presets[preset].items():
+        assert name == "head_init" or getattr(settings, name) == value
+    assert preset in config_class.__doc__
+    assert config_class(**settings.to_dict()).to_dict() == settings.to_dict()
+
+
+def test_the_papers_constants():
+    paper = L2PConfig.from_preset("paper")
+    assert (paper.pool_size, paper.prompt_length, paper.top_k, paper.pull_coefficient) == (10, 5, 5, 0.5)
+    google = L2PConfig.from_preset("google")
+    assert (google.prompt_length, google.top_k, google.pull_coefficient, google.batchwise_prompt) == (10, 4, 1.0, True)
+    dual = DualPromptConfig.from_preset("paper")
+    assert (dual.g_layers, dual.layers, dual.g_prompt_length, dual.prompt_length) == ([0, 1], [2, 3, 4], 5, 5)
+    assert DualPromptConfig.from_preset("imagenet-r").prompt_length == 20
+    coda = CodaPromptConfig.from_preset("paper")
+    assert (coda.components_per_task, coda.prompt_length, coda.layers) == (10, 8, [0, 1, 2, 3, 4])
+    assert coda.orthogonality_coefficient == 0.1
+    assert CodaPromptConfig.from_preset("official").orthogonality_coefficient == 0.0
+
+
+def test_layers_are_sorted_and_none_means_all():
+    assert CodaPromptConfig(layers=(4, 0, 2)).layers == [0, 2, 4]
+    assert DualPromptConfig(g_layers=[], layers=range(2)).layers == [0, 1]
+    shared = CodaPromptConfig(layers=None)
+    model = get_peft_model(tiny(), shared)
+    assert model.peft_config["default"].layers == [0, 1, 2] and shared.layers is None
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "message"),
+    [
+        (L2PConfig, {"top_k": 11}, "top_k is 11, but the pool holds only pool_size 10.*Lower top_k or enlarge"),
+        (L2PConfig, {"pool_size": 0}, "pool_size is 0, but must be a whole number of at least 1"),
+        (L2PConfig, {"prompt_length": 2.5}, "prompt_length is 2.5, but must be a whole number"),
+        (L2PConfig, {"pool_size": True}, "pool_size is True, but must be a whole number"),
+        (L2PConfig, {"pull_coefficient": -1}, "pull_coefficient is -1, but must be a number of at least 0"),
+        (L2PConfig, {"pull_coefficient": float("nan")}, "pull_coefficient is nan"),
+        (L2PConfig, {"pull_form": "dot"}, "pull_form is 'dot', but must be one of 'cosine', 'cosine_distance'"),
+        (L2PConfig, {"init": "zeros"}, "init is 'zeros', but must be one of 'uniform', 'wide_uniform'"),
+        (L2PConfig, {"head_init": "random"}, "head_init is 'random', but must be one of 'default', 'zeros'"),
+        (
+            L2PConfig,
+            {"query_projection": "cnn"},
+            "query_projection is 'cnn', but must be one of 'linear', 'mlp', None",
+        ),
+        (L2PConfig, {"batchwise_prompt": "false"}, "batchwise_prompt is 'false', but must be one of True, False"),
+        (L2PConfig, {"layers": [1]}, r"layers is \[1\].*tokens enter once, at layer 0.*prompt_type='prefix'"),
+        (L2PConfig, {"keys_per_layer": True}, "keys_per_layer True, but tokens enter once"),
+        (L2PConfig, {"prompt_type": "prefix", "head_type": "cls"}, "prompt_length is 5.*even.*Set it to 6"),
+        (L2PConfig, {"prompt_type": "prefix", "prompt_length": 4}, "head_type is 'prompt'.*set head_type to 'cls'"),
+        (
+            L2PConfig,
+            {"prompt_type": "prefix", "prompt_length": 4, "head_type": "cls", "prompt_positions": "cls"},
+            "prompt_positions is 'cls', but only tokens have positions",
+        ),
+        (DualPromptConfig, {"pool_size": 0}, "pool_size is 0"),
+        (DualPromptConfig, {"layers": []}, "layers is empty, but at least one layer must be prompted"),
+        (DualPromptConfig, {"layers": [2, 2]}, r"layers is \[2, 2\], but each layer may be named once"),
+        (DualPromptConfig, {"g_layers": [-1]}, r"g_layers is \[-1\], but must be a list of whole numbers"),
+        (DualPromptConfig, {"layers": 3}, "layers is 3, but must be a list of whole numbers"),
+        (DualPromptConfig, {"layers": "all"}, "layers is 'all', but must be a list of whole numbers"),
+        (DualPromptConfig, {"prompt_type": "tokens"}, r"layers is \[2, 3, 4\] and g_layers \[0, 1\].*Set both to"),
+        (
+            DualPromptConfig,
+            {"separation_coefficient": 0.1, "g_layers": []},
+            "separation_coefficient is 0.1, but g_layers is empty.*set the coefficient to 0",
+        ),
+        (CodaPromptConfig, {"prompt_length": 7}, "prompt_length is 7, but a prefix needs an even number.*Set it to 8"),
+        (CodaPromptConfig, {"selection": "top2"}, "selection is 'top2', but must be one of 'weighted', 'top1'"),
+        (CodaPromptConfig, {"pool_size": 5}, "pool_size is 5, but task 1 needs 10 components"),
+        (
+            CodaPromptConfig,
+            {"query_source": "layer_cls", "query_projection": "mlp"},
+            "query_projection is 'mlp'.*query_source is 'layer_cls'",
+        ),
+        (LinearProbeConfig, {"query_projection": "mlp"}, "query_projection is 'mlp', but a linear probe has no query"),
+        (LinearProbeConfig, {"format_version": 2}, "format_version is 2.*newer peft_cl.*Upgrade"),
+    ],
+)
+def test_bad_settings_are_refused(config_class, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**settings)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_an_unknown_preset_is_refused(config_class):
+    with pytest.raises(ValueError, match=f"{config_class.__name__} has no preset 'best'; choose one of"):
+        config_class.from_preset("best")
+
+
+# ----------------------------------------------------------------------------------------------- base models
+
+
+def small(config_class, model_class, **sizes):
+    return model_class(config_class(num_labels=3, **sizes))
+
+
+VIT_SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+UNSUPPORTED = {
+    "ResNet": lambda: small(
+        ResNetConfig, ResNetForImageClassification, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"
+    ),
+    "Swin": lambda: small(
+        SwinConfig, SwinForImageClassification, embed_dim=8, depths=[1], num_heads=[1], image_size=32, window_size=4
+    ),
+    "Bert": lambda: small(BertConfig, BertForSequenceClassification, vocab_size=9, **VIT_SIZES),
+    "ViTModel": lambda: ViTModel(tiny().config),
+    "WithTeacher": lambda: small(DeiTConfig, DeiTForImageClassificationWithTeacher, image_size=32, **VIT_SIZES),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+@pytest.mark.parametrize("name", METHODS)
+def test_models_that_cannot_be_prompted_are_refused(name, kind):
+    base = UNSUPPORTED[kind]()
+    modules = [type(module) for module in base.modules()]
+    supported = "(ViT|DeiT)ForImageClassification"
+    remedy = "(Choose one of these as the base model|Load it with AutoModelForImageClassification)"
+    with pytest.raises(ValueError, match=rf"{kind}.*{supported}\. {remedy}"):
+        get_peft_model(base, config(name))
+    assert [type(module) for module in base.modules()] == modules and not base._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "l2p-deep",
+            {"layers": [1, 3]},
+            r"layers \[3\] are out of range: the base model has 3 layers, counted 0 to 2",
+        ),
+        ("dualprompt", {"g_layers": [0, 5]}, r"layers \[5\] are out of range.*DualPromptConfig"),
+        ("coda", {"layers": [0, 7, 9]}, r"layers \[7, 9\] are out of range"),
+        ("coda", {"components_per_task": 25}, "25 new rows of 24 numbers cannot be orthogonal"),
+        ("l2p", {"target_modules": ["q_proj"]}, r"target_modules is \['q_proj'\].*\['vit', 'classifier'\].*at None"),
+    ],
+)
+def test_settings_that_do_not_fit_the_base_model_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny(), config(name, **settings))
+
+
+def test_a_refused_adapter_leaves_the_others_alone():
+    model = get_peft_model(tiny(), config("coda"))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="out of range"):
+        model.add_adapter("second", config("coda", layers=[9]))
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("second", config("l2p"))
+    assert list(model.peft_config) == ["default"]
+    assert (logits(model) == expected).all() and model(images()).logits.shape == (4, 12)
+
+
+def test_the_matrix_covers_every_preset_that_changes_the_form():
+    """A new preset that switches a mechanism belongs into the matrix of the tests."""
+    covered = {(config_class, preset) for config_class, preset, _ in CASES.values()}
+    values_only = {(L2PConfig, "google"), (L2PConfig, "jhlee"), (L2PConfig, "paper")} | {
+        (DualPromptConfig, "paper"),
+        (DualPromptConfig, "imagenet-r"),
+        (CodaPromptConfig, "official"),
+    }
+    assert set(PRESETS) <= covered | values_only
