@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .commands import demo, evaluate, info, train
@@ -27,7 +28,9 @@ def make_parser() -> argparse.ArgumentParser:
         (info, "info", "say what is in an adapter's folder"),
         (demo, "demo", "compare the methods on small images; needs no network"),
     ):
-        module.add_arguments(words.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False))
+        module.add_arguments(
+            words.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        )
     return parser
 
 
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> main(["info", "out"])    # doctest: +SKIP
     """
+    # PEFT asks each model for a property that transformers has renamed: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     words = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     try:

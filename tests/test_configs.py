@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import fields
 
 import pytest
@@ -20,6 +21,11 @@ from transformers import (
 from tuner_cases import CASES, METHODS, config, images, logits, tiny
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
+from peft_cl.tuners.base import config as base_config
+from peft_cl.tuners.coda import config as coda_config
+from peft_cl.tuners.dualprompt import config as dualprompt_config
+from peft_cl.tuners.l2p import config as l2p_config
+from peft_cl.tuners.linear_probe import config as linear_probe_config
 
 
 CONFIGS = (L2PConfig, DualPromptConfig, CodaPromptConfig, LinearProbeConfig)
@@ -129,6 +135,12 @@ def test_an_unknown_preset_is_refused(config_class):
         config_class.from_preset("best")
 
 
+@pytest.mark.parametrize("module", [base_config, l2p_config, dualprompt_config, coda_config, linear_probe_config])
+def test_examples_in_docstrings_are_true(module):
+    result = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert result.attempted and not result.failed
+
+
 # ----------------------------------------------------------------------------------------------- base models
 
 
@@ -177,8 +189,10 @@ def test_models_that_cannot_be_prompted_are_refused(name, kind):
     ],
 )
 def test_settings_that_do_not_fit_the_base_model_are_refused(name, settings, message):
+    base = tiny()
     with pytest.raises(ValueError, match=message):
-        get_peft_model(tiny(), config(name, **settings))
+        get_peft_model(base, config(name, **settings))
+    assert [type(module) for module in base.modules()] == [type(module) for module in tiny().modules()]
 
 
 def test_a_refused_adapter_leaves_the_others_alone():

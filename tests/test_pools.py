@@ -9,6 +9,7 @@ import torch
 from tuner_cases import begin, images, labels, prompted, tiny
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
+from peft_cl.tuners.base.attention import prefixed
 from peft_cl.tuners.base.initialisation import draw_rows, orthonormal_rows
 from peft_cl.tuners.base.pool import Geometry
 from peft_cl.tuners.base.prompts import Injection
@@ -124,7 +125,7 @@ def test_normal_rows():
 
 def gram_schmidt(drawn: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
     """The paper's sentence, one row after the other: subtract what the earlier rows explain, then unit norm."""
-    basis, new = [], []
+    basis = []
     for row in [*past, *drawn]:
         for earlier in basis:
             row = row - (row @ earlier) * earlier
@@ -288,3 +289,40 @@ def test_a_pool_grows_without_end():
     model = prompted("coda", tasks=30)  # 60 rows of width 24: more than can be orthogonal
     begin(model, 30)
     assert torch.isfinite(model(images()).logits).all() and model.base_model.pool.rows_in_use == 62
+
+
+# ----------------------------------------------------------------------------------------------- prefix attention
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_masked_attention_reads_its_prefix(implementation, boolean):
+    """Families with a mask (relative positions) hand one over; it must not hide the prefix, nor uncover tokens."""
+    base = tiny(attn_implementation="sdpa" if boolean else implementation)  # eager adds masks, so they are numbers
+    attention = base.vit.layers[0].attention
+    hidden, keys, values = torch.randn(2, 5, 24), torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    readable = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    readable[..., 4] = False
+    mask = readable if boolean else torch.zeros(2, 1, 5, 5).masked_fill(~readable, -torch.inf)
+    with prefixed(attention, keys, values):
+        masked, without = attention(hidden, mask)[0][:, :4], attention(hidden[:, :4])[0]
+    torch.testing.assert_close(masked, without)
+    assert attention.config is base.config
+    assert not torch.allclose(without, attention(hidden[:, :4])[0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_prefix_is_what_the_paper_says(implementation):
+    """Rows in front of the projected keys and values, head by head (DualPrompt, eq. 4)."""
+    attention = tiny(attn_implementation=implementation).vit.layers[0].attention
+    hidden, keys, values = torch.randn(2, 5, 24), torch.randn(1, 3, 24), torch.randn(1, 3, 24)
+    q, k, v = (project(hidden) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    heads = []
+    for head in (slice(0, 12), slice(12, 24)):
+        all_keys, all_values = (
+            torch.cat([part.expand(2, -1, -1), own], 1)[..., head] for part, own in ((keys, k), (values, v))
+        )
+        heads.append((q[..., head] @ all_keys.transpose(1, 2) / math.sqrt(12)).softmax(-1) @ all_values)
+    with prefixed(attention, keys, values):
+        found = attention(hidden)[0]
+    torch.testing.assert_close(found, attention.o_proj(torch.cat(heads, -1)), atol=1e-5, rtol=1e-5)

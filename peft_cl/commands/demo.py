@@ -54,7 +54,7 @@ SETTINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="out/demo", metavar="DIR", help="folder to write (default: out/demo)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the adapters and the order (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="few steps a task: shows the way, not the methods")
+    parser.add_argument("--quick", action="store_true", help="few images and steps: shows the way, not the methods")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output is {str(output)!r}, but that is a file. Give a folder.")
     with explained("The demo's images cannot be loaded"):
-        scenario = class_incremental(load_digits_dataset(arguments.seed), TASKS)
+        scenario = class_incremental(load_digits_dataset(arguments.seed, 16 if arguments.quick else None), TASKS)
     print(introduction(scenario, arguments.seed), flush=True)
     runs = {}
     for number, name in enumerate(SETTINGS, start=1):
@@ -87,8 +87,8 @@ def introduction(scenario: Scenario, seed: int) -> str:
     tasks = "; ".join(", ".join(task.classes) for task in scenario)
     return (
         "Continual learning of handwritten digits: 8 x 8 pixels, scaled up to 64 x 64, from scikit-learn.\n"
-        f"{len(scenario)} tasks one after the other, with the digits {tasks}; {sum(facts['train_sizes']):,} training and "
-        f"{sum(facts['test_sizes']):,} test images.\n"
+        f"{len(scenario)} tasks one after the other, with the digits {tasks}; "
+        f"{sum(facts['train_sizes']):,} training and {sum(facts['test_sizes']):,} test images.\n"
         "A task's images are never seen again, and the test does not say which task an image is from.\n"
         f"Backbone: vit-tiny-64, 2.7 M parameters, which has seen photographs only. Seed {seed}, batches of "
         f"{BATCH_SIZE}, {backbone_dtype('l2p')} where the backbone is frozen."
@@ -99,14 +99,15 @@ def describe(name: str, quick: bool) -> str:
     method, setting = METHODS[name], SETTINGS[name]
     if name == "nearest-class-mean":
         return f"{method.title}: no training, the mean feature of each class"
-    length = "6 steps" if quick else f"{setting.epochs} epoch{'s' if setting.epochs > 1 else ''}"
+    length = "2 steps" if quick else f"{setting.epochs} epoch{'s' if setting.epochs > 1 else ''}"
     changed = "".join(f", {key} {value}" for key, value in setting.adapter.items())
     return f"{method.title}: {length} a task, AdamW, constant learning rate {setting.learning_rate:g}{changed}"
 
 
 def backbone_dtype(name: str) -> str:
     """bfloat16 for a frozen backbone where the processor computes in it; without that it would be slower."""
-    has_bfloat16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # recent torch only
+    has_bfloat16 = torch.cuda.is_available() or capabilities.get("avx512_bf16", False)
     return "bfloat16" if has_bfloat16 and not METHODS[name].trains_backbone else "float32"
 
 
@@ -126,11 +127,12 @@ def train(name: str, scenario: Scenario, folder: Path, seed: int, quick: bool) -
         ContinualTrainingArguments(
             str(folder),
             num_train_epochs=setting.epochs,
-            max_steps=6 if quick else -1,
+            max_steps=2 if quick else -1,
             learning_rate=setting.learning_rate,
             lr_scheduler_type="constant",
             per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=128,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
             report_to="none",
         ),
@@ -151,14 +153,14 @@ def accuracy(results: RunResults) -> float:
 def conclusion(runs: dict[str, RunResults], quick: bool) -> str:
     """Say in words what the table shows, whatever it is."""
     if quick:
-        return "With --quick the methods get too few steps to be compared.\n"
+        return "With --quick the methods see too little to be compared.\n"
     best = max(runs, key=lambda name: accuracy(runs[name]))
     tuned = runs["fine-tuning"]
+    prompts = [f"{runs[name].method} keeps {accuracy(runs[name]):.0%}" for name in runs if SETTINGS[name].is_prompt]
     return (
         f"Fine-tuning all weights forgets: {accuracy(tuned):.0%} of the digits are right at the end, and it has lost "
-        f"{tuned.metrics['forgetting']:.0%}.\nOf the prompt methods, "
-        + ", ".join(f"{runs[name].method} keeps {accuracy(runs[name]):.0%}" for name in runs if SETTINGS[name].is_prompt)
-        + f".\nBest of all: {runs[best].method} with {accuracy(runs[best]):.0%}.\n"
+        f"{tuned.metrics['forgetting']:.0%}.\nOf the prompt methods, {', '.join(prompts)}.\n"
+        f"Best of all: {runs[best].method} with {accuracy(runs[best]):.0%}.\n"
     )
 
 

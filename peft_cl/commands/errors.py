@@ -1,10 +1,16 @@
-"""Faults of what the user gave, told apart from faults of the program: the first are one line, the others a traceback."""
+"""Faults in what the user gave are said in one line; faults of the program keep their traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
+
+
+INPUT_FAULTS = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, DatasetsError, SafetensorError)
 
 
 class CommandError(Exception):
@@ -24,7 +30,7 @@ def explained(what: str) -> Iterator[None]:
         yield
     except CommandError:
         raise
-    except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
+    except INPUT_FAULTS as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise CommandError(f"{what}: {text.strip() or type(error).__name__}") from error
 

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from ..metrics import RunResults
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
+from ..tuners.base.config import check_weight_file
 from .errors import CommandError, explained
 from .settings import DatasetSettings
-from .sources import BACKBONE_FOLDER, adapter_folder, load_backbone, load_data, load_processor
+from .sources import BACKBONE_FOLDER, WEIGHTS_FILE, adapter_folder, load_backbone, load_data, load_processor
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -86,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
             split_seed=arguments.split_seed,
         )
     with explained(f"The adapter {arguments.adapter!r} cannot be read"):
+        check_weight_file(folder / WEIGHTS_FILE)
         config = PeftConfig.from_pretrained(str(folder))
     examples = load_split(settings)
     model = load_adapter(folder, config, arguments.model, arguments.dtype or recorded_dtype(folder))

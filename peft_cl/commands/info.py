@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
-from ..tuners.base.config import PromptPoolConfig
+from ..tuners.base.config import PromptPoolConfig, check_weight_file
 from .errors import CommandError, explained
 from .sources import WEIGHTS_FILE, adapter_folder
 
@@ -36,6 +36,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         CommandError: A file is missing or damaged, or the adapter is of another library.
     """
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
+        check_weight_file(folder / WEIGHTS_FILE)
         config = PeftConfig.from_pretrained(str(folder))
         parts = parameters_by_part(folder / WEIGHTS_FILE)
     if not isinstance(config, PromptPoolConfig):

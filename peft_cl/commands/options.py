@@ -181,16 +181,23 @@ def _match(name: str, value: Any, hint: Any) -> tuple[bool, Any]:
         kinds = (int,) if hint is int else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool), value
     if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            return False, value
-        if origin is tuple and arguments[-1] is not Ellipsis and len(arguments) != len(value):
-            return False, value
-        inner = [arguments[0]] * len(value) if origin is list or arguments[-1] is Ellipsis else arguments
-        items = [convert(f"{name}[{i}]", item, kind) for i, (item, kind) in enumerate(zip(value, inner, strict=True))]
-        return True, origin(items)
+        return _match_items(name, value, origin, arguments)
+    if origin is dict:
+        return isinstance(value, dict), value
     if isinstance(hint, type):
         return isinstance(value, hint), value
     return True, value
+
+
+def _match_items(name: str, value: Any, origin: type, arguments: tuple) -> tuple[bool, Any]:
+    if not isinstance(value, (list, tuple)):
+        return False, value
+    is_open = origin is list or arguments[-1] is Ellipsis
+    if not is_open and len(arguments) != len(value):
+        return False, value
+    kinds = [arguments[0]] * len(value) if is_open else arguments
+    items = [convert(f"{name}[{i}]", item, kind) for i, (item, kind) in enumerate(zip(value, kinds, strict=True))]
+    return True, origin(items)
 
 
 def _words(hint: Any) -> str:
@@ -200,8 +207,8 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_words(choice) for choice in arguments))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is list:
-        return "a list"
+    if origin in (list, dict):
+        return "a list" if origin is list else "a mapping"
     if origin is tuple:
         return f"a list of {len(arguments)}"
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

@@ -185,14 +185,17 @@ def _make_augmentation(values: Any) -> RandomResizedCropFlip | None:
 
 def _make_arguments(values: Any, output_dir: str) -> tuple[ContinualTrainingArguments, str]:
     """Returns the arguments, and how the learning rate came about."""
-    values = dict(check_names("training", values, [*_settable_arguments(), SCALED_RATE]))
+    values = check_names("training", values, [*_settable_arguments(), SCALED_RATE])
+    values = {name: value for name, value in values.items() if value is not None}  # null: the default
     per_256 = convert(f"training.{SCALED_RATE}", values.pop(SCALED_RATE, None), float | None)
-    if per_256 is not None and values.get("learning_rate") is not None:
+    if per_256 is not None and "learning_rate" in values:
         raise CommandError(
             f"training has both learning_rate ({values['learning_rate']}) and {SCALED_RATE} ({per_256}). Keep one; "
             f"on the command line `--training.{SCALED_RATE} null` takes the other out."
         )
     arguments = fill("training", ContinualTrainingArguments, values, output_dir=output_dir)
+    if arguments.device.type == "cpu":
+        arguments.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
     if per_256 is None:
         return arguments, f"{arguments.learning_rate:g}"
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

@@ -37,6 +37,7 @@ def load_backbone(name: str, dtype: str, attn_implementation: str | None = None)
 
 def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
     """Load an image processor, with some of its settings changed."""
+    _require_folder("model", name)
     with explained(f"The image processor of {name!r} cannot be loaded"):
         return AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
 

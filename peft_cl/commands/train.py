@@ -145,7 +145,8 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
         f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
         f"{training.world_size} processes",
-        "learning rate": settings.learning_rate_note,
+        "learning rate": settings.learning_rate_note
+        + "".join(f", {part} {rate:g}" for part, rate in (training.learning_rates or {}).items()),
         "seed": str(training.seed),
         "output": settings.output_dir,
     }
@@ -186,6 +187,8 @@ def save_backbone(trainer: ContinualTrainer, folder: Path) -> None:
 def summary(results: RunResults) -> str:
     """The run as a table, and its metrics."""
     metrics = [
-        f"{name.replace('_', ' ')} {value:.2%}" for name, value in results.metrics.items() if value == value  # not NaN
+        f"{name.replace('_', ' ')} {value:.2%}"
+        for name, value in results.metrics.items()
+        if value == value  # not NaN
     ]
     return f"{results_table([results])}\n\n{', '.join(metrics)}\n"

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..scenarios import Scenario
 from ..version import __version__
 
@@ -32,10 +34,13 @@ RECORDED = (
 )
 
 
-def hyperparameters(args: Any, config: Any, augmentation: Any) -> dict[str, Any]:
+def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> dict[str, Any]:
     """Settings of the run in types that JSON knows."""
     settings = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
     settings["devices"] = args.world_size
+    settings["device"] = args.device.type
+    settings["threads"] = torch.get_num_threads()
+    settings["backbone_dtype"] = str(model.get_base_model().dtype).removeprefix("torch.")
     settings["augmentation"] = repr(augmentation) if augmentation is not None else None
     written = {"classes", "tasks", "rows_in_use", "base_model_name_or_path", "auto_mapping", "inference_mode"}
     settings["adapter"] = {

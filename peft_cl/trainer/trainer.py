@@ -288,7 +288,7 @@ class ContinualTrainer(Trainer):
             total_parameters=total,
             adapter_bytes=self.strategy.saved_bytes(self, weights.stat().st_size) if weights.is_file() else None,
             train_seconds=self.train_seconds,
-            hyperparameters=hyperparameters(self.args, config, self._collators[True].transform.augmentation),
+            hyperparameters=hyperparameters(self.args, self.model, config, self._collators[True].transform.augmentation),
             versions=versions(),
             command=None,
             finished_tasks=self.finished_tasks,

@@ -80,6 +80,7 @@ class PromptedEncoder(AdapterLayer):
         query = call.query if pool.needs_query else None
         if query is None and pool.needs_query:
             query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
+        # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
             prompts = pool(query)
         trace = Trace(
@@ -88,7 +89,9 @@ class PromptedEncoder(AdapterLayer):
         )
         tokens, num_prompts = self.encode(pixel_values, prompts, interpolate, trace)
         if prompts.parts:
-            prompts.losses.update(pool.compare(self._features_of_parts(pixel_values, prompts, interpolate)))
+            features = self._features_of_parts(pixel_values, prompts, interpolate)
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                prompts.losses.update(pool.compare(features))
         call.prompts = prompts
         return BaseModelOutputWithPooling(
             last_hidden_state=self._for_head(tokens, num_prompts, pool.head_type),

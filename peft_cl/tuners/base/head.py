@@ -172,7 +172,7 @@ class ClassifierHead(AdapterLayer):
         loss = None
         if call.labels is not None:
             cross_entropy = self.cross_entropy(logits, call.labels)
-            terms = call.prompts.losses if model.training else {}
+            terms = call.prompts.losses  # none outside training
             loss = cross_entropy + sum(terms.values())
             self.last_losses = {
                 "cross_entropy": cross_entropy.detach(),
@@ -197,8 +197,8 @@ class ClassifierHead(AdapterLayer):
             unknown = sorted({task for task in task_ids.tolist() if not 0 <= task < config.num_tasks})
             if unknown:
                 raise ValueError(
-                    f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, counted "
-                    "from 0."
+                    f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "
+                    "count from 0."
                 )
             allowed = _rows_of_tasks(config.tasks, logits)[task_ids.to(logits.device)]
         elif training and config.train_mask and config.tasks:

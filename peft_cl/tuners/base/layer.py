@@ -67,7 +67,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(names, inference_mode=inference_mode)
 
     def add_entry(self, adapter_name: str, entry: nn.Module) -> None:
-        """Add an adapter's part, on the device of the wrapped module and in the layer's mode; its dtype, float32, stays."""
+        """Add an adapter's part, on the wrapped module's device and in this layer's mode; it stays float32."""
         self.entries[adapter_name] = entry.train(self.training)
         # With low_cpu_mem_usage the entry is empty yet, and PEFT asks for the move after it has loaded the weights.
         if not any(parameter.is_meta for parameter in entry.parameters()):

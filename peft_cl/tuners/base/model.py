@@ -68,12 +68,12 @@ class PromptPoolModel(BaseTuner):
 
     @property
     def encoder(self) -> PromptedEncoder:
-        """The prompted encoder inside the base model."""
+        """The prompted encoder inside the base model (before the first adapter is in: the base model's own)."""
         return getattr(self.model, self.family.encoder)
 
     @property
     def head(self) -> ClassifierHead:
-        """The growing head inside the base model."""
+        """The growing head inside the base model (before the first adapter is in: the base model's own)."""
         return getattr(self.model, self.family.head)
 
     @property
@@ -116,8 +116,7 @@ class PromptPoolModel(BaseTuner):
         return peft_config
 
     def _geometry(self) -> Geometry:
-        encoder = getattr(self.model, self.family.encoder)
-        return Geometry(self.model.config.hidden_size, len(self.family.layer_list(encoder)))
+        return Geometry(self.model.config.hidden_size, len(self.family.layer_list(self.encoder)))
 
     def _create_and_replace(
         self,
@@ -136,10 +135,10 @@ class PromptPoolModel(BaseTuner):
             self._add_head(peft_config, adapter_name)
 
     def _add_pool(self, config: PromptPoolConfig, adapter_name: str) -> None:
+        pool = self.pool_class(config, self._geometry())  # first: settings that it refuses leave the model untouched
+        config.rows_in_use = pool.rows_in_use
         if not isinstance(self.encoder, PromptedEncoder):
             setattr(self.model, self.family.encoder, PromptedEncoder(self.encoder, self.prefix, self.family))
-        pool = self.pool_class(config, self._geometry())
-        config.rows_in_use = pool.rows_in_use
         self.encoder.add_entry(adapter_name, pool)
 
     def _add_head(self, config: PromptPoolConfig, adapter_name: str) -> None:
@@ -193,8 +192,12 @@ class PromptPoolModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """PEFT loads with `strict=False`; here a file that does not fit is refused before anything is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        marks = [f".{cls.prefix}{kind}.{adapter_name}." for kind in (PromptedEncoder.kind, ClassifierHead.kind)]
-        expected = {key: value for key, value in model.state_dict().items() if any(mark in key for mark in marks)}
+        # Keys that name this adapter are those that lose its name.
+        expected = {
+            key: value
+            for key, value in model.state_dict().items()
+            if cls._remove_adapter_name_from_key(key, adapter_name) != key
+        }
         missing = sorted(
             cls._remove_adapter_name_from_key(key, adapter_name) for key in expected.keys() - remapped.keys()
         )

@@ -102,7 +102,7 @@ class PromptPool(nn.Module):
 
 
 def _projection(kind: str | None, size: int) -> nn.Module:
-    """The learnable query map; it starts as the identity, so training begins from the papers' query."""
+    """The learnable query map. The linear one starts as the identity: training begins from the papers' query."""
     if kind is None:
         return nn.Identity()
     if kind == "linear":

@@ -66,7 +66,7 @@ def gram_penalty(rows: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_penalty(rows: torch.Tensor) -> torch.Tensor:
-    """Sum over pairs of the absolute cosine of rows (sets, k, D), averaged over sets (the textbook form)."""
+    """Sum over ordered pairs of the absolute cosine of rows (sets, k, D), averaged over sets (the textbook form)."""
     rows = F.normalize(rows, dim=-1)
     gram = rows @ rows.transpose(-1, -2)
     off_diagonal = gram.abs().sum(dim=(-1, -2)) - gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1)

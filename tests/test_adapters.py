@@ -1,0 +1,89 @@
+"""Adapters come and go: unload, merge, and several of them on one base model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from tuner_cases import CASES, FAMILIES, METHODS, config, gradients, logits, prompted, step, tiny
+
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@every_family
+@every_case
+def test_unload_gives_the_base_model_back(name, family):
+    base = tiny(family)
+    modules = [type(module) for module in base.modules()]
+    model = prompted(name, base)
+    assert base.accepts_loss_kwargs is False
+    assert model.unload() is base
+    assert [type(module) for module in base.modules()] == modules
+    assert not base._forward_hooks and not base._forward_pre_hooks and not hasattr(base, "peft_config")
+    assert "accepts_loss_kwargs" not in vars(base) and base.num_labels == 12
+    assert base.config.id2label == tiny(family).config.id2label
+    assert torch.equal(logits(base), logits(tiny(family)))
+    assert torch.equal(logits(prompted(name, base)), logits(prompted(name, family)))
+
+
+def test_unload_restores_a_setting_of_the_base_model():
+    base = tiny()
+    base.accepts_loss_kwargs = True
+    assert prompted("l2p", base).unload().accepts_loss_kwargs is True
+
+
+@every_method
+def test_merging_is_refused_with_the_way_out(name):
+    model = prompted(name)
+    expected = logits(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(NotImplementedError, match=r"cannot be merged.*call `unload\(\)`"):
+            merge()
+    assert torch.equal(logits(model), expected)
+
+
+# ----------------------------------------------------------------------------------------------- several adapters
+
+
+@every_case
+def test_adapters_live_beside_each_other(name):
+    model = prompted(name)
+    first = logits(model)
+    model.add_adapter("second", config(name))
+    base = model.get_base_model()
+    assert len(base._forward_hooks) == len(base._forward_pre_hooks) == 1
+    assert torch.equal(logits(model), first) and not any(
+        parameter.requires_grad for key, parameter in model.named_parameters() if ".second." in key
+    )
+    model.set_adapter("second")
+    model.begin_task(["cat", "dog"])
+    assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.label2id == {"cat": 0, "dog": 1}
+    assert logits(model).shape == (4, 2)
+    step(model)
+    assert all((value is None) == (".default." in key) for key, value in gradients(model).items())
+    model.eval().set_adapter("default")
+    assert model.config.num_labels == 6 and torch.equal(logits(model), first)
+    with pytest.raises(ValueError, match="one prompt adapter can be active at a time.*Name one"):
+        model.base_model.set_adapter(["default", "second"])
+    assert torch.equal(logits(model), first)
+    with pytest.warns(UserWarning, match="Setting active adapter to second"):
+        model.delete_adapter("default")
+    assert model.config.num_labels == 2 and not any(".default." in key for key in model.state_dict())
+    model.delete_adapter("second")
+    assert base.config.num_labels == 12 and torch.equal(logits(base), logits(tiny()))
+    with pytest.raises(ValueError, match=r"No adapter is active.*set_adapter\(name\)"):
+        model.begin_task(["cat"])
+
+
+def test_one_configuration_serves_several_models():
+    shared = config("coda")
+    first, second = get_peft_model(tiny(), shared), get_peft_model(tiny(), shared)
+    first.begin_task(["a", "b"])
+    assert shared.classes is None and second.peft_config["default"].num_tasks == 0
+    second.add_adapter("other", shared)
+    second.set_adapter("other")
+    second.begin_task(["c"])
+    assert second.peft_config["default"].num_tasks == 0 and first.peft_config["default"].classes == ["a", "b"]

@@ -1,0 +1,390 @@
+"""The command `peft-cl`: what it trains it can describe and measure again; bad input is refused before training."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from peft import PeftModel
+from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from peft_cl import ContinualTrainer, RunResults
+from peft_cl.cli import main
+from peft_cl.commands import demo
+from peft_cl.commands.options import read_config
+from peft_cl.commands.settings import make_settings
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
+
+
+def pictures(per_class: int, seed: int) -> Dataset:
+    """Four classes of 16x16 images, each a colour with noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(COLOURS)), per_class)
+    pixels = np.array(list(COLOURS.values()))[labels][:, None, None] + rng.normal(0, 60, (len(labels), 16, 16, 3))
+    return Dataset.from_dict(
+        {"image": [PILImage.fromarray(each.clip(0, 255).astype("uint8")) for each in pixels], "label": labels},
+        features=Features({"image": Image(), "label": ClassLabel(names=list(COLOURS))}),
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `data` (parquet), `single` (parquet, one split), `model` and `config.yaml`."""
+    folder = tmp_path_factory.mktemp("cli")
+    for path, split, rows in (("data", "train", (8, 0)), ("data", "test", (5, 1)), ("single", "train", (10, 2))):
+        (folder / path).mkdir(exist_ok=True)
+        pictures(*rows).to_parquet(folder / path / f"{split}.parquet")
+    size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 3}
+    width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(**size, **width)).save_pretrained(folder / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    config = {
+        "model": {"name": str(folder / "model")},
+        "method": "coda",
+        "adapter": {"components_per_task": 2, "prompt_length": 4, "layers": [0, 1]},
+        "dataset": {"path": str(folder / "data")},
+        "scenario": {"num_tasks": 2, "seed": 3},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 0.02,
+            "lr_scheduler_type": "constant",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    """The folder of a finished run."""
+    assert main(["train", str(place / "config.yaml"), "--training.seed", "5"]) == 0
+    return place / "run"
+
+
+@pytest.fixture
+def train(place, tmp_path) -> Callable[..., int]:
+    """`train("--dotted.key", "value")` trains the configuration with changes, into a folder of its own."""
+    return lambda *words: main(["train", str(place / "config.yaml"), "--output_dir", str(tmp_path / "out"), *words])
+
+
+@pytest.fixture
+def refused(train, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
+    """`refused("--dotted.key", "value")` returns the one line of the error, after seeing that nothing was trained."""
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(ContinualTrainer, "train", lambda self: pytest.fail("training began"))
+        assert train(*words) == 2
+        assert not (tmp_path / "out").exists()
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("peft-cl: ")
+        return line
+
+    return call
+
+
+# ----------------------------------------------------------------------------------------------- a run
+
+
+def test_train_writes_adapter_processor_results_card_and_picture(trained):
+    files = {path.name for path in trained.iterdir()}
+    assert files >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "preprocessor_config.json",
+        "results.json",
+        "README.md",
+        "accuracy_matrix.png",
+    }
+    results = RunResults.load(trained)
+    assert results.finished_tasks == 2
+    assert results.seed == 5
+    assert results.command.startswith("peft-cl train ") and results.command.endswith("--training.seed 5")
+    assert "CODA-Prompt" in (trained / "README.md").read_text()
+
+
+def test_info_agrees_with_the_results_and_needs_no_base_model(trained, place, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["info", str(trained), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    results = RunResults.load(trained)
+    assert facts["method"] == results.method == "CODA-Prompt"
+    assert sum(facts["tasks"], []) == results.scenario["class_order"]
+    assert facts["rows_in_use"] == 4
+    assert facts["file_bytes"] == results.adapter_bytes
+    # P (4 x 24), K and A (24 each) for 2 layers and 4 components; a head of 4 classes.
+    counts = {name: part["count"] for name, part in facts["parameters"].items()}
+    assert counts == {"attention": 192, "head": 100, "keys": 192, "prompts": 768}
+    assert main(["info", str(trained)]) == 0
+    text = capsys.readouterr().out
+    assert f"{100 * results.metrics['average_accuracy']:.2f}" in text
+    assert all(colour in text for colour in COLOURS)
+
+
+def test_evaluate_repeats_the_accuracies_of_the_run(trained, place, capsys):
+    command = ["evaluate", str(trained), "--dataset", str(place / "data"), "--batch-size", "7"]
+    assert main([*command, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    results = RunResults.load(trained)
+    assert list(measured["tasks"].values()) == pytest.approx(results.accuracy_matrix[-1])
+    assert measured["average_accuracy"] == pytest.approx(results.metrics["average_accuracy"])
+    assert measured["images"] == sum(results.test_sizes) and measured["left_out"] == 0
+    assert measured["accuracy"] == pytest.approx(np.mean(list(measured["classes"].values())))  # 5 images of each
+    assert set(measured["classes"]) == set(COLOURS)
+    assert main(command) == 0
+    assert f"{measured['accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_evaluate_maps_classes_by_name_and_counts_what_it_leaves_out(trained, place, tmp_path, capsys):
+    data = pictures(3, 4).filter(lambda row: row["label"] != 0)
+    names = np.array(["red", "green", "violet", "yellow"])[data["label"]].tolist()
+    data.remove_columns("label").add_column("colour", names).to_parquet(tmp_path / "test.parquet")
+    command = ["evaluate", str(trained), "--dataset", str(tmp_path), "--label-column", "colour"]
+    assert main([*command, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert (measured["images"], measured["left_out"]) == (6, 3)
+    assert measured["classes"]["red"] is None and measured["classes"]["green"] is not None
+
+
+def test_a_run_in_the_output_folder_is_kept_unless_overwrite(place, trained, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "out" / "backbone").mkdir()
+    command = ["train", str(place / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--training.max_steps", "1"]
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert main([*command, "--overwrite"]) == 0
+    assert RunResults.load(tmp_path / "out").hyperparameters["max_steps"] == 1
+    assert not (tmp_path / "out" / "backbone").exists()  # left by another method, it would be taken for the base
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "linear-probe", "nearest-class-mean"])
+def test_every_method_trains_from_a_configuration(train, tmp_path, method):
+    adapter = {"l2p": "{top_k: 2, prompt_length: 2}", "dualprompt": "{layers: [1], g_layers: [0]}"}.get(method, "{}")
+    assert train("--method", method, "--adapter", adapter, "--training.max_steps", "1") == 0
+    assert RunResults.load(tmp_path / "out").finished_tasks == 2
+
+
+def test_fine_tuning_keeps_the_backbone_it_trained(train, place, tmp_path, capsys):
+    assert train("--method", "fine-tuning", "--adapter", "null") == 0
+    results = RunResults.load(tmp_path / "out")
+    capsys.readouterr()
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert main(["evaluate", str(moved), "--dataset", str(place / "data"), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert list(measured["tasks"].values()) == pytest.approx(results.accuracy_matrix[-1])
+    assert "folder `backbone`" in (moved / "README.md").read_text()
+
+
+def test_one_split_is_divided_alike_in_training_and_evaluation(train, place, tmp_path, capsys):
+    fraction = ("--dataset.path", str(place / "single"), "--dataset.test_fraction", "0.3", "--training.max_steps", "2")
+    assert train(*fraction) == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.scenario["train_sizes"] == [14, 14] and results.test_sizes == [6, 6]
+    capsys.readouterr()
+    command = [
+        "evaluate",
+        str(tmp_path / "out"),
+        "--dataset",
+        str(place / "single"),
+        "--test-fraction",
+        "0.3",
+        "--json",
+    ]
+    assert main(command) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert list(measured["tasks"].values()) == pytest.approx(results.accuracy_matrix[-1])
+
+
+def test_an_image_folder_trains_with_augmentation_and_changed_processor(train, tmp_path):
+    photos = tmp_path / "photos"
+    for index, row in enumerate(pictures(4, 6)):
+        folder = photos / ("test" if index % 4 == 0 else "train") / list(COLOURS)[row["label"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        row["image"].resize((20, 24)).save(folder / f"{index}.png")
+    words = ("--dataset.path", str(photos), "--processor.do_normalize", "false", "--augmentation.scale", "[0.5, 1.0]")
+    assert train(*words, "--training.max_steps", "1") == 0
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert processor["do_normalize"] is False
+    assert "scale=(0.5, 1.0)" in RunResults.load(tmp_path / "out").hyperparameters["augmentation"]
+
+
+def test_learning_rate_is_scaled_by_the_batch_and_said(train, tmp_path, capsys):
+    words = ["--training.learning_rate", "null", "--training.learning_rate_per_256", "3e-2"]
+    assert train(*words, "--training.gradient_accumulation_steps", "2", "--training.max_steps", "1") == 0
+    assert RunResults.load(tmp_path / "out").hyperparameters["learning_rate"] == pytest.approx(0.03 * 16 / 256)
+    assert "0.001875 = 0.03 x 16 images in a step / 256" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "codda"], ["codda", "Did you mean coda?", "nearest-class-mean"]),
+        (["--methd", "coda"], ["--methd", "Did you mean --method?"]),
+        (["--preset", "papre"], ["papre", "Did you mean paper?", "official"]),
+        (["--training.learning_rat", "1"], ["Did you mean training.learning_rate?", "training.learning_rat"]),
+        (["--training.output_dir", "x"], ["training.output_dir"]),
+        (["--training.learning_rate", "fast"], ["'fast'", "a number"]),
+        (["--training.learning_rates", "0.1"], ["training.learning_rates", "a mapping"]),
+        (["--training.lr_scheduler_type", "constnat"], ["constnat", "constant"]),
+        (["--training.learning_rate_per_256", "0.03"], ["both", "null"]),
+        (["--training.label_smoothing_factor", "0.1"], ["label_smoothing_factor"]),
+        (["--training.num_train_epochs"], ["--training.num_train_epochs has no value"]),
+        (["--adapter.top_k", "3"], ["adapter.top_k", "components_per_task"]),
+        (["--adapter.classes", "[a]"], ["adapter.classes"]),
+        (["--adapter.components_per_task", "0"], ["components_per_task is 0"]),
+        (["--adapter.layers", "[0, 7]"], ["layers [7]", "2 layers"]),
+        (["--adapter.pool_size", "3"], ["pool_size is 3", "task 2"]),
+        (["--model.name", "./nowhere"], ["'./nowhere'", "no such folder"]),
+        (["--model.dtype", "float8"], ["'float8'", "bfloat16"]),
+        (["--model.attn_implementation", "eagr"], ["eagr", "sdpa"]),
+        (["--model.dtype", "bfloat16", "--method", "fine-tuning", "--adapter", "{}"], ["float32", "fine-tuning"]),
+        (["--dataset.path", "./nowhere"], ["data set './nowhere'", "no such folder"]),
+        (["--dataset.label_column", "lable"], ["'lable'", "['image', 'label']"]),
+        (["--dataset.image_column", "img"], ["'img'", "['image', 'label']"]),
+        (["--dataset.test_split", "validation"], ["'validation'", "['train', 'test']"]),
+        (["--dataset.test_fraction", "1.5"], ["test_fraction is 1.5"]),
+        (["--scenario.num_tasks", "9"], ["4 classes", "9 tasks"]),
+        (["--scenario.class_order", "[red]"], ["seed 3", "class_order"]),
+        (["--scenario", "{}"], ["scenario.num_tasks is missing"]),
+        (["--augmentation.scale", "[0.5]"], ["augmentation.scale", "a list of 2"]),
+        (["--augmentation.flip", "2"], ["flip"]),
+        (["--processor.do_normalise", "false"], ["Did you mean processor.do_normalize?"]),
+        (["--dataset", "[1"], ["YAML"]),
+    ],
+)
+def test_bad_settings_are_refused_before_training(refused, words, expected):
+    message = refused(*words)
+    assert all(part in message for part in expected), message
+
+
+def test_a_data_set_with_one_split_names_the_remedy(refused, place):
+    assert "dataset.test_fraction" in refused("--dataset.path", str(place / "single"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rate: 0.1", "training.learning_rate exists"),
+        ("method: l2p\nmethod: coda", "more than once"),
+        ("- l2p", "no sections"),
+        ("method: [", "YAML"),
+        ("model: vit-tiny-64", "method is missing"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, capsys, text, expected):
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_damaged_data_file_is_said(refused, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
+    assert "broken' cannot be loaded" in refused("--dataset.path", str(tmp_path / "broken"))
+
+
+def test_missing_files_are_named(tmp_path, capsys):
+    for command in (["train", "no.yaml"], ["info", "./no"], ["evaluate", "./no", "--dataset", "./none"]):
+        assert main(command) == 2
+        assert "no" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 2
+    assert "adapter_config.json and no adapter_model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"),
+        ("adapter_config.json", b"{"),
+        ("results.json", b'{"format_version": 1}'),
+    ],
+)
+def test_a_damaged_adapter_is_named(trained, tmp_path, capsys, file, content):
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy" / file).write_bytes(content)
+    assert main(["info", str(tmp_path / "copy")]) == 2
+    message = capsys.readouterr().err
+    assert re.search("damaged|cannot be read", message) and "Traceback" not in message
+
+
+def test_evaluate_refuses_what_does_not_fit(trained, place, tmp_path, capsys):
+    pictures(2, 0).rename_column("label", "kind").to_parquet(tmp_path / "test.parquet")
+    command = ["evaluate", str(trained), "--dataset"]
+    for words, expected in (
+        ([str(place / "data"), "--split", "validation"], "'validation'"),
+        ([str(place / "data"), "--label-column", "lable"], "'lable'"),
+        ([str(tmp_path)], "'label'"),
+        ([str(place / "data"), "--model", "vit-tiny-64"], "does not fit"),
+        ([str(place / "data"), "--batch-size", "0"], "--batch-size is 0"),
+    ):
+        assert main([*command, *words]) == 2
+        assert expected in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- examples and demo
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_valid(path):
+    settings = make_settings(read_config(path))
+    config_class = settings.method.config_class
+    assert isinstance(settings.adapter, config_class)
+    assert settings.preset in config_class.presets
+    settings.adapter.check_next_task(settings.scenario.num_tasks - 1)
+    assert settings.training.learning_rate > 1e-4
+
+
+def test_examples_of_the_jax_family_scale_the_learning_rate_by_the_batch():
+    rates = {name: make_settings(read_config(EXAMPLES / f"{name}.yaml")).training.learning_rate for name in RATES}
+    assert rates == pytest.approx(RATES)
+
+
+RATES = {
+    "cifar100_l2p": 0.015,
+    "cifar100_dualprompt": 0.015,
+    "cifar100_coda": 0.001,
+    "imagenet_r_l2p": 0.00375,
+    "imagenet_r_dualprompt": 0.00375,
+    "imagenet_r_coda": 0.001,
+}
+
+
+def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "TASKS", 2)  # in place of 5, for time
+    loaded = []
+    original = PeftModel.from_pretrained.__func__
+    monkeypatch.setattr(
+        PeftModel,
+        "from_pretrained",
+        classmethod(lambda cls, model, path, **options: loaded.append(path) or original(cls, model, path, **options)),
+    )
+    assert main(["demo", "--quick", "--output", str(tmp_path / "demo")]) == 0
+    text = capsys.readouterr().out
+    for method in ("L2P", "DualPrompt", "CODA-Prompt", "Linear probe", "Fine-tuning", "Nearest class mean"):
+        assert f"| {method} |" in text
+    (path,) = loaded
+    assert Path(path).parent == tmp_path / "demo"
+    assert re.search(r"of the digit \d: the model says \d \(probability \d+%\)", text)
+    assert PILImage.open(tmp_path / "demo" / "comparison.png").width > 1000
