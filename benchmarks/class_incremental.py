@@ -49,9 +49,9 @@ class Entry:
 
 LIMITS = "Backbone and images derive from Tiny-ImageNet, and so from ImageNet, whose terms allow research use."
 
-# One head for all: rows begin at zero, rate 1e-3 (the best of 5e-4 to 5e-3 for the linear probe alone). The same masked
-# loss, batch, epochs and schedule for all that are trained; fine-tuning alone keeps float32 weights and takes the plain
-# loss over the classes seen, which is what makes it naive.
+# One head for all: rows begin at zero, rate 1e-3 (the best of 5e-4 to 5e-3 for the linear probe alone). The same
+# masked loss, batch, epochs and schedule for all that are trained; fine-tuning alone keeps float32 weights and takes
+# the plain loss over the classes seen, which is what makes it naive.
 HEAD = {"head_init": "zeros"}
 METHODS = {
     "coda": Entry(CodaPromptConfig, HEAD, {"learning_rates": {"pool": 2e-3}}),
@@ -74,9 +74,7 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace, folder: Pa
     entry = METHODS[name]
     set_seed(seed)
     backbone = default_backbone()
-    model = AutoModelForImageClassification.from_pretrained(
-        backbone, dtype=entry.dtype, attn_implementation="eager"
-    )
+    model = AutoModelForImageClassification.from_pretrained(backbone, dtype=entry.dtype, attn_implementation="eager")
     arguments = ContinualTrainingArguments(
         str(folder),
         num_train_epochs=options.epochs,

@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 # The models here are too small for more threads to pay; a user's own setting wins.
 if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

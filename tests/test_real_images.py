@@ -12,7 +12,13 @@ from datasets import load_dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from peft_cl import CodaPromptConfig, ContinualTrainer, ContinualTrainingArguments, LinearProbeConfig, class_incremental
+from peft_cl import (
+    CodaPromptConfig,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    LinearProbeConfig,
+    class_incremental,
+)
 from peft_cl.assets import default_backbone
 from peft_cl.strategies import NearestClassMean
 

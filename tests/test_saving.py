@@ -278,13 +278,23 @@ def test_a_missing_file_is_named(file, saved):
         PeftModel.from_pretrained(tiny(), folder)
 
 
-def test_missing_and_unknown_tensors_are_named(saved):
+@pytest.mark.parametrize(
+    ("missing", "surplus", "message"),
+    [
+        ("keys", None, r"lacks \[.*codaprompt_pool.keys'\] and has \[\] that"),
+        (None, "extra", r"lacks \[\] and has \[.*codaprompt_pool.extra'\] that"),
+        ("keys", "extra", r"lacks \[.*codaprompt_pool.keys'\] and has \[.*codaprompt_pool.extra'\] that"),
+    ],
+)
+def test_missing_and_unknown_tensors_are_named(missing, surplus, message, saved):
     _, folder = saved("coda")
     tensors = load_file(folder / WEIGHTS)
-    tensors["base_model.model.vit.codaprompt_pool.extra"] = tensors.pop("base_model.model.vit.codaprompt_pool.keys")
+    if missing:
+        del tensors[f"base_model.model.vit.codaprompt_pool.{missing}"]
+    if surplus:
+        tensors[f"base_model.model.vit.codaprompt_pool.{surplus}"] = torch.ones(1)
     save_file(tensors, folder / WEIGHTS)
-    message = r"CODA-Prompt adapter file lacks \[.*codaprompt_pool.keys'\] and has \[.*codaprompt_pool.extra'\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="CODA-Prompt adapter file " + message):
         PeftModel.from_pretrained(tiny(), folder)
 
 

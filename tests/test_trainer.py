@@ -124,7 +124,9 @@ def test_parts_have_learning_rates_of_their_own(make_trainer):
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             names = {parameter: name.split(".", 3)[-1] for name, parameter in model.named_parameters()}
             for group in optimizer.param_groups:
-                rates.update({names[parameter].rpartition("default.")[2]: group["lr"] for parameter in group["params"]})
+                rates.update(
+                    {names[parameter].rpartition("default.")[2]: group["lr"] for parameter in group["params"]}
+                )
 
     given = {"prompts": 0.5, "pool": 0.25, "head": 0.125}
     trainer = make_trainer(CONFIGS["coda"](), callbacks=[Watch()], learning_rates=given, lr_scheduler_type="constant")

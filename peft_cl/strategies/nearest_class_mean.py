@@ -14,8 +14,8 @@ from ..trainer import ContinualTrainer, Strategy
 class NearestClassMean(Strategy):
     """Classify by the nearest mean of the training features of each class (Janson et al. 2022, arXiv 2210.04428).
 
-    The nearest mean in Euclidean distance is a linear head: |f - m|^2 = |f|^2 - 2 (f m - |m|^2 / 2), so the class's row
-    is m and its bias -|m|^2 / 2. With `cosine=True` the row is m / |m| and the bias 0. Use it on a linear probe:
+    The nearest mean in Euclidean distance is a linear head: |f - m|^2 = |f|^2 - 2 (f m - |m|^2 / 2), so the class's
+    row is m and its bias -|m|^2 / 2. With `cosine=True` the row is m / |m| and the bias 0. Use it on a linear probe:
     `get_peft_model(model, LinearProbeConfig())`; the result is saved and loaded like any adapter.
 
     Args:

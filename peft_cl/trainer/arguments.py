@@ -14,11 +14,11 @@ class ContinualTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, applied to each task anew: epochs, steps, warm-up and schedule are per task.
 
     Two defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), and no
-    checkpoints are written within a task (`save_strategy="no"`; the adapter and the results are saved after each task).
+    checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task).
 
     Args:
-        learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`, `"attention"`,
-            `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the schedule holds
+        learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
+            `"attention"`, `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the schedule holds
             for all.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
@@ -49,8 +49,8 @@ class ContinualTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError(
-                "remove_unused_columns is True, but the image column would be removed before it is turned into pixels. "
-                "Leave it at False."
+                "remove_unused_columns is True, but the image column would be removed before it is turned into pixels."
+                " Leave it at False."
             )
         check_rates(self.learning_rates or {})
         if self.label_smoothing_factor:

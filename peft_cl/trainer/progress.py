@@ -50,7 +50,9 @@ class SequenceProgress(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and self.prediction_bar is None and eval_dataloader is not None:
             self.prediction_bar = tqdm(
                 total=len(eval_dataloader), desc="  evaluation", unit="batch", leave=False, dynamic_ncols=True

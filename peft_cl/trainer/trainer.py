@@ -113,7 +113,8 @@ class ContinualTrainer(Trainer):
         """Learn all tasks of the scenario. Returns the last task's `TrainOutput`."""
         if args or any(value for value in kwargs.values()):
             raise ValueError(
-                f"train() got {args or kwargs}, but a task sequence is trained as a whole. Call train() without arguments."
+                f"train() got {args or kwargs}, but a task sequence is trained as a whole. Call train() without "
+                "arguments."
             )
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -169,7 +170,9 @@ class ContinualTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------- measuring
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ):
         """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix.
 
         Args:
@@ -288,7 +291,9 @@ class ContinualTrainer(Trainer):
             total_parameters=total,
             adapter_bytes=self.strategy.saved_bytes(self, weights.stat().st_size) if weights.is_file() else None,
             train_seconds=self.train_seconds,
-            hyperparameters=hyperparameters(self.args, self.model, config, self._collators[True].transform.augmentation),
+            hyperparameters=hyperparameters(
+                self.args, self.model, config, self._collators[True].transform.augmentation
+            ),
             versions=versions(),
             command=None,
             finished_tasks=self.finished_tasks,
@@ -318,7 +323,8 @@ def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any) -> No
         )
     if processing_class is None:
         raise ValueError(
-            "processing_class is None, but images need the backbone's processor: AutoImageProcessor.from_pretrained(...)."
+            "processing_class is None, but images need the backbone's processor: "
+            "AutoImageProcessor.from_pretrained(...)."
         )
     if args.n_gpu > 1:
         raise ValueError(
