@@ -18,8 +18,8 @@ class ContinualTrainingArguments(TrainingArguments):
 
     Args:
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
-            `"attention"`, `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the schedule holds
-            for all.
+            `"attention"`, `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the
+            schedule holds for all.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
 
