@@ -41,7 +41,7 @@ class QueryCache:
 
     The backbone is frozen and the query pass runs in evaluation mode, so an image that is not augmented has the same
     feature in every epoch and every evaluation. Test images always qualify; training images only without augmentation,
-    and nothing does if the pool needs no query.
+    and nothing does if the backbone is trained or the pool has no use for a query.
     """
 
     def __init__(self, training_images: bool):
@@ -57,7 +57,10 @@ class QueryCache:
             loader: makes an iterable of un-augmented batches, in order, from a data set.
         """
         data = concatenate_datasets([getattr(task, split) for task in tasks])
-        if not tuner.pool.needs_query or (split == "train" and not self.training_images):
+        pool = tuner.pool
+        useful = pool.needs_query or pool.query_is_feature
+        frozen = not any(parameter.requires_grad for parameter in tuner.encoder.base_layer.parameters())
+        if not (useful and frozen) or (split == "train" and not self.training_images):
             return data
         for task in tasks:
             if (task.index, split) not in self._queries:

@@ -38,6 +38,10 @@ class Trace:
     hidden_states: list[torch.Tensor] | None = None
     attentions: list[torch.Tensor] | None = None
 
+    @property
+    def wanted(self) -> bool:
+        return self.hidden_states is not None or self.attentions is not None
+
 
 class PromptedEncoder(AdapterLayer):
     """Stands in the place of a classification model's encoder: `pixel_values` in, the encoder's output out.
@@ -77,16 +81,18 @@ class PromptedEncoder(AdapterLayer):
             )
         interpolate = bool(interpolate_pos_encoding)
         call = self.call or Call()
+        trace = Trace(
+            hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
+            attentions=[] if self._wanted("output_attentions", kwargs) else None,
+        )
+        if pool.query_is_feature and call.query is not None and not trace.wanted:
+            return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
         query = call.query if pool.needs_query else None
         if query is None and pool.needs_query:
             query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
             prompts = pool(query)
-        trace = Trace(
-            hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
-            attentions=[] if self._wanted("output_attentions", kwargs) else None,
-        )
         tokens, num_prompts = self.encode(pixel_values, prompts, interpolate, trace)
         if prompts.parts:
             features = self._features_of_parts(pixel_values, prompts, interpolate)

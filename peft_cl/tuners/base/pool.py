@@ -38,6 +38,9 @@ class PromptPool(nn.Module):
     #: Whether `select` needs the frozen model's feature of the image, that is, a query pass.
     needs_query = True
 
+    #: Whether the prompted pass would only be the query pass again: a query that is given then is the feature.
+    query_is_feature = False
+
     #: What the head reads: `"cls"`, or an output of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
     head_type = "cls"
 

@@ -13,6 +13,7 @@ class EmptyPool(PromptPool):
     """No prompts, no query pass."""
 
     needs_query = False
+    query_is_feature = True
     rows_in_use = 0
 
     def select(self, query: torch.Tensor | None) -> Prompts:
