@@ -55,8 +55,8 @@ LIMITS = "Backbone and images derive from Tiny-ImageNet, and so from ImageNet, w
 HEAD = {"head_init": "zeros"}
 METHODS = {
     "coda": Entry(CodaPromptConfig, HEAD, {"learning_rates": {"pool": 2e-3}}),
-    "dualprompt": Entry(DualPromptConfig, HEAD, {"learning_rates": {"pool": 5e-3}}),
-    "l2p": Entry(L2PConfig, HEAD, {"learning_rates": {"pool": 5e-3}}),
+    "dualprompt": Entry(DualPromptConfig, HEAD, {"learning_rates": {"pool": 2e-2}}),
+    "l2p": Entry(L2PConfig, HEAD, {"learning_rates": {"pool": 2e-2}}),
     "linear-probe": Entry(LinearProbeConfig, HEAD),
     "nearest-class-mean": Entry(LinearProbeConfig, HEAD, strategy=NearestClassMean),
     "fine-tuning": Entry(

@@ -10,6 +10,19 @@ from peft.utils.peft_types import PeftType
 from ..base.config import KeyPoolConfig
 
 
+#: L2P in the prefix form that the CODA-Prompt paper compares with.
+L2P_PLUS_PLUS = {
+    "pool_size": 30,
+    "prompt_length": 20,
+    "top_k": 5,
+    "pull_coefficient": 1.0,
+    "pull_form": "cosine_distance",
+    "prompt_type": "prefix",
+    "head_type": "cls",
+    "init": "unit_uniform",
+}
+
+
 @dataclass
 class L2PConfig(KeyPoolConfig):
     """Learning to Prompt (Wang et al., CVPR 2022, arXiv 2112.08654): one pool, the top-N prompts of each image.
@@ -94,28 +107,8 @@ class L2PConfig(KeyPoolConfig):
             "init": "wide_uniform",
             "head_init": "trunc_normal",
         },
-        "l2p++": {
-            "pool_size": 30,
-            "prompt_length": 20,
-            "top_k": 5,
-            "pull_coefficient": 1.0,
-            "pull_form": "cosine_distance",
-            "prompt_type": "prefix",
-            "head_type": "cls",
-            "init": "unit_uniform",
-        },
-        "deep": {
-            "pool_size": 30,
-            "prompt_length": 20,
-            "top_k": 5,
-            "pull_coefficient": 1.0,
-            "pull_form": "cosine_distance",
-            "prompt_type": "prefix",
-            "layers": [0, 1, 2, 3, 4],
-            "keys_per_layer": True,
-            "head_type": "cls",
-            "init": "unit_uniform",
-        },
+        "l2p++": L2P_PLUS_PLUS,
+        "deep": {**L2P_PLUS_PLUS, "layers": [0, 1, 2, 3, 4], "keys_per_layer": True},
         "textbook": {
             "pool_size": 20,
             "prompt_length": 5,
