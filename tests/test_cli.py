@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main
-from peft_cl.commands import demo
+from peft_cl.commands import demo, digits
 from peft_cl.commands.options import read_config
 from peft_cl.commands.settings import make_settings
 
@@ -369,6 +370,14 @@ RATES = {
     "imagenet_r_dualprompt": 0.00375,
     "imagenet_r_coda": 0.001,
 }
+
+
+def test_the_example_script_runs(tmp_path, capsys, monkeypatch):
+    small = digits.load_digits_dataset(per_digit=8)
+    monkeypatch.setattr(digits, "load_digits_dataset", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "class_incremental.py"))
+    assert re.search(r"digit \d, predicted \d", capsys.readouterr().out)
 
 
 def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, monkeypatch):

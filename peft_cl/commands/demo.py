@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    logging.set_verbosity_error()
     output = Path(arguments.output)
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output is {str(output)!r}, but that is a file. Give a folder.")
@@ -117,10 +116,18 @@ def backbone_dtype(name: str) -> str:
     return "bfloat16" if has_bfloat16 and not METHODS[name].trains_backbone else "float32"
 
 
-def load(name: str) -> Any:
-    return AutoModelForImageClassification.from_pretrained(
-        default_backbone(), dtype=backbone_dtype(name), attn_implementation="eager"
-    )
+def load(dtype: str) -> Any:
+    """The embedded backbone; its small size makes the bar of its loading a flicker between the lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # At 64 patches, eager attention is the fastest here.
+        return AutoModelForImageClassification.from_pretrained(
+            default_backbone(), dtype=dtype, attn_implementation="eager"
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def train(name: str, scenario: Scenario, folder: Path, seed: int, quick: bool) -> RunResults:
@@ -129,7 +136,7 @@ def train(name: str, scenario: Scenario, folder: Path, seed: int, quick: bool) -
     clear(folder)
     set_seed(seed)
     trainer = ContinualTrainer(
-        get_peft_model(load(name), method.configure(**setting.adapter)),
+        get_peft_model(load(backbone_dtype(name)), method.configure(**setting.adapter)),
         ContinualTrainingArguments(
             str(folder),
             num_train_epochs=setting.epochs,
@@ -174,8 +181,7 @@ def conclusion(runs: dict[str, RunResults], quick: bool) -> str:
 
 def use(folder: Path, scenario: Scenario, seed: int) -> str:
     """Load an adapter from disk as anybody would, and classify one test image."""
-    base = AutoModelForImageClassification.from_pretrained(default_backbone(), dtype="float32")
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    model = PeftModel.from_pretrained(load("float32"), str(folder)).eval()
     processor = AutoImageProcessor.from_pretrained(str(folder))
     task = scenario[seed % len(scenario)]
     example = task.test[seed % len(task.test)]
