@@ -66,7 +66,9 @@ class L2PPool(PromptPool):
         layers = {}
         for place, layer in enumerate(config.layers):
             chosen = selected[place if config.keys_per_layer else 0]
-            prompts = self.prompts[place][chosen]  # (B, N, L, D)
+            # Not by indexing: on several CPU threads its gradient is summed in an order that changes from run to run.
+            rows = F.embedding(chosen, self.prompts[place].flatten(1))
+            prompts = rows.unflatten(-1, self.prompts.shape[2:])  # (B, N, L, D)
             if config.prompt_type == "tokens":
                 layers[layer] = Injection(tokens=prompts.flatten(1, 2), cls_position=config.prompt_positions == "cls")
             else:
