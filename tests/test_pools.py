@@ -50,9 +50,12 @@ def test_cosine():
 def test_pull_term(form, per_sample, reduction):
     selected = torch.tensor([[[0, 1], [1, 2]]])
     expected = sum(per_sample) / (2 if reduction == "mean" else 1)
-    assert pull_term(QUERY, KEYS, selected, form=form, reduction=reduction).item() == pytest.approx(expected)
-    twice = pull_term(QUERY, KEYS.expand(2, -1, -1), selected.expand(2, -1, -1), form=form, reduction=reduction)
-    assert twice.item() == pytest.approx(2 * expected)  # summed over key sets
+    for sets in (1, 2):
+        keys = KEYS.expand(sets, -1, -1)
+        term = pull_term(
+            QUERY, keys, cosine(QUERY, keys), selected.expand(sets, -1, -1), form=form, reduction=reduction
+        )
+        assert term.item() == pytest.approx(sets * expected)  # summed over key sets
 
 
 def test_selection_entropy_term():

@@ -277,7 +277,7 @@ class ContinualTrainer(Trainer):
         weights = Path(self.args.output_dir, SAFETENSORS_WEIGHTS_NAME)
         config = self._tuner.peft_config[self._tuner.active_adapters[0]]
         return RunResults(
-            method=self.strategy.name or config.method,
+            method=self.strategy.name or config.title,
             peft_type=config.peft_type.value,
             base_model=model_name(self.model),
             dataset=dataset_name(self.scenario),

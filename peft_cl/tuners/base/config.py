@@ -40,6 +40,13 @@ class PromptPoolConfig(PeftConfig):
             "logits are -inf), as all three papers do. False: over all classes seen."
         },
     )
+    task_evidence: float = field(
+        default=0.0,
+        metadata={
+            "help": "In evaluation, add this times the cosine of the query with a task's mean query to the logits of "
+            "the task's classes. 0 (the papers): off, and the mean queries are not kept."
+        },
+    )
     query_projection: Literal["linear", "mlp"] | None = field(
         default=None,
         metadata={
@@ -82,6 +89,7 @@ class PromptPoolConfig(PeftConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+        self._check_not_negative("task_evidence")
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any):
@@ -114,6 +122,11 @@ class PromptPoolConfig(PeftConfig):
         return config
 
     # ----------------------------------------------------------------------------------------------- tasks
+
+    @property
+    def title(self) -> str:
+        """The method's name in tables and cards."""
+        return f"{self.method} with task evidence" if self.task_evidence else self.method
 
     @property
     def num_tasks(self) -> int:

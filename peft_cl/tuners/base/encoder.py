@@ -23,7 +23,10 @@ NO_PROMPTS = Prompts()
 
 @dataclass
 class Call:
-    """One call of the classification model: what the user passed beside the images, and what the pool answered."""
+    """One call of the classification model: what the user passed beside the images, and what the pool answered.
+
+    `query`, (B, D), is the user's or the query pass's; None where the pool has no use for one.
+    """
 
     labels: torch.Tensor | None = None
     task_ids: torch.Tensor | None = None
@@ -89,11 +92,13 @@ class PromptedEncoder(AdapterLayer):
             return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
         query = call.query if pool.needs_query else None
         if query is None and pool.needs_query:
-            query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
+            query = call.query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
             prompts = pool(query)
         tokens, num_prompts = self.encode(pixel_values, prompts, interpolate, trace)
+        if pool.query_is_feature:
+            call.query = tokens[:, 0].detach()
         if prompts.parts:
             features = self._features_of_parts(pixel_values, prompts, interpolate)
             with torch.autocast(pixel_values.device.type, enabled=False):

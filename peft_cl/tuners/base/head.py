@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
 from .layer import AdapterLayer
+from .similarity import cosine
 
 
 class GrowingLinear(nn.Linear):
     """A linear classifier of one adapter, (classes, D), whose rows are appended as classes arrive.
+
+    With `task_evidence` a buffer `task_queries`, (tasks, D), keeps the sum of each task's unit queries.
 
     Args:
         in_features: D.
@@ -28,6 +31,8 @@ class GrowingLinear(nn.Linear):
     def __init__(self, in_features: int, classes: int, config: PromptPoolConfig):
         self.config = config
         super().__init__(in_features, classes)
+        if config.task_evidence:
+            self.register_buffer("task_queries", torch.zeros(config.num_tasks, in_features))
 
     def reset_parameters(self) -> None:
         if self.out_features == 0:
@@ -59,6 +64,29 @@ class GrowingLinear(nn.Linear):
                 new[:keep] = old[:keep]
             setattr(self, name, nn.Parameter(new.detach(), requires_grad=old.requires_grad))
         self.out_features = classes
+        if self.config.task_evidence:
+            began = self.config.num_tasks - len(self.task_queries)
+            self.task_queries = F.pad(self.task_queries, (0, 0, 0, began))
+
+    @torch.no_grad()
+    def observe(self, query: torch.Tensor) -> None:
+        """Count a training batch's queries (B, D) towards the current task's mean."""
+        if len(self.task_queries):
+            self.task_queries[-1] += F.normalize(query.to(self.task_queries), dim=-1).sum(0)
+
+    def evidence(self, query: torch.Tensor) -> torch.Tensor:
+        """(B, D) queries -> (B, classes): what speaks for the task of each class, to be added to its logit.
+
+        The masked cross-entropy compares the classes of one task only: the difference between the logits of two tasks
+        is never trained. The query, by which prompts are chosen, tells tasks apart to some degree. So the logit of a
+        class gets log p(task | query) with p the softmax of `task_evidence` times the cosine of the query and the
+        task's mean query; its normalisation is the same for all classes and left out. The decomposition is that of
+        HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234); the mean query in its place is ours. A class
+        of several tasks takes their mean.
+        """
+        similarity = cosine(query.to(self.task_queries), self.task_queries)
+        rows = _rows_of_tasks(self.config.tasks, self.weight[:, 0][None]).to(similarity)
+        return self.config.task_evidence * similarity @ (rows / rows.sum(0))
 
 
 class ClassifierHead(AdapterLayer):
@@ -168,6 +196,11 @@ class ClassifierHead(AdapterLayer):
                 raise ValueError("task_ids were given, but no adapter is active: the base model has no tasks.")
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
+        if self.active.config.task_evidence and self.active.config.tasks:
+            if model.training:
+                self.active.observe(call.query)
+            else:
+                logits = logits + self.active.evidence(call.query).to(logits.dtype)
         logits = self.mask(logits, call.task_ids, training=model.training)
         loss = None
         if call.labels is not None:

@@ -27,13 +27,20 @@ def batch_vote(selected: torch.Tensor, pool_size: int) -> torch.Tensor:
 
 
 def pull_term(
-    query: torch.Tensor, keys: torch.Tensor, selected: torch.Tensor, *, form: str, reduction: str
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    similarity: torch.Tensor,
+    selected: torch.Tensor,
+    *,
+    form: str,
+    reduction: str,
 ) -> torch.Tensor:
     """The term that pulls selected keys towards their queries, summed over key sets.
 
     Args:
         query: (B, D).
         keys: (sets, M, D).
+        similarity: (sets, B, M), their `cosine`, which the selection has computed already.
         selected: (sets, B, N) rows.
         form: `"cosine"`: minus the cosine, summed over the N (L2P, eq. 5, as the official code has it);
             `"cosine_distance"`: 1 - cosine, summed over the N (CODA-Prompt's DualPrompt);
@@ -41,11 +48,12 @@ def pull_term(
         reduction: over the batch, `"mean"` or `"sum"`.
     """
     if form == "squared_distance":
-        chosen = keys[torch.arange(len(keys), device=keys.device)[:, None, None], selected]
-        per_sample = (chosen - query[None, :, None]).square().sum(-1).mean(-1)
+        # Chosen from all distances, not from the keys: the gradient of a gather of rows has no fixed order of summing.
+        distances = (keys[:, None] - query[:, None]).square().sum(-1)
+        per_sample = distances.gather(-1, selected).mean(-1)
     else:
-        similarity = cosine(query, keys).gather(-1, selected)
-        per_sample = (-similarity if form == "cosine" else 1 - similarity).sum(-1)
+        chosen = similarity.gather(-1, selected)
+        per_sample = (-chosen if form == "cosine" else 1 - chosen).sum(-1)
     per_batch = per_sample.mean(-1) if reduction == "mean" else per_sample.sum(-1)
     return per_batch.sum()
 

@@ -99,6 +99,11 @@ class CodaPromptConfig(PromptPoolConfig):
                 f"query_projection is {self.query_projection!r}, but it maps the query of the query pass, and "
                 f"query_source is {self.query_source!r}. Set one of the two to its default."
             )
+        if self.query_source != "pretrained" and self.task_evidence:
+            raise ValueError(
+                f"task_evidence is {self.task_evidence}, but it compares the query of the query pass, and "
+                f"query_source is {self.query_source!r}. Set one of the two to its default."
+            )
 
     @property
     def prompted_layers(self) -> tuple[int, ...]:

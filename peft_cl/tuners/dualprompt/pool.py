@@ -46,26 +46,29 @@ class DualPromptPool(PromptPool):
         self._grow("keys", draw_rows(self.config.init, *self.keys.shape))
 
     def select(self, query: torch.Tensor) -> Prompts:
-        losses = {}
+        config, losses = self.config, {}
         if self.training:
             # Every sample of a task takes the task's own row; one row serves the whole batch.
             first = torch.zeros(len(self.keys), len(query), 1, dtype=torch.long, device=query.device)
-            pull = pull_term(query, self.keys, first, form=self.config.pull_form, reduction=self.config.pull_reduction)
-            losses["pull"] = self.config.pull_coefficient * pull
+            similarity = cosine(query, self.keys)
+            pull = pull_term(
+                query, self.keys, similarity, first, form=config.pull_form, reduction=config.pull_reduction
+            )
+            losses["pull"] = config.pull_coefficient * pull
             selected = first + (self.rows_in_use - 1)
-            experts = {layer: self.prompts[place, :, 0, None] for place, layer in enumerate(self.config.layers)}
+            experts = {layer: self.prompts[place, :, 0, None] for place, layer in enumerate(config.layers)}
         else:
             selected = cosine(query, self.rows("keys")).argmax(-1, keepdim=True)  # (sets, B, 1)
-            if self.config.batchwise_prompt_at_test:
+            if config.batchwise_prompt_at_test:
                 selected = batch_vote(selected, self.rows_in_use)
             prompts = self.rows("prompts")
             experts = {
-                layer: prompts[place][:, selected[place if self.config.keys_per_layer else 0, :, 0]]
-                for place, layer in enumerate(self.config.layers)
+                layer: prompts[place][:, selected[place if config.keys_per_layer else 0, :, 0]]
+                for place, layer in enumerate(config.layers)
             }
-        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(self.config.g_layers)}
+        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(config.g_layers)}
         parts = {}
-        if self.training and self.config.separation_coefficient:
+        if self.training and config.separation_coefficient:
             parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
         return Prompts(self._inject(general, experts), losses, selected.squeeze(0), parts)
 

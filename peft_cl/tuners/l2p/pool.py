@@ -59,7 +59,9 @@ class L2PPool(PromptPool):
         if self.training:
             if config.frequency_penalty:
                 self.chosen_now += F.one_hot(selected, config.pool_size).sum(dim=(1, 2))
-            pull = pull_term(query, self.keys, selected, form=config.pull_form, reduction=config.pull_reduction)
+            pull = pull_term(
+                query, self.keys, similarity, selected, form=config.pull_form, reduction=config.pull_reduction
+            )
             losses["pull"] = config.pull_coefficient * pull
             if config.entropy_coefficient:
                 losses["entropy"] = config.entropy_coefficient * selection_entropy_term(similarity)
