@@ -49,11 +49,12 @@ class Entry:
     training: dict[str, Any] = field(default_factory=dict)
     strategy: type[Strategy] = Strategy
     dtype: torch.dtype = torch.bfloat16
+    evidence: bool = False  # measure with task evidence too
 
     @property
     def variants(self) -> list[str]:
         """Endings of the names of the folders that a training fills."""
-        return ["-evidence", ""] if self.adapter.get("task_evidence") else [""]
+        return ["-evidence", ""] if self.evidence else [""]
 
 
 class TwofoldTrainer(ContinualTrainer):
@@ -69,8 +70,8 @@ class TwofoldTrainer(ContinualTrainer):
         super().save()
         with self.without_evidence():
             self.evaluate()
-            mean_queries = self.model.base_model.head.active.task_queries.nbytes
-            replace(self.results, adapter_bytes=self.results.adapter_bytes - mean_queries).save(self.plain_folder)
+            kept = sum(buffer.nbytes for buffer in self.model.base_model.head.active.evidence.buffers())
+            replace(self.results, adapter_bytes=self.results.adapter_bytes - kept).save(self.plain_folder)
 
     @contextmanager
     def without_evidence(self):
@@ -90,8 +91,7 @@ LIMITS = "Backbone and images derive from Tiny-ImageNet, and so from ImageNet, w
 # schedule for all that are trained; fine-tuning alone keeps float32 weights and takes the plain loss over the classes
 # seen, which is what makes it naive.
 HEAD = {"head_init": "zeros"}
-# The same weight for all that have a query to tell tasks apart by.
-EVIDENCE = {"task_evidence": 6.0}
+LEARNING_RATE = 1e-3
 # L2P in its prefix form: a 64-pixel image has 64 patches, among which the 25 tokens of the paper's form weigh heavily.
 PREFIX = {
     "prompt_type": "prefix",
@@ -101,10 +101,10 @@ PREFIX = {
     "head_type": "cls",
 }
 METHODS = {
-    "coda": Entry(CodaPromptConfig, HEAD | EVIDENCE, {"learning_rates": {"pool": 1e-3}}),
-    "dualprompt": Entry(DualPromptConfig, HEAD | EVIDENCE, {"learning_rates": {"pool": 3e-3}}),
-    "l2p": Entry(L2PConfig, HEAD | EVIDENCE | PREFIX, {"learning_rates": {"pool": 3e-3}}),
-    "linear-probe": Entry(LinearProbeConfig, HEAD | EVIDENCE),
+    "coda": Entry(CodaPromptConfig, HEAD, {"learning_rates": {"pool": 1e-3}}, evidence=True),
+    "dualprompt": Entry(DualPromptConfig, HEAD, {"learning_rates": {"pool": 3e-3}}, evidence=True),
+    "l2p": Entry(L2PConfig, HEAD | PREFIX, {"learning_rates": {"pool": 3e-3}}, evidence=True),
+    "linear-probe": Entry(LinearProbeConfig, HEAD, evidence=True),
     "nearest-class-mean": Entry(LinearProbeConfig, HEAD, strategy=NearestClassMean),
     "fine-tuning": Entry(
         LinearProbeConfig,
@@ -135,11 +135,12 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
         # Said, not left to be found out: mixed precision is refused on a CPU that nobody asked for.
         use_cpu=options.cpu or not torch.accelerator.is_available(),
         disable_tqdm=options.quiet,
-        **{"learning_rate": 1e-3, **entry.training},
+        **{"learning_rate": LEARNING_RATE, **entry.training},
     )
+    settings = entry.adapter | ({"task_evidence": options.evidence} if entry.evidence else {})
     kind = partial(TwofoldTrainer, plain_folder=folders[1]) if len(folders) > 1 else ContinualTrainer
     trainer = kind(
-        get_peft_model(model, entry.config(**entry.adapter)),
+        get_peft_model(model, entry.config(**settings)),
         arguments,
         class_incremental(data, num_tasks=options.num_tasks, seed=seed),
         processing_class=AutoImageProcessor.from_pretrained(backbone),
@@ -169,6 +170,28 @@ def finished(folder: Path) -> RunResults | None:
     return results if results.finished_tasks == len(results.task_names) else None
 
 
+def check_same_settings(results: RunResults, name: str, options: argparse.Namespace) -> None:
+    """Refuse a finished record that other settings made: it would stand in the table under these.
+
+    Raises:
+        SystemExit: it names the settings that differ.
+    """
+    entry, found = METHODS[name], results.hyperparameters
+    wanted = {
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "learning_rate": entry.training.get("learning_rate", LEARNING_RATE),
+        "learning_rates": entry.training.get("learning_rates"),
+    }
+    differ = [key for key, value in wanted.items() if found.get(key) != value]
+    differ += [key for key, value in entry.adapter.items() if found["adapter"].get(key) != value]
+    if differ or len(results.task_names) != options.num_tasks:
+        raise SystemExit(
+            f"{options.output} holds a run of {name} with other settings ({', '.join(differ) or 'num_tasks'}). "
+            "Move it away, or give another --output."
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
@@ -178,6 +201,13 @@ def main() -> None:
     parser.add_argument("--num-tasks", type=int, default=10)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="to choose settings: measure on this share of the training images, held back, and leave the test alone",
+    )
+    parser.add_argument("--evidence", type=float, default=6.0, help="weight of the task evidence")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is an accelerator")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -190,8 +220,13 @@ def main() -> None:
         for seed in options.seeds
         for name in options.methods
     ]
+    for name, _, folders in wanted:
+        for results in filter(None, map(finished, folders)):
+            check_same_settings(results, name, options)
     if not options.table:
         data = load_dataset(options.data)
+        if options.holdout:
+            data = data["train"].train_test_split(options.holdout, seed=0, stratify_by_column="label")
         for name, seed, folders in wanted:
             if not all(map(finished, folders)):
                 run(name, seed, data, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tuner_cases import CASES, FAMILIES, METHODS, config, gradients, logits, prompted, step, tiny
+from tuner_cases import CASES, FAMILIES, METHODS, config, gradients, images, logits, prompted, step, tiny
 
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -87,3 +87,23 @@ def test_one_configuration_serves_several_models():
     second.set_adapter("other")
     second.begin_task(["c"])
     assert second.peft_config["default"].num_tasks == 0 and first.peft_config["default"].classes == ["a", "b"]
+
+
+def test_another_method_on_the_same_model_is_refused():
+    model = prompted("l2p")
+    before = logits(model)
+    with pytest.raises(ValueError, match="carries an adapter of another method.*CODA-Prompt beside it.*unload"):
+        get_peft_model(model.get_base_model(), config("coda"))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+
+
+def test_adapters_cannot_be_mixed_in_a_batch():
+    model = prompted("coda")
+    with pytest.raises(ValueError, match="adapter_names is given.*set_adapter"):
+        model(images(), adapter_names=["default"] * 4)
+
+
+def test_a_head_without_a_classifier_to_follow_goes_where_the_model_is():
+    base = tiny(num_labels=0).to("meta")
+    model = get_peft_model(base, config("coda"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -129,6 +129,7 @@ def test_names_without_training_examples_are_left_out_with_a_warning():
     ("arguments", "message"),
     [
         ({"label_column": "fine"}, r"no column 'fine' in the train split.*\['image', 'label'\].*label_column="),
+        ({"image_column": "label"}, r"column 'label' has the feature ClassLabel.*but images are needed"),
         ({"image_column": "img"}, r"no column 'img' in the train split.*\['image', 'label'\].*image_column="),
         ({"test_split": "validation"}, r"no split 'validation'.*\['train', 'test'\].*test_split="),
         ({"num_tasks": 6}, "5 classes cannot make 6 tasks"),

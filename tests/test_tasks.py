@@ -152,6 +152,9 @@ def test_the_loss_is_the_masked_cross_entropy_and_the_pools_terms(name):
         ({"labels": [[0.0] * 6] * 4}, r"shape \(4, 6\) and dtype torch.float32, but must be class indices"),
         ({"task_ids": [0, 1, 2, 0]}, r"task_ids holds \[2\], but the active adapter has begun 2 tasks"),
         ({"task_ids": [0, -1, 0, 0]}, r"task_ids holds \[-1\]"),
+        ({"task_ids": [1]}, r"task_ids have shape \(1,\).*for each of the 4 images"),
+        ({"task_ids": [0.0, 1.0, 0.0, 0.0]}, "task_ids have shape.*dtype torch.float32"),
+        ({"query": [[0.5] * 24]}, r"query has shape \(1, 24\).*for each of the 4 images"),
     ],
 )
 def test_wrong_labels_are_refused(inputs, message):

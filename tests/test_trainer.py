@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
-from transformers import TrainerCallback, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
 from peft_cl import (
     CodaPromptConfig,
@@ -58,16 +58,27 @@ def processor() -> ViTImageProcessorPil:
 
 @pytest.fixture
 def make_trainer(tiny_vit, data, processor, tmp_path):
-    def make(config, *, num_tasks=3, strategy=None, augmentation=None, callbacks=None, folder="run", **training):
+    def make(
+        config,
+        *,
+        num_tasks=3,
+        strategy=None,
+        augmentation=None,
+        callbacks=None,
+        folder="run",
+        model=None,
+        scenario=None,
+        **training,
+    ):
         torch.manual_seed(0)
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(
-            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, logging_steps=1, **settings
+            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **{"logging_steps": 1, **settings}
         )
         return ContinualTrainer(
-            get_peft_model(tiny_vit(), config),
+            get_peft_model(tiny_vit(), config) if model is None else model,
             arguments,
-            class_incremental(data, num_tasks=num_tasks),
+            scenario or class_incremental(data, num_tasks=num_tasks),
             processing_class=processor,
             strategy=strategy,
             augmentation=augmentation,
@@ -158,6 +169,81 @@ def test_loss_terms_are_logged_one_by_one(make_trainer):
         assert entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["pull"], abs=2e-4)
 
 
+def test_logged_terms_are_of_one_task(make_trainer):
+    logged = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(logs)
+
+    make_trainer(
+        CONFIGS["l2p"](), callbacks=[Watch()], logging_steps=3, max_steps=5
+    ).train()  # two steps are left over
+    steps = [entry for entry in logged if "pull" in entry]
+    assert [entry["task"] for entry in steps] == [0, 1, 2]
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["pull"], abs=2e-4)
+
+
+def test_incomplete_batches_are_dropped_in_training_only(make_trainer):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(state.max_steps)
+
+    trainer = make_trainer(
+        CONFIGS["coda"](),
+        callbacks=[Watch()],
+        dataloader_drop_last=True,
+        per_device_train_batch_size=5,  # 6 whole batches of 32 images
+        per_device_eval_batch_size=7,
+        num_train_epochs=1,
+    )
+    trainer.train()
+    assert seen == [6, 6, 6] and not np.isnan(trainer.accuracy_matrix[2]).any()
+
+
+@pytest.mark.parametrize("train_mask", [True, False])
+def test_a_trained_adapter_learns_on(train_mask, make_trainer, data):
+    """Classes that the adapter knows keep their rows, whatever their order in the new scenario."""
+    orders = [["blue", "red"], ["magenta", "red", "blue", "green"]]
+    scenarios = [class_incremental(data, len(order) // 2, class_order=order) for order in orders]
+    trainer = make_trainer(CONFIGS["linear-probe"](), scenario=scenarios[0])
+    trainer.train()
+    trainer.model.peft_config["default"].train_mask = train_mask
+    trainer = make_trainer(None, model=trainer.model, scenario=scenarios[1], folder="more")
+    trainer.train()
+    assert trainer.model.peft_config["default"].classes == ["blue", "red", "magenta", "green"]
+    examples = [example for example in data["test"] if example["label"] in (0, 1, 2, 5)]
+    pixels = make_trainer(CONFIGS["linear-probe"](), folder="fresh")._collators[False](examples)["pixel_values"]
+    with torch.no_grad():
+        rows = trainer.model.eval()(pixels).logits.argmax(-1)
+    names = [trainer.model.config.id2label[row] for row in rows.tolist()]
+    expected = [data["test"].features["label"].int2str(example["label"]) for example in examples]
+    correct = {
+        name: np.mean([n == e for n, e in zip(names, expected, strict=True) if e == name]) for name in orders[1]
+    }
+    for task in scenarios[1]:
+        measured = trainer.accuracy_matrix[1, task.index]
+        assert measured == pytest.approx(np.mean([correct[name] for name in task.classes]))
+    if not train_mask:  # the plain cross-entropy ends at the last task's classes
+        assert correct["green"] == correct["blue"] == 1
+
+
+def test_a_task_that_was_interrupted_is_not_begun_twice(make_trainer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(CONFIGS["dualprompt"](), callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="task_0 was begun and interrupted.*Make model and trainer anew"):
+        trainer.train()
+    assert trainer.model.peft_config["default"].num_tasks == 1
+
+
 @pytest.mark.parametrize("name", ["coda", "linear-probe"])
 def test_cached_queries_change_nothing(name, make_trainer):
     matrices, weights = [], []
@@ -216,6 +302,20 @@ def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
     assert results.adapter_bytes > 4 * 150_000
 
 
+def test_a_fine_tuned_model_comes_back(make_trainer, data, tmp_path):
+    """The folder holds the trained backbone beside the head, as a base model of its own."""
+    trainer = make_trainer(
+        LinearProbeConfig(train_mask=False), strategy=FineTuning(), learning_rate=1e-3, num_train_epochs=1
+    )
+    trainer.train_task(trainer.scenario[0])  # what is there after each task, not only at the end
+    folder = PeftConfig.from_pretrained(str(tmp_path / "run")).base_model_name_or_path
+    base = AutoModelForImageClassification.from_pretrained(folder)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    pixels = trainer._collators[False](list(data["test"]))["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).logits, trainer.model.eval()(pixels).logits)
+
+
 def test_each_task_has_its_own_folder_for_checkpoints(make_trainer, tmp_path):
     trainer = make_trainer(CONFIGS["dualprompt"](), save_strategy="epoch", num_train_epochs=1)
     trainer.train()
@@ -239,6 +339,29 @@ class TestBadInput:
     def test_label_smoothing(self, tmp_path):
         with pytest.raises(ValueError, match=r"label_smoothing_factor is 0.1.*Set it to 0"):
             ContinualTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
+
+    def test_half_precision_of_everything(self, tmp_path):
+        with pytest.raises(ValueError, match="bf16_full_eval is True.*dtype='bfloat16'"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, bf16_full_eval=True)
+
+    @pytest.mark.parametrize("strategy", [FineTuning(), NearestClassMean()], ids=lambda strategy: strategy.name)
+    def test_task_evidence_without_training_steps_on_frozen_features(self, strategy, make_trainer):
+        with pytest.raises(ValueError, match=f"task_evidence is 6.0, but {strategy.name} has no use for it"):
+            make_trainer(LinearProbeConfig(task_evidence=6.0), strategy=strategy)
+
+    @pytest.mark.parametrize("name", ["prediction_loss_only", "batch_eval_metrics"])
+    def test_evaluation_without_predictions(self, name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), **{name: True})
+
+    def test_images_of_another_size(self, make_trainer, tiny_vit):
+        model = get_peft_model(tiny_vit(image_size=64), LinearProbeConfig())
+        with pytest.raises(ValueError, match="gives images of 32 x 32 pixels, but the backbone reads 64 x 64"):
+            make_trainer(None, model=model)
+
+    def test_rates_of_parts_that_the_adapter_lacks(self, make_trainer):
+        with pytest.raises(ValueError, match="learning_rates names attention, but this adapter has no such part"):
+            make_trainer(CONFIGS["l2p"](), learning_rates={"attention": 0.1, "keys": 0.1})
 
     def test_removed_columns(self, tmp_path):
         with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):

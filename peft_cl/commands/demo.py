@@ -156,7 +156,7 @@ def train(name: str, scenario: Scenario, folder: Path, seed: int, quick: bool) -
     )
     trainer.train()
     results = trainer.results
-    write_model_card(folder, results)
+    write_model_card(folder, results, limits=trainer.strategy.limits)
     return results
 
 

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..metrics import RunResults
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
-from ..tuners.base.config import check_weight_file
+from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError, explained
 from .settings import DatasetSettings
-from .sources import BACKBONE_FOLDER, WEIGHTS_FILE, adapter_folder, load_backbone, load_data, load_processor
+from .sources import adapter_folder, load_backbone, load_config, load_data, load_processor
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -86,9 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
             test_fraction=arguments.test_fraction,
             split_seed=arguments.split_seed,
         )
-    with explained(f"The adapter {arguments.adapter!r} cannot be read"):
-        check_weight_file(folder / WEIGHTS_FILE)
-        config = PeftConfig.from_pretrained(str(folder))
+    config = load_config(folder)
     examples = load_split(settings)
     model = load_adapter(folder, config, arguments.model, arguments.dtype or recorded_dtype(folder))
     evaluation = evaluate(model, folder, examples, settings, arguments.batch_size)
@@ -113,7 +112,7 @@ def recorded_dtype(folder: Path) -> str:
         return "float32"
 
 
-def load_adapter(folder: Path, config: PeftConfig, model: str | None, dtype: str) -> PeftModel:
+def load_adapter(folder: Path, config: PromptPoolConfig, model: str | None, dtype: str) -> PeftModel:
     """Put the adapter on its base model: the one given, the one beside it, or the one it names."""
     beside = folder / BACKBONE_FOLDER
     name = model or (str(beside) if beside.is_dir() else config.base_model_name_or_path)

@@ -9,14 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from safetensors import safe_open
 
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
-from ..tuners.base.config import PromptPoolConfig, check_weight_file
-from .errors import CommandError, explained
-from .sources import WEIGHTS_FILE, adapter_folder
+from .errors import explained
+from .sources import WEIGHTS_FILE, adapter_folder, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +33,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         CommandError: A file is missing or damaged, or the adapter is of another library.
     """
+    config = load_config(folder)
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
-        check_weight_file(folder / WEIGHTS_FILE)
-        config = PeftConfig.from_pretrained(str(folder))
         parts = parameters_by_part(folder / WEIGHTS_FILE)
-    if not isinstance(config, PromptPoolConfig):
-        raise CommandError(
-            f"The adapter in {str(folder)!r} is of the PEFT type {config.peft_type}, which is none of peft_cl's. Give "
-            "the output folder of peft-cl train."
-        )
     results = None
     if (folder / "results.json").exists():
         with explained("The results beside the adapter cannot be read"):

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import snapshot_download
+from peft import PeftConfig
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..hub.sources import EMBEDDED, find_source
 from ..scenarios.columns import read_labels
+from ..tuners.base.config import PromptPoolConfig, check_weight_file
 from .errors import CommandError, explained
 from .settings import DatasetSettings
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: Folder in the adapter's for a backbone that was trained along with it.
-BACKBONE_FOLDER = "backbone"
 
 
 def backbone_path(name: str) -> str:
@@ -40,6 +40,23 @@ def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
     _require_folder("model", name)
     with explained(f"The image processor of {name!r} cannot be loaded"):
         return AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+
+
+def load_config(folder: Path) -> PromptPoolConfig:
+    """Load the configuration of an adapter of ours, whose weight file is whole.
+
+    Raises:
+        CommandError: A file is missing or damaged, or the adapter is of another library.
+    """
+    with explained(f"The adapter in {str(folder)!r} cannot be read"):
+        check_weight_file(folder / WEIGHTS_FILE)
+        config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, PromptPoolConfig):
+        raise CommandError(
+            f"The adapter in {str(folder)!r} is of the PEFT type {config.peft_type}, which is none of peft_cl's. Give "
+            "the output folder of peft-cl train."
+        )
+    return config
 
 
 def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:

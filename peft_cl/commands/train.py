@@ -19,18 +19,15 @@ from ..hub.card import NOT_SETTINGS
 from ..metrics import RunResults, results_table
 from ..plots import plot_accuracy_matrix
 from ..scenarios import Scenario, class_incremental
+from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .settings import SECTIONS, RunSettings, make_settings
-from .sources import BACKBONE_FOLDER, CONFIG_FILE, WEIGHTS_FILE, load_backbone, load_data, load_processor
+from .sources import CONFIG_FILE, WEIGHTS_FILE, load_backbone, load_data, load_processor
 
 
 RESULTS_FILE, PICTURE_FILE, CARD_FILE = "results.json", "accuracy_matrix.png", "README.md"
-TRAINED_BACKBONE = (
-    f"All weights of the backbone were trained: load the base model from the folder `{BACKBONE_FOLDER}` beside this "
-    "file, not the original one."
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,28 +157,13 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     hyperparameters = {**results.hyperparameters, "backbone_dtype": settings.model.dtype}
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
     results.save(folder)
-    limits = []
-    if settings.method.trains_backbone:
-        save_backbone(trainer, folder)
-        limits = [TRAINED_BACKBONE]
-    write_model_card(folder, results, limits=limits)
+    write_model_card(folder, results, limits=trainer.strategy.limits)
     if importlib.util.find_spec("matplotlib"):
         plot_accuracy_matrix(results, path=folder / PICTURE_FILE)
         picture = ""
     else:
         picture = f"No {PICTURE_FILE}: pictures need matplotlib, `pip install peft-cl[plots]`.\n"
     return f"\n{summary(results)}\n{picture}Adapter, results and model card are in {folder}."
-
-
-def save_backbone(trainer: ContinualTrainer, folder: Path) -> None:
-    """Save a backbone that was trained, and have the adapter's configuration name it as its base model.
-
-    The adapter is taken out of the model for it: the trainer is at its end.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.peft_config[model.active_adapter].base_model_name_or_path = str(folder / BACKBONE_FOLDER)
-    model.peft_config[model.active_adapter].save_pretrained(str(folder))
-    model.unload().save_pretrained(folder / BACKBONE_FOLDER)
 
 
 def summary(results: RunResults) -> str:

@@ -211,7 +211,20 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
         if paper
         else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
     )
-    return "\n\n".join([f"# {_title(results, data)}", *([warning] if done < tasks else []), what, method])
+    head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
+    return "\n\n".join([*head, what, method, *_evidence(results.hyperparameters.get("adapter", {}))])
+
+
+def _evidence(adapter: Mapping[str, Any]) -> list[str]:
+    """What the papers do not have must not be taken for theirs."""
+    weight = adapter.get("task_evidence")
+    if not weight:
+        return []
+    return [
+        f"Not from the paper is the task evidence: in evaluation, {weight:g} times the cosine of the query with each "
+        "task's mean query is added to the logits of the task's classes. "
+        '`model.peft_config["default"].task_evidence = 0` switches it off.'
+    ]
 
 
 def _title(results: RunResults, data: Source) -> str:
@@ -270,7 +283,7 @@ def _measured(results: RunResults) -> str:
     ]
     parts = [
         "## Results",
-        f"Measured on the test split, of one run with the seed {results.seed}.",
+        f"Measured on the test examples, of one run with the seed {results.seed}.",
         results_table([results]),
         "\n".join(lines),
         "### Accuracy matrix",

@@ -81,6 +81,12 @@ def find_image_column(train: Dataset, test: Dataset, image_column: str | None) -
             )
         image_column = found[0]
     _require_column(train, test, image_column, "image_column")
+    feature = train.features[image_column]
+    if not isinstance(feature, Image):
+        raise ValueError(
+            f"The column {image_column!r} has the feature {feature}, but images are needed. Name another column by "
+            f"image_column=, or convert it: cast_column({image_column!r}, datasets.Image())."
+        )
     return image_column
 
 

@@ -103,13 +103,17 @@ class Scenario(Sequence[Task]):
     def __repr__(self) -> str:
         return f"Scenario({self.name!r}, {len(self)} tasks, {len(self.classes)} classes, seed={self.seed})"
 
-    def label_index(self) -> np.ndarray:
+    def label_index(self, known: Sequence[str] = ()) -> np.ndarray:
         """Returns the model's label of each of the data set's label ids.
 
+        Args:
+            known: Classes that the model has learnt before, in the order of its outputs.
+
         Returns:
-            int64 array of shape (len(label_names),): position in `classes`, -1 for classes left out.
+            int64 array of shape (len(label_names),): position in `known` followed by what is new in `classes`, -1 for
+            classes left out.
         """
-        position = {name: index for index, name in enumerate(self.classes)}
+        position = {name: index for index, name in enumerate(dict.fromkeys([*known, *self.classes]))}
         return np.array([position.get(name, -1) for name in self.label_names], dtype=np.int64)
 
     def describe(self) -> dict[str, Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from peft import PeftModel
 
 from ..trainer import ContinualTrainer, Strategy
+
+
+#: Folder in the adapter's for the backbone that was trained along with it.
+BACKBONE_FOLDER = "backbone"
 
 
 class FineTuning(Strategy):
@@ -15,10 +21,30 @@ class FineTuning(Strategy):
     """
 
     name = "Fine-tuning"
+    has_task_evidence = False
+    limits = (
+        f"All weights of the backbone were trained: load the base model from the folder `{BACKBONE_FOLDER}` beside "
+        "this file, not the original one.",
+    )
 
     def prepare(self, model: PeftModel) -> None:
         for parameter in model.base_model.encoder.base_layer.parameters():
             parameter.requires_grad_(True)
+
+    def save(self, trainer: ContinualTrainer, folder: Path) -> None:
+        """Save the trained backbone, and have the adapter's configuration name it as its base model."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        base, prefix = model.get_base_model(), model.base_model.prefix
+        weights = {
+            name.replace(".base_layer.", "."): value
+            for name, value in base.state_dict().items()
+            if f".{prefix}" not in name
+        }
+        with model.disable_adapter():  # the base model's own labels go into its config
+            base.save_pretrained(folder / BACKBONE_FOLDER, state_dict=weights)
+        config = model.peft_config[model.active_adapter]
+        config.base_model_name_or_path = str(folder / BACKBONE_FOLDER)
+        config.save_pretrained(str(folder))
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """The backbone has changed, so it must be kept with the head."""

@@ -23,6 +23,7 @@ class NearestClassMean(Strategy):
     """
 
     name = "Nearest class mean"
+    has_task_evidence = False
 
     def __init__(self, cosine: bool = False):
         self.cosine = cosine

@@ -53,6 +53,18 @@ class ContinualTrainingArguments(TrainingArguments):
                 " Leave it at False."
             )
         check_rates(self.learning_rates or {})
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is True, but the Trainer would cast prompts and head too and go on in half precision. "
+                    "Leave it at False, and load the backbone with dtype='bfloat16'."
+                )
+        for name in ("prediction_loss_only", "batch_eval_metrics"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is True, but accuracies are counted from the predictions of all test images. Leave it at "
+                    "False."
+                )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "

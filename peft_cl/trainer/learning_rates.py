@@ -19,6 +19,17 @@ def check_rates(rates: dict[str, float]) -> None:
             raise ValueError(f"learning_rates gives {name!r} the rate {rate!r}, but a rate is a number of at least 0.")
 
 
+def check_parts(rates: dict[str, float], model: nn.Module) -> None:
+    """Raise a `ValueError` for a rate that no parameter of the adapter in `model` would have."""
+    used = {part_of(name, rates) for name, _ in model.named_parameters()}
+    unused = [part for part in rates if part not in used]
+    if unused:
+        raise ValueError(
+            f"learning_rates names {', '.join(unused)}, but this adapter has no such part, or all of it has rates of "
+            "its own. Take the name out."
+        )
+
+
 def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float]) -> None:
     """Split the optimizer's groups where parameters of `model` have rates of their own; all else in a group stays."""
     parts = {parameter: part_of(name, rates) for name, parameter in model.named_parameters()}

@@ -22,6 +22,7 @@ from ..metrics import RunResults, continual_metrics
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .checks import check_fit, check_image_size
 from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .provenance import dataset_name, hyperparameters, model_name, versions
@@ -69,11 +70,14 @@ class ContinualTrainer(Trainer):
         strategy: Strategy | None = None,
         **kwargs: Any,
     ):
-        check_fit(model, args, scenario, processing_class)
-        self.scenario = scenario
         self.strategy = strategy or Strategy()
+        check_fit(model, args, scenario, processing_class, self.strategy)
+        self.scenario = scenario
         self.strategy.prepare(model)
-        label_index = scenario.label_index()
+        config = model.peft_config[model.active_adapter]
+        # An adapter that has learnt tasks before goes on: the rows of its head come first.
+        self.tasks_before = config.num_tasks
+        label_index = scenario.label_index(config.classes if config.tasks else ())
         self._collators = {
             training: ContinualCollator(
                 ImageTransform(processing_class, augmentation if training else None),
@@ -84,6 +88,7 @@ class ContinualTrainer(Trainer):
             )
             for training in (True, False)
         }
+        check_image_size(model, self._collators[False].transform.output_size)
         super().__init__(
             model=model,
             args=args,
@@ -128,6 +133,11 @@ class ContinualTrainer(Trainer):
 
     def train_task(self, task: Task) -> TrainOutput:
         """Start, learn and measure one task, and save adapter and results."""
+        if self._tuner.peft_config[self.model.active_adapter].num_tasks > self.tasks_before + self.finished_tasks:
+            raise RuntimeError(
+                f"{self.scenario[self.finished_tasks].name} was begun and interrupted: its prompts are half trained. "
+                f"Make model and trainer anew; what was learnt before is saved in {self.args.output_dir!r}."
+            )
         self.task = task
         self.progress.begin_task(task.name, task.index)
         self._tuner.begin_task(task.classes)
@@ -147,6 +157,7 @@ class ContinualTrainer(Trainer):
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self._examples([task], "train")
+        self._losses, self._losses_counted = {}, 0
         try:
             return super().train()
         finally:
@@ -256,7 +267,12 @@ class ContinualTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
         self.__dict__.pop("_eval_dataloaders", None)
-        return super().get_eval_dataloader(eval_dataset)
+        # Incomplete batches are dropped in training only; every test image counts.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_output_dir(self, trial):
         """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
@@ -268,6 +284,7 @@ class ContinualTrainer(Trainer):
         """Write adapter, processor and `results.json` into the output folder."""
         self.save_model(self.args.output_dir)
         if self.is_world_process_zero():
+            self.strategy.save(self, Path(self.args.output_dir))
             self.results.save(self.args.output_dir)
 
     @property
@@ -305,32 +322,3 @@ class ContinualTrainer(Trainer):
             f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training, "
             f"average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
         )
-
-
-def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any) -> None:
-    """Refuse what cannot work, before anything is trained."""
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, PromptPoolModel):
-        raise ValueError(
-            f"model is a {type(model).__name__}, but a task sequence needs a PeftModel with a configuration of "
-            "peft_cl. Wrap it: get_peft_model(model, CodaPromptConfig())."
-        )
-    if not isinstance(args, ContinualTrainingArguments):
-        raise ValueError(f"args is a {type(args).__name__}, but must be ContinualTrainingArguments.")
-    if not isinstance(scenario, Scenario):
-        raise ValueError(
-            f"scenario is a {type(scenario).__name__}, but must be a Scenario, for instance from "
-            "class_incremental(dataset, num_tasks=10)."
-        )
-    if processing_class is None:
-        raise ValueError(
-            "processing_class is None, but images need the backbone's processor: "
-            "AutoImageProcessor.from_pretrained(...)."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which would split batches with DataParallel; prompts are "
-            "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
-        )
-    config = model.peft_config[model.active_adapter]
-    for index in range(len(scenario)):
-        config.check_next_task(config.num_tasks + index)

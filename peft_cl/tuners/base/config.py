@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -194,7 +195,7 @@ class PromptPoolConfig(PeftConfig):
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value!r}, but must be a number of at least 0 (0 switches the term off).")
 
     def _check_layers(self, name: str, *, empty_allowed: bool = False) -> None:

@@ -33,6 +33,21 @@ class Call:
     query: torch.Tensor | None = None
     prompts: Prompts = field(default_factory=Prompts)
 
+    def check(self, batch: int) -> None:
+        """Refuse `task_ids` and `query` that are not of `batch` images: they would be broadcast in silence."""
+        if self.task_ids is not None:
+            self.task_ids = torch.as_tensor(self.task_ids)
+            if self.task_ids.shape != (batch,) or self.task_ids.is_floating_point():
+                raise ValueError(
+                    f"task_ids have shape {tuple(self.task_ids.shape)} and dtype {self.task_ids.dtype}, but must be "
+                    f"the number of a task for each of the {batch} images, ({batch},)."
+                )
+        if self.query is not None and (self.query.ndim != 2 or len(self.query) != batch):
+            raise ValueError(
+                f"query has shape {tuple(self.query.shape)}, but must be a feature for each of the {batch} images, "
+                f"({batch}, D)."
+            )
+
 
 @dataclass
 class Trace:

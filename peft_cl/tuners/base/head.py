@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from transformers import PreTrainedModel
 
 from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
+from .evidence import TaskEvidence, rows_of_tasks
 from .layer import AdapterLayer
-from .similarity import cosine
 
 
 class GrowingLinear(nn.Linear):
     """A linear classifier of one adapter, (classes, D), whose rows are appended as classes arrive.
 
-    With `task_evidence` a buffer `task_queries`, (tasks, D), keeps the sum of each task's unit queries.
+    With `task_evidence` in the config it has a `TaskEvidence` beside its rows, as `evidence`, else None.
 
     Args:
         in_features: D.
@@ -31,8 +30,7 @@ class GrowingLinear(nn.Linear):
     def __init__(self, in_features: int, classes: int, config: PromptPoolConfig):
         self.config = config
         super().__init__(in_features, classes)
-        if config.task_evidence:
-            self.register_buffer("task_queries", torch.zeros(config.num_tasks, in_features))
+        self.evidence = TaskEvidence(in_features, config) if config.task_evidence else None
 
     def reset_parameters(self) -> None:
         if self.out_features == 0:
@@ -64,29 +62,8 @@ class GrowingLinear(nn.Linear):
                 new[:keep] = old[:keep]
             setattr(self, name, nn.Parameter(new.detach(), requires_grad=old.requires_grad))
         self.out_features = classes
-        if self.config.task_evidence:
-            began = self.config.num_tasks - len(self.task_queries)
-            self.task_queries = F.pad(self.task_queries, (0, 0, 0, began))
-
-    @torch.no_grad()
-    def observe(self, query: torch.Tensor) -> None:
-        """Count a training batch's queries (B, D) towards the current task's mean."""
-        if len(self.task_queries):
-            self.task_queries[-1] += F.normalize(query.to(self.task_queries), dim=-1).sum(0)
-
-    def evidence(self, query: torch.Tensor) -> torch.Tensor:
-        """(B, D) queries -> (B, classes): what speaks for the task of each class, to be added to its logit.
-
-        The masked cross-entropy compares the classes of one task only: the difference between the logits of two tasks
-        is never trained. The query, by which prompts are chosen, tells tasks apart to some degree. So the logit of a
-        class gets log p(task | query) with p the softmax of `task_evidence` times the cosine of the query and the
-        task's mean query; its normalisation is the same for all classes and left out. The decomposition is that of
-        HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234); the mean query in its place is ours. A class
-        of several tasks takes their mean.
-        """
-        similarity = cosine(query.to(self.task_queries), self.task_queries)
-        rows = _rows_of_tasks(self.config.tasks, self.weight[:, 0][None]).to(similarity)
-        return self.config.task_evidence * similarity @ (rows / rows.sum(0))
+        if self.evidence is not None:
+            self.evidence.grow()
 
 
 class ClassifierHead(AdapterLayer):
@@ -180,6 +157,9 @@ class ClassifierHead(AdapterLayer):
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
         call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
         if self.active is not None:
+            images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
+            if images is not None:
+                call.check(len(images))
             args, kwargs = _labels_by_name(model, args, kwargs)
             call.labels = kwargs.pop("labels", None)
         getattr(model, self.encoder_name).call = call
@@ -196,11 +176,7 @@ class ClassifierHead(AdapterLayer):
                 raise ValueError("task_ids were given, but no adapter is active: the base model has no tasks.")
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
-        if self.active.config.task_evidence and self.active.config.tasks:
-            if model.training:
-                self.active.observe(call.query)
-            else:
-                logits = logits + self.active.evidence(call.query).to(logits.dtype)
+        logits = self.weigh_evidence(logits, call, training=model.training)
         logits = self.mask(logits, call.task_ids, training=model.training)
         loss = None
         if call.labels is not None:
@@ -216,6 +192,25 @@ class ClassifierHead(AdapterLayer):
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
         return type(output)(loss=loss, logits=logits, **fields)
 
+    def weigh_evidence(self, logits: torch.Tensor, call: Call, *, training: bool) -> torch.Tensor:
+        """In a training step, let the tasks' mean queries see the batch; in evaluation, add the task evidence."""
+        config, evidence = self.active.config, self.active.evidence
+        if evidence is None:
+            if config.task_evidence:
+                raise ValueError(
+                    f"task_evidence was set to {config.task_evidence}, but the adapter was made without it and keeps "
+                    "no mean queries. Set it in the configuration before get_peft_model."
+                )
+            return logits
+        with torch.autocast(logits.device.type, enabled=False):
+            if training:
+                # A forward in training mode for another purpose (no labels, no graph) is nothing to learn from.
+                if call.labels is not None and torch.is_grad_enabled() and not config.inference_mode:
+                    evidence.observe(call.query)
+            elif config.task_evidence and config.tasks and call.task_ids is None:
+                return logits.float() + evidence(call.query).float()
+        return logits
+
     def mask(self, logits: torch.Tensor, task_ids: torch.Tensor | None, *, training: bool) -> torch.Tensor:
         """Set the logits of classes that are out of the question to -inf.
 
@@ -226,16 +221,15 @@ class ClassifierHead(AdapterLayer):
         """
         config = self.active.config
         if task_ids is not None:
-            task_ids = torch.as_tensor(task_ids)
             unknown = sorted({task for task in task_ids.tolist() if not 0 <= task < config.num_tasks})
             if unknown:
                 raise ValueError(
                     f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "
                     "count from 0."
                 )
-            allowed = _rows_of_tasks(config.tasks, logits)[task_ids.to(logits.device)]
+            allowed = rows_of_tasks(config.tasks, logits.shape[-1], logits.device)[task_ids.to(logits.device)]
         elif training and config.train_mask and config.tasks:
-            allowed = _rows_of_tasks(config.tasks[-1:], logits)
+            allowed = rows_of_tasks(config.tasks[-1:], logits.shape[-1], logits.device)
         else:
             return logits
         return logits.masked_fill(~allowed, -torch.inf)
@@ -267,14 +261,6 @@ class ClassifierHead(AdapterLayer):
                     "task, give the right task_ids, or set train_mask=False."
                 )
         return F.cross_entropy(logits.float(), labels.long())
-
-
-def _rows_of_tasks(tasks: Sequence[Sequence[int]], logits: torch.Tensor) -> torch.Tensor:
-    """Boolean (tasks, classes): which head rows belong to each task."""
-    rows = torch.zeros(len(tasks), logits.shape[-1], dtype=torch.bool)
-    for task, classes in enumerate(tasks):
-        rows[task, classes] = True
-    return rows.to(logits.device)
 
 
 def _class_names(model: PreTrainedModel, classifier: nn.Module) -> list[str]:

@@ -21,6 +21,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     kind: str
+    #: Where the adapter's part goes if the wrapped module has no parameters (a classifier of no labels).
+    fallback_device = torch.device("cpu")
 
     def __init__(self, base_layer: nn.Module, prefix: str):
         super().__init__()
@@ -77,5 +79,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Called by PEFT after loading. Unlike PEFT's own, it leaves the dtype: prompts, keys and head are float32
         whatever the backbone is."""
         if adapter_name in self.entries:
-            like = next(self.base_layer.parameters(), torch.empty(0))
-            self.entries[adapter_name].to(device or like.device)
+            like = next(self.base_layer.parameters(), None)
+            device = device or (like.device if like is not None else self.fallback_device)
+            self.entries[adapter_name].to(device)

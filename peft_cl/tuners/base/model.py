@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,6 +112,13 @@ class PromptPoolModel(BaseTuner):
                 f"head belong in {places}. Leave target_modules at None; load a saved adapter into a base model of "
                 "the family it was trained on."
             )
+        for layer in (self.encoder, self.head):
+            if isinstance(layer, AdapterLayer) and not layer.adapter_layer_names[0].startswith(self.prefix):
+                raise ValueError(
+                    f"This model carries an adapter of another method ({layer.adapter_layer_names[0]}), and one model "
+                    f"cannot carry {peft_config.method} beside it. Call unload() on it first, or load the base model "
+                    "anew."
+                )
         peft_config.target_modules = places
         peft_config.check_backbone(self._geometry().num_layers)
         return peft_config
@@ -144,6 +152,7 @@ class PromptPoolModel(BaseTuner):
     def _add_head(self, config: PromptPoolConfig, adapter_name: str) -> None:
         if not isinstance(self.head, ClassifierHead):
             head = ClassifierHead(self.head, self.prefix, self.family.encoder)
+            head.fallback_device = self.model.device
             setattr(self.model, self.family.head, head)
             head.attach(self.model)
         # Until its first task an adapter has the base model's classes, and starts from the base model's classifier. A
@@ -157,6 +166,16 @@ class PromptPoolModel(BaseTuner):
         self.head.add_entry(adapter_name, entry)
 
     # ----------------------------------------------------------------------------------------------- adapters
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to mix adapters in a batch: refused, as it would be ignored."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is given, but each prompt adapter has a head and classes of its own, so one batch has "
+                "one adapter. Call set_adapter, and the model once for each adapter."
+            )
+        yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:

@@ -1,0 +1,59 @@
+"""What a task sequence needs, checked before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from ..scenarios import Scenario
+from ..tuners.base.model import PromptPoolModel
+from .arguments import ContinualTrainingArguments
+from .learning_rates import check_parts
+from .strategy import Strategy
+
+
+def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any, strategy: Strategy) -> None:
+    """Refuse what cannot work, before anything is trained."""
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, PromptPoolModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, but a task sequence needs a PeftModel with a configuration of "
+            "peft_cl. Wrap it: get_peft_model(model, CodaPromptConfig())."
+        )
+    if not isinstance(args, ContinualTrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}, but must be ContinualTrainingArguments.")
+    if not isinstance(scenario, Scenario):
+        raise ValueError(
+            f"scenario is a {type(scenario).__name__}, but must be a Scenario, for instance from "
+            "class_incremental(dataset, num_tasks=10)."
+        )
+    if processing_class is None:
+        raise ValueError(
+            "processing_class is None, but images need the backbone's processor: "
+            "AutoImageProcessor.from_pretrained(...)."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split batches with DataParallel; prompts are "
+            "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    config = model.peft_config[model.active_adapter]
+    for index in range(len(scenario)):
+        config.check_next_task(config.num_tasks + index)
+    if config.task_evidence and not strategy.has_task_evidence:
+        raise ValueError(
+            f"task_evidence is {config.task_evidence}, but {strategy.name} has no use for it: it needs training steps "
+            "on a frozen backbone. Leave it at 0."
+        )
+    check_parts(args.learning_rates or {}, model)
+
+
+def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> None:
+    """Refuse images of another size than the backbone's position embeddings are for."""
+    size = getattr(model.get_base_model().config, "image_size", None)
+    expected = (size, size) if isinstance(size, int) else tuple(size or ())
+    if expected and output_size is not None and tuple(output_size) != expected:
+        raise ValueError(
+            f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
+            f"{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and crop_size)."
+        )

@@ -1,0 +1,77 @@
+"""Task evidence: what the query says about the task, for the choice between classes of different tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import PromptPoolConfig
+from .similarity import cosine
+
+
+class TaskEvidence(nn.Module):
+    """The mean unit query of each task, and what it adds to the logits in evaluation.
+
+    The masked cross-entropy compares the classes of one task only: the difference between logits of two tasks is
+    never trained. The query, by which prompts are chosen, tells tasks apart to some degree, so the logit of class c of
+    task t gets
+
+        task_evidence * cos(query, mean query of t).
+
+    It is a term of ours, akin to the task inference of HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234), but
+    added to the raw logits: how peaked they are over a task's classes tells tasks apart too. For a class of several
+    tasks their terms are joined by log-sum-exp; a task that nothing was learnt of yet gets the mean of the others.
+
+    Buffers: `task_queries` (tasks, D), `task_counts` (tasks,), the images that each mean is of.
+
+    Args:
+        size: D.
+        config: the adapter's configuration: its tasks, and the weight.
+    """
+
+    def __init__(self, size: int, config: PromptPoolConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("task_queries", torch.zeros(config.num_tasks, size))
+        self.register_buffer("task_counts", torch.zeros(config.num_tasks))
+
+    def grow(self) -> None:
+        """Make room for the tasks begun."""
+        began = self.config.num_tasks - len(self.task_queries)
+        self.task_queries = F.pad(self.task_queries, (0, 0, 0, began))
+        self.task_counts = F.pad(self.task_counts, (0, began))
+
+    @torch.no_grad()
+    def observe(self, query: torch.Tensor) -> None:
+        """Let the current task's mean see the queries (B, D) of a training step; a query that is not finite is left
+        out."""
+        if not len(self.task_queries):
+            return
+        # A running mean, not a sum: a sum of thousands of images does not fit half precision.
+        query = F.normalize(query.float(), dim=-1)
+        finite = query.isfinite().all(-1, keepdim=True)
+        mean, count = self.task_queries[-1], self.task_counts[-1]
+        count += finite.sum()
+        mean += (query.where(finite, mean.float()) - mean.float()).sum(0) / count.float().clamp_min(1)
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """(B, D) queries -> (B, classes)."""
+        observed = self.task_counts > 0
+        similarity = cosine(query.float(), self.task_queries.float())
+        mean = similarity.where(observed, 0).sum(-1, keepdim=True) / observed.sum().clamp_min(1)
+        scores = self.config.task_evidence * similarity.where(observed, mean)
+        rows = rows_of_tasks(self.config.tasks, len(self.config.classes), scores.device).float()
+        highest = scores.amax(-1, keepdim=True)
+        tiny = torch.finfo(scores.dtype).tiny
+        return highest + ((scores - highest).exp() @ rows).clamp_min(tiny).log()
+
+
+def rows_of_tasks(tasks: Sequence[Sequence[int]], classes: int, device: torch.device) -> torch.Tensor:
+    """Boolean (tasks, classes): which head rows belong to each task."""
+    rows = torch.zeros(len(tasks), classes, dtype=torch.bool)
+    for task, members in enumerate(tasks):
+        rows[task, members] = True
+    return rows.to(device)
