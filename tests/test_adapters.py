@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -107,3 +110,37 @@ def test_a_head_without_a_classifier_to_follow_goes_where_the_model_is():
     base = tiny(num_labels=0).to("meta")
     model = get_peft_model(base, config("coda"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_threads_do_not_see_each_others_prompts():
+    """A server's threads may call one model; the calls wait for each other and answer as if alone."""
+    model = prompted("coda")
+    batches = [images(seed=seed) for seed in range(6)]
+    expected = [logits(model, batch) for batch in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns within a call, as they may on a busy machine
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda index: logits(model, batches[index % 6]), range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    for index, answer in enumerate(answers):
+        torch.testing.assert_close(answer, expected[index % 6], rtol=0, atol=0)
+
+
+def test_a_call_that_failed_or_was_cut_off_holds_nobody_up():
+    model = prompted("coda")
+    expected = logits(model)
+    with pytest.raises(ValueError):
+        model(images(), task_ids=torch.tensor([7, 7, 7, 7]))
+    model.base_model.encoder.base_layer.embeddings.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(images())
+    model.base_model.encoder.base_layer.embeddings._forward_hooks.clear()
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(logits, model).result(timeout=60), expected, rtol=0, atol=0)
+
+
+def interrupt(module, inputs, output):
+    raise KeyboardInterrupt

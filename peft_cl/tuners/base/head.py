@@ -14,6 +14,7 @@ from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
 from .evidence import TaskEvidence, rows_of_tasks
 from .layer import AdapterLayer
+from .lock import CallLock
 
 
 class GrowingLinear(nn.Linear):
@@ -90,6 +91,7 @@ class ClassifierHead(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
+        self.lock = CallLock()
         #: The classification model, in a tuple: torch must not take the whole for a part of its part.
         self.owner: tuple[PreTrainedModel, ...] = ()
 
@@ -155,6 +157,7 @@ class ClassifierHead(AdapterLayer):
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
+        self.lock.acquire()
         call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
         if self.active is not None:
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
@@ -167,6 +170,13 @@ class ClassifierHead(AdapterLayer):
 
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Mask the logits, and add the loss where labels were given."""
+        try:
+            return self.finish(model, output)
+        finally:
+            self.lock.release()
+
+    def finish(self, model: nn.Module, output: Any) -> Any:
+        """What `after_forward` returns; `output` is None if the forward raised."""
         encoder: PromptedEncoder = getattr(model, self.encoder_name)
         call, encoder.call = encoder.call, None
         if output is None or call is None:  # the forward raised: only the state had to be cleared

@@ -88,7 +88,8 @@ class PromptPoolModel(BaseTuner):
 
     def query(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W)."""
-        return self.encoder.query(pixel_values)
+        with self.head.lock:
+            return self.encoder.query(pixel_values)
 
     def _active_config(self) -> tuple[str, PromptPoolConfig]:
         if not self.active_adapters:

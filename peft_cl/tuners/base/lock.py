@@ -1,0 +1,39 @@
+"""One call of a model at a time."""
+
+from __future__ import annotations
+
+import threading
+
+
+class CallLock:
+    """Lets one thread into the prompted model at a time; others wait.
+
+    During a call the prefix is handed to the base model's own attention modules, so two threads (a web server's, for
+    instance) would see each other's prompts. A copy of the model, or one from a pickle, has a lock of its own.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.owner: int | None = None
+
+    def __reduce__(self) -> tuple:
+        return CallLock, ()
+
+    def acquire(self) -> None:
+        me = threading.get_ident()
+        # A call never contains another: if this thread holds the lock already, its last call was cut off (Ctrl-C).
+        if self.owner != me:
+            self.lock.acquire()
+            self.owner = me
+
+    def release(self) -> None:
+        """Does nothing in a thread that does not hold it: the hook that calls this runs after every failure."""
+        if self.owner == threading.get_ident():
+            self.owner = None
+            self.lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
