@@ -31,7 +31,7 @@ help:  ## List the targets
 
 install: $(STAMP)  ## Create .venv and install the project with its tested dependencies, where not done yet
 
-# The constraints are not optional: an unpinned torch may bring several GB of CUDA packages.
+# The constraints hold the versions that were tested. On Linux PyPI's torch brings CUDA packages; README has the way out.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."

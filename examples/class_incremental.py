@@ -41,7 +41,7 @@ trainer.train()  # the whole sequence: every task, then evaluation on all tasks 
 print(trainer.accuracy_matrix.round(2))
 print(trainer.metrics)
 
-# The adapter is a few kB, and is used with stock PEFT on any copy of its backbone.
+# The adapter is a small file, and is used with stock PEFT on any copy of its backbone.
 fresh = AutoModelForImageClassification.from_pretrained(backbone, dtype="float32")
 model = PeftModel.from_pretrained(fresh, "out/class_incremental").eval()
 example = dataset["test"][0]

@@ -264,3 +264,10 @@ def test_card_takes_the_place_of_the_one_that_peft_wrote(tmp_path: Path) -> None
     assert card.data.base_model == "google/vit-base-patch16-224-in21k"
     assert "Model ID" not in card.text
     assert table_row(card, "`layers`") == ["`[0, 1]`"]
+
+
+def test_what_is_not_from_the_paper_is_said():
+    settings = {"num_train_epochs": 20, "adapter": {"task_evidence": 6.0}}
+    card = model_card(run(method="CODA-Prompt with task evidence", hyperparameters=settings))
+    assert "Not from the paper is the task evidence: in evaluation, 6 times the cosine" in card
+    assert "task evidence" not in model_card(run())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -200,6 +200,7 @@ def test_one_split_is_divided_alike_in_training_and_evaluation(train, place, tmp
     assert train(*fraction) == 0
     results = RunResults.load(tmp_path / "out")
     assert results.scenario["train_sizes"] == [14, 14] and results.test_sizes == [6, 6]
+    assert "| Test examples from | 30% of train, drawn with seed 0 |" in (tmp_path / "out" / "README.md").read_text()
     capsys.readouterr()
     command = [
         "evaluate",
@@ -342,6 +343,16 @@ def test_evaluate_refuses_what_does_not_fit(trained, place, tmp_path, capsys):
     ):
         assert main([*command, *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_adapters_of_other_methods_are_refused(place, tmp_path, capsys):
+    base = AutoModelForImageClassification.from_pretrained(place / "model")
+    get_peft_model(base, LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path)
+    for command in (["info", str(tmp_path)], ["evaluate", str(tmp_path), "--dataset", str(place / "data")]):
+        assert main(command) == 2
+        assert "is of the PEFT type LORA, which is none of peft_cl's" in capsys.readouterr().err.replace(
+            "PeftType.", ""
+        )
 
 
 # ----------------------------------------------------------------------------------------------- examples and demo

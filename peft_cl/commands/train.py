@@ -154,7 +154,12 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     """Complete the output folder, and return the summary."""
     folder = Path(settings.output_dir)
     results = trainer.results
-    hyperparameters = {**results.hyperparameters, "backbone_dtype": settings.model.dtype}
+    hyperparameters = {
+        **results.hyperparameters,
+        "backbone_dtype": settings.model.dtype,
+        "data": {name: value for name, value in vars(settings.dataset).items() if value is not None},
+        "processor": settings.processor or None,
+    }
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
     results.save(folder)
     write_model_card(folder, results, limits=trainer.strategy.limits)

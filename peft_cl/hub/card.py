@@ -50,6 +50,7 @@ SETTINGS = {
     "weight_decay": "Weight decay",
     "max_grad_norm": "Gradient clipping",
     "augmentation": "Augmentation",
+    "processor": "Changes to the image processor",
 }
 # What a configuration says about the adapter's file rather than about the method.
 NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
@@ -166,7 +167,7 @@ def _metadata(
             task_name="Image Classification",
             dataset_type=data.hub_id or "unknown",
             dataset_name=data.short_name or "unknown",
-            dataset_split="test",
+            dataset_split=_test_split(results),
             dataset_args={name: value for name, value in arguments.items() if value is not None},
             metric_type=METRICS[metric][0],
             metric_name=METRICS[metric][1],
@@ -303,6 +304,7 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
         "Classes per task": _counts(scenario.get("classes_per_task")),
         "Training examples per task": _counts(scenario.get("train_sizes")),
         "Test examples per task": _counts(results.test_sizes),
+        "Test examples from": _test_split(results),
         "Class order": _class_order(scenario),
         "Seed": results.seed,
     }
@@ -322,6 +324,14 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
         classes = ", ".join(str(name) for name in scenario["class_order"])
         parts.append(f"<details><summary>Classes, in their order</summary>\n\n{classes}\n\n</details>")
     return "\n\n".join(parts)
+
+
+def _test_split(results: RunResults) -> str:
+    """Name of the split measured on, or how it was divided off."""
+    data = results.hyperparameters.get("data", {})
+    if data.get("test_fraction"):
+        return f"{data['test_fraction']:.0%} of {data['train_split']}, drawn with seed {data['split_seed']}"
+    return data.get("test_split", "test")
 
 
 def _counts(values: Sequence[int] | None) -> str | None:
