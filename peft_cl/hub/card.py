@@ -186,7 +186,12 @@ def _metadata(
         base_model_relation="adapter" if backbone.hub_id else None,
         datasets=[data.hub_id] if data.hub_id and not data.is_local else None,
         metrics=["accuracy"] if eval_results else None,
-        tags=["peft", "peft-cl", "continual-learning", *_tags(scenario.get("name"), results.method)],
+        tags=[
+            "peft",
+            "peft-cl",
+            "continual-learning",
+            *_tags(scenario.get("name"), results.method.partition(" with ")[0]),
+        ],
         model_name=name if eval_results else None,
         eval_results=eval_results or None,
     )
