@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -67,6 +68,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to measure")
     parser.add_argument("--layers", type=int, default=12, help="encoder layers (fewer for a trial)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels on a side (fewer for a trial)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="fail if a training step's ratio is above it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args(arguments)
     for name in ("batch_size", "threads", "repeats", "layers", "image_size"):
@@ -385,12 +387,19 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, print the table, write the rows if asked to, and return them."""
+    """Measure, print the table, write the rows if asked to, and return them.
+
+    Raises:
+        SystemExit: a training step costs more than `--limit` times the bare model's passes.
+    """
     options = parse_arguments(arguments)
-    rows = measure(options)
+    rows, limit = measure(options), options.limit
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print(format_table(rows))
+    over = [f"{row['method']} {row['ratio']:.3f}" for row in rows if row["phase"] == "train" and row["ratio"] > limit]
+    if over:
+        raise SystemExit(f"Training steps above {limit:g} times the bare model's passes: {', '.join(over)}.")
     return rows
 
 

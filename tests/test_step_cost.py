@@ -65,6 +65,12 @@ def test_methods_and_dtype_can_be_chosen(step_cost: ModuleType) -> None:
     ]
 
 
+def test_a_step_above_the_limit_is_a_failure(step_cost: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="Training steps above 0.01 times the bare model's passes: DualPrompt"):
+        step_cost.main([*TINY, "--methods", "dualprompt", "--limit", "0.01"])
+    assert "DualPrompt" in capsys.readouterr().out  # the table comes first
+
+
 def test_a_backbone_weight_with_a_gradient_is_refused_by_name(step_cost: ModuleType) -> None:
     backbone = step_cost.build_backbone(1, 32, torch.float32)
     model = step_cost.build_method("dualprompt", backbone)

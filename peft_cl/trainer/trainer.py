@@ -246,9 +246,9 @@ class ContinualTrainer(Trainer):
     def _examples(self, tasks: Sequence[Task], split: str) -> Any:
         if not self.args.cache_queries:
             return concatenate_datasets([getattr(task, split) for task in tasks])
-        return self.queries.examples(tasks, split, self._tuner, self._plain_loader)
+        return self.queries.examples(tasks, split, self._tuner, self.plain_batches)
 
-    def _plain_loader(self, examples: Any) -> Iterator[dict[str, torch.Tensor]]:
+    def plain_batches(self, examples: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Un-augmented batches of all examples, in order, on this process alone."""
         # A generator of its own: the order of the training images must not depend on whether queries are cached.
         generator = torch.Generator()
