@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .metrics import RunResults, continual_metrics, results_table
-from .scenarios import RandomResizedCropFlip, Scenario, Task, class_incremental
+from .scenarios import RandomResizedCropFlip, Scenario, Task, class_incremental, domain_incremental, task_incremental
 from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
 from .tuners import (
     CodaPromptConfig,
@@ -37,5 +37,7 @@ __all__ = [
     "__version__",
     "class_incremental",
     "continual_metrics",
+    "domain_incremental",
     "results_table",
+    "task_incremental",
 ]

@@ -43,6 +43,30 @@ def test_first_tasks_take_the_classes_that_do_not_divide():
     assert [task.classes for task in scenario] == [("ant", "bee"), ("cat", "dog"), ("emu",)]
 
 
+def test_the_first_task_may_be_larger_and_the_sizes_given():
+    larger = class_incremental(splits(), num_tasks=3, first_task_classes=2)
+    assert [task.classes for task in larger] == [("ant", "bee"), ("cat", "dog"), ("emu",)]
+    given = class_incremental(splits(), classes_per_task=[1, 3])
+    assert [task.classes for task in given] == [("ant",), ("bee", "cat", "dog")]
+    assert given.label_index().tolist() == [0, 1, 2, 3, -1]  # what is beyond the sizes is left out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "num_tasks must be a whole number of at least 1, got None"),
+        ({"num_tasks": 2, "classes_per_task": [1, 1]}, "classes_per_task sets the size of every task"),
+        ({"classes_per_task": [2, 0]}, r"whole numbers of at least 1, got \[2, 0\]"),
+        ({"classes_per_task": [3, 3]}, "asks for 6 classes, but there are 5"),
+        ({"num_tasks": 1, "first_task_classes": 2}, "first_task_classes is 2 with num_tasks=1"),
+        ({"num_tasks": 4, "first_task_classes": 3}, "5 classes cannot make 4 tasks with 3 in the first"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        class_incremental(splits(), **sizes)
+
+
 def test_scenario_is_a_sequence_that_describes_itself():
     scenario = class_incremental(splits(), num_tasks=2, seed=3)
     assert len(scenario) == 2 and list(scenario) == [scenario[0], scenario[-1]] and scenario[1:] == (scenario[1],)

@@ -20,6 +20,8 @@ from peft_cl import (
     RandomResizedCropFlip,
     RunResults,
     class_incremental,
+    domain_incremental,
+    task_incremental,
 )
 from peft_cl.strategies import FineTuning, NearestClassMean
 
@@ -202,6 +204,45 @@ def test_incomplete_batches_are_dropped_in_training_only(make_trainer):
     )
     trainer.train()
     assert seen == [6, 6, 6] and not np.isnan(trainer.accuracy_matrix[2]).any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_domains_share_the_head(name, make_trainer, data):
+    """Three domains of six colours: as they are, darker, and with red and blue exchanged."""
+    changes = {
+        "plain": lambda pixels: pixels,
+        "dark": lambda pixels: pixels // 2,
+        "swapped": lambda pixels: pixels[..., ::-1].copy(),
+    }
+    features = Features({**data["train"].features, "domain": ClassLabel(names=list(changes))})
+
+    def in_domains(split: Dataset) -> Dataset:
+        rows = [
+            {**row, "image": PILImage.fromarray(change(np.asarray(row["image"]))), "domain": domain}
+            for domain, change in changes.items()
+            for row in split
+        ]
+        return Dataset.from_list(rows, features=features)
+
+    scenario = domain_incremental({split: in_domains(examples) for split, examples in data.items()})
+    trainer = make_trainer(CONFIGS[name](), scenario=scenario)
+    trainer.train()
+    assert trainer.results.task_names == list(changes)
+    assert len(trainer.model.peft_config["default"].classes) == 6
+    assert not np.isnan(trainer.accuracy_matrix[np.tril_indices(3)]).any()
+    assert trainer.accuracy_matrix[2, 2] > 1 / 3  # twice the chance
+
+
+def test_a_known_task_leaves_its_own_classes_in_question(make_trainer, data):
+    trainer = make_trainer(CONFIGS["coda"](), scenario=task_incremental(data, 3))
+    trainer.train()
+    batch = trainer._collators[False](list(data["test"]))
+    with torch.no_grad():
+        logits = trainer.model.eval()(batch["pixel_values"]).logits
+    blocks = logits.view(len(logits), 3, 2)[torch.arange(len(logits)), batch["labels"] // 2]
+    correct = (blocks.argmax(-1) == batch["labels"] % 2).view(3, -1).float().mean(1)
+    np.testing.assert_allclose(trainer.accuracy_matrix[2], correct, atol=1e-6)
+    assert trainer.results.scenario["name"] == "task-incremental"
 
 
 @pytest.mark.parametrize("train_mask", [True, False])

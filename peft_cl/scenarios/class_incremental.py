@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset
 
 from .columns import Labels, find_image_column, read_labels, train_and_test
+from .order import given_order
 from .task import Scenario, Task
 
 
 def class_incremental(
     dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
-    num_tasks: int,
+    num_tasks: int | None = None,
     label_column: str = "label",
     *,
+    classes_per_task: Sequence[int] | None = None,
+    first_task_classes: int | None = None,
     image_column: str | None = None,
     class_order: Sequence[str] | Sequence[int] | None = None,
     seed: int | None = None,
@@ -31,8 +33,12 @@ def class_incremental(
 
     Args:
         dataset: A `DatasetDict` (or dict) with a train and a test split, or a pair (train, test).
-        num_tasks: Number of tasks, from 1 to the number of classes.
+        num_tasks: Number of tasks, from 1 to the number of classes; `None` with `classes_per_task`.
         label_column: A `ClassLabel`, integer (the name of a class is `str(label)`) or string column.
+        classes_per_task: Number of classes of each task, in place of `num_tasks`; classes beyond their sum are left
+            out.
+        first_task_classes: Number of classes of the first task, where it is to be larger; the other `num_tasks - 1`
+            tasks divide the rest.
         image_column: Column of the images; `None`: the only one with an `Image` feature.
         class_order: Class names or label ids in the order wanted, without repeats; a subset leaves the rest out.
             `None`: the order of the label ids, or drawn from `seed`.
@@ -56,23 +62,18 @@ def class_incremental(
         >>> scenario = class_incremental(load_dataset("uoft-cs/cifar100"), 10, "fine_label", seed=0)
         >>> [len(task.train) for task in scenario][:3]
         [5000, 5000, 5000]
+        >>> larger = class_incremental(load_dataset("uoft-cs/cifar100"), 6, "fine_label", first_task_classes=50)
+        >>> [len(task.classes) for task in larger]
+        [50, 10, 10, 10, 10, 10]
     """
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, (int, np.integer)) or num_tasks < 1:
-        raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
+    _check_sizes(num_tasks, classes_per_task, first_task_classes)
     if class_order is not None and seed is not None:
         raise ValueError(f"class_order and seed={seed} both set the order of the classes; give only one of them.")
     train, test = train_and_test(dataset, train_split, test_split)
     labels = read_labels(train, test, label_column)
     image_column = find_image_column(train, test, image_column)
     order = _order_of_classes(labels, class_order, seed)
-    if len(order) < num_tasks:
-        raise ValueError(
-            f"{len(order)} classes cannot make {num_tasks} tasks, every task needs at least one class; "
-            f"give num_tasks of at most {len(order)}, or more classes."
-        )
-
-    # np.array_split gives the first parts one more, which is the rule documented above.
-    parts = np.array_split(order, num_tasks)
+    parts = _divide(order, num_tasks, classes_per_task, first_task_classes)
     task_of_label = np.full(len(labels.names), -1, dtype=np.int64)
     for index, part in enumerate(parts):
         task_of_label[part] = index
@@ -100,13 +101,59 @@ def class_incremental(
     )
 
 
+def _check_sizes(
+    num_tasks: int | None, classes_per_task: Sequence[int] | None, first_task_classes: int | None
+) -> None:
+    if classes_per_task is not None:
+        if num_tasks is not None or first_task_classes is not None:
+            raise ValueError(
+                "classes_per_task sets the size of every task; leave num_tasks and first_task_classes out, or it."
+            )
+        sizes = list(classes_per_task)
+        if not sizes or not all(_is_count(size) for size in sizes):
+            raise ValueError(f"classes_per_task must be whole numbers of at least 1, got {sizes}.")
+    elif not _is_count(num_tasks):
+        raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
+    elif first_task_classes is not None and not (_is_count(first_task_classes) and num_tasks > 1):
+        raise ValueError(
+            f"first_task_classes is {first_task_classes!r} with num_tasks={num_tasks}, but must be a whole number "
+            "of at least 1, followed by at least one more task."
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+
+
+def _divide(
+    order: np.ndarray, num_tasks: int | None, classes_per_task: Sequence[int] | None, first_task_classes: int | None
+) -> list[np.ndarray]:
+    """Returns the label ids of each task."""
+    if classes_per_task is not None:
+        ends = np.cumsum(classes_per_task)
+        if ends[-1] > len(order):
+            raise ValueError(
+                f"classes_per_task asks for {ends[-1]} classes, but there are {len(order)}; give smaller numbers."
+            )
+        return np.split(order[: ends[-1]], ends[:-1])
+    first, others = ([order[:first_task_classes]], order[first_task_classes:]) if first_task_classes else ([], order)
+    if len(others) < num_tasks - len(first):
+        raise ValueError(
+            f"{len(order)} classes cannot make {num_tasks} tasks"
+            + (f" with {first_task_classes} in the first" if first else "")
+            + ", every task needs at least one class; give fewer tasks, or more classes."
+        )
+    # np.array_split gives the first parts one more, which is the rule documented above.
+    return [*first, *np.array_split(others, num_tasks - len(first))]
+
+
 def _order_of_classes(
     labels: Labels, class_order: Sequence[str] | Sequence[int] | None, seed: int | None
 ) -> np.ndarray:
     """Returns the label ids in the order of the sequence, int64; each has at least one training example."""
     trained = np.bincount(labels.train, minlength=len(labels.names)) > 0
     if class_order is not None:
-        return _given_order(class_order, labels.names, trained)
+        return given_order(class_order, labels.names, trained, "class_order", "class")
     if labels.declared and not trained.all():
         unused = [labels.names[label] for label in np.flatnonzero(~trained)]
         warnings.warn(
@@ -116,32 +163,3 @@ def _order_of_classes(
         )
     order = np.flatnonzero(trained)
     return order if seed is None else np.random.default_rng(seed).permutation(order)
-
-
-def _given_order(
-    class_order: Sequence[str] | Sequence[int], names: tuple[str, ...], trained: np.ndarray
-) -> np.ndarray:
-    if isinstance(class_order, str):
-        raise ValueError(f"class_order is the single text {class_order!r}; give a list of class names or label ids.")
-    id_of_name = {name: label for label, name in enumerate(names)}
-    order, unknown = [], []
-    for entry in class_order:
-        if isinstance(entry, str) and entry in id_of_name:
-            order.append(id_of_name[entry])
-        elif isinstance(entry, (int, np.integer)) and 0 <= entry < len(names):
-            order.append(int(entry))
-        else:
-            unknown.append(entry)
-    if unknown:
-        known = f"{list(names[:10])}{' ...' if len(names) > 10 else ''}"
-        raise ValueError(
-            f"class_order names classes that the data set does not have: {unknown}; "
-            f"give names out of {known} or label ids from 0 to {len(names) - 1}."
-        )
-    repeated = [names[label] for label, count in Counter(order).items() if count > 1]
-    if repeated:
-        raise ValueError(f"class_order has {repeated} more than once, but a class belongs to one task; list it once.")
-    untrained = [names[label] for label in order if not trained[label]]
-    if untrained:
-        raise ValueError(f"class_order has {untrained}, but the train split has no examples of them; leave them out.")
-    return np.array(order, dtype=np.int64)

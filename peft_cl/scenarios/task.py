@@ -48,6 +48,7 @@ class Scenario(Sequence[Task]):
         label_column: Column of the labels in every task's data.
         label_names: Class name of each label id of the data set; a string label is its own name.
         seed: Seed of the class order, `None` if it was not drawn.
+        task_known: Whether a test image comes with the number of its task, so that only its classes are in question.
 
     Raises:
         ValueError: No tasks, indices out of order, or a class that is not in `label_names`.
@@ -67,6 +68,7 @@ class Scenario(Sequence[Task]):
         label_column: str,
         label_names: Sequence[str],
         seed: int | None = None,
+        task_known: bool = False,
     ) -> None:
         self._tasks = tuple(tasks)
         self.name = name
@@ -74,6 +76,7 @@ class Scenario(Sequence[Task]):
         self.label_column = label_column
         self.label_names = tuple(label_names)
         self.seed = seed
+        self.task_known = task_known
         if not self._tasks:
             raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
         indices = [task.index for task in self._tasks]

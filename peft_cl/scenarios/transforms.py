@@ -277,8 +277,8 @@ class ContinualCollator:
         """Returns the batch.
 
         Returns:
-            `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), and `query`, stacked, if
-            the examples bring their query features.
+            `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), and `query` and
+            `task_ids`, stacked, if the examples bring them.
 
         Raises:
             ValueError: A column is missing, or a label is not among the classes of the scenario.
@@ -292,8 +292,9 @@ class ContinualCollator:
         labels = [self._label(example[self.label_column]) for example in examples]
         pixel_values = self.transform([example[self.image_column] for example in examples])
         batch = {"pixel_values": pixel_values, "labels": torch.tensor(labels, dtype=torch.int64)}
-        if examples and "query" in examples[0]:
-            batch["query"] = torch.stack([example["query"] for example in examples])
+        for name in ("query", "task_ids"):
+            if examples and name in examples[0]:
+                batch[name] = torch.stack([example[name] for example in examples])
         return batch
 
     def _label(self, label: str | int) -> int:

@@ -23,6 +23,7 @@ from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .checks import check_fit, check_image_size
+from .examples import WithTensors
 from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .provenance import dataset_name, hyperparameters, model_name, versions
@@ -244,9 +245,16 @@ class ContinualTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------- data
 
     def _examples(self, tasks: Sequence[Task], split: str) -> Any:
-        if not self.args.cache_queries:
-            return concatenate_datasets([getattr(task, split) for task in tasks])
-        return self.queries.examples(tasks, split, self._tuner, self.plain_batches)
+        """The tasks' examples one after the other, with what belongs to each of them."""
+        examples = concatenate_datasets([getattr(task, split) for task in tasks])
+        tensors = {}
+        if self.args.cache_queries:
+            tensors["query"] = self.queries.queries(tasks, split, self._tuner, self.plain_batches)
+        if split == "test" and self.scenario.task_known:
+            numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
+            tensors["task_ids"] = numbers.repeat_interleave(torch.tensor([len(task.test) for task in tasks]))
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return WithTensors(examples, tensors) if tensors else examples
 
     def plain_batches(self, examples: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Un-augmented batches of all examples, in order, on this process alone."""
