@@ -184,6 +184,32 @@ def test_every_method_trains_from_a_configuration(train, tmp_path, method):
     assert RunResults.load(tmp_path / "out").finished_tasks == 2
 
 
+@pytest.mark.parametrize(
+    ("scenario", "names", "classes"),
+    [
+        ("{kind: task-incremental, num_tasks: 2}", ["task_0", "task_1"], [2, 2]),
+        ("{classes_per_task: [1, 3]}", ["task_0", "task_1"], [1, 3]),
+        ("{num_tasks: 2, first_task_classes: 3}", ["task_0", "task_1"], [3, 1]),
+        ("{kind: domain-incremental, domain_column: light, domain_order: [night, day]}", ["night", "day"], [4, 4]),
+    ],
+)
+def test_every_kind_of_scenario_trains_from_a_configuration(train, place, tmp_path, capsys, scenario, names, classes):
+    if "light" in scenario:
+        (tmp_path / "domains").mkdir()
+        for split, rows in (("train", (8, 0)), ("test", (5, 1))):
+            examples = pictures(*rows)
+            lights = ["day", "night"] * (len(examples) // 2)
+            examples.add_column("light", lights).to_parquet(tmp_path / "domains" / f"{split}.parquet")
+        data = ("--dataset.path", str(tmp_path / "domains"))
+    else:
+        data = ()
+    assert train(*data, "--scenario", scenario, "--training.max_steps", "1") == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.task_names == names and results.scenario["classes_per_task"] == classes
+    kind = scenario.partition("kind: ")[2].partition(",")[0] or "class-incremental"
+    assert results.scenario["name"] == kind and f"2, {kind}, classes of each: " in capsys.readouterr().out
+
+
 def test_fine_tuning_keeps_the_backbone_it_trained(train, place, tmp_path, capsys):
     assert train("--method", "fine-tuning", "--adapter", "null") == 0
     results = RunResults.load(tmp_path / "out")
@@ -269,7 +295,11 @@ def test_learning_rate_is_scaled_by_the_batch_and_said(train, tmp_path, capsys):
         (["--dataset.test_fraction", "1.5"], ["test_fraction is 1.5"]),
         (["--scenario.num_tasks", "9"], ["4 classes", "9 tasks"]),
         (["--scenario.class_order", "[red]"], ["seed 3", "class_order"]),
-        (["--scenario", "{}"], ["scenario.num_tasks is missing"]),
+        (["--scenario", "{}"], ["scenario", "num_tasks is missing"]),
+        (["--scenario.kind", "class-incrementl"], ["class-incrementl", "task-incremental"]),
+        (["--scenario.kind", "domain-incremental"], ["num_tasks does not go with the kind domain-incremental"]),
+        (["--scenario.domain_order", "[red]"], ["domain_order does not go with the kind class-incremental"]),
+        (["--scenario.classes_per_task", "[2, 2]"], ["classes_per_task", "leave num_tasks"]),
         (["--augmentation.scale", "[0.5]"], ["augmentation.scale", "a list of 2"]),
         (["--augmentation.flip", "2"], ["flip"]),
         (["--processor.do_normalise", "false"], ["Did you mean processor.do_normalize?"]),

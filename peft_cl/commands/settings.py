@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers.processing_utils import ImagesKwargs
 
 from ..hub.card import NOT_SETTINGS
-from ..scenarios import RandomResizedCropFlip
+from ..scenarios import RandomResizedCropFlip, Scenario, class_incremental, domain_incremental, task_incremental
 from ..trainer import ContinualTrainingArguments
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError, explained, unknown
@@ -75,19 +75,60 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class ScenarioSettings:
-    """The section `scenario`: class-incremental learning."""
+    """The section `scenario`: how the data becomes a sequence of tasks."""
 
-    num_tasks: int = field(metadata={"help": "Number of tasks that the classes are divided into."})
-    seed: int | None = field(default=None, metadata={"help": "Draws the class order. null: the data's own order."})
+    kind: Literal["class-incremental", "task-incremental", "domain-incremental"] = field(
+        default="class-incremental",
+        metadata={
+            "help": "New classes in each task, the task unknown or known at test; or the same classes in new domains."
+        },
+    )
+    num_tasks: int | None = field(
+        default=None, metadata={"help": "Number of tasks that the classes are divided into."}
+    )
+    classes_per_task: list[int] | None = field(
+        default=None, metadata={"help": "Number of classes of each task, in place of num_tasks."}
+    )
+    first_task_classes: int | None = field(
+        default=None, metadata={"help": "Number of classes of the first task; the other tasks divide the rest."}
+    )
     class_order: list[str | int] | None = field(
         default=None, metadata={"help": "Class names or label ids, in order. null: as seed says."}
     )
+    domain_column: str | None = field(
+        default=None, metadata={"help": "Column of the domains (domain-incremental only). null: 'domain'."}
+    )
+    domain_order: list[str | int] | None = field(
+        default=None, metadata={"help": "Names or ids of domains, in order. null: as seed says."}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Draws the order of classes or domains. null: the data's own order."}
+    )
 
     def __post_init__(self) -> None:
-        if self.num_tasks < 1:
-            raise ValueError(f"num_tasks is {self.num_tasks}, but must be at least 1.")
-        if self.seed is not None and self.class_order is not None:
-            raise ValueError(f"seed {self.seed} and class_order both set the order of the classes. Give one of them.")
+        of_classes = ("num_tasks", "classes_per_task", "first_task_classes", "class_order")
+        of_domains = ("domain_column", "domain_order")
+        by_domain = self.kind == "domain-incremental"
+        foreign = [name for name in (of_classes if by_domain else of_domains) if getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} does not go with the kind {self.kind}. Take it out.")
+        if not by_domain and self.num_tasks is None and self.classes_per_task is None:
+            raise ValueError("num_tasks is missing: the number of tasks that the classes are divided into. Give it.")
+        order = "domain_order" if by_domain else "class_order"
+        if self.seed is not None and getattr(self, order) is not None:
+            raise ValueError(f"seed {self.seed} and {order} both set the order. Give one of them.")
+
+    def make(self, data: Any, **columns: Any) -> Scenario:
+        """Make the scenario; `columns` are the arguments that all kinds share."""
+        given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
+        return KINDS[self.kind](data, **columns, **given)
+
+
+KINDS = {
+    "class-incremental": class_incremental,
+    "task-incremental": task_incremental,
+    "domain-incremental": domain_incremental,
+}
 
 
 @dataclass(frozen=True)

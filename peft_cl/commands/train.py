@@ -18,7 +18,7 @@ from ..hub import write_model_card
 from ..hub.card import NOT_SETTINGS
 from ..metrics import RunResults, results_table
 from ..plots import plot_accuracy_matrix
-from ..scenarios import Scenario, class_incremental
+from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from .errors import CommandError, explained
@@ -103,13 +103,10 @@ def make_scenario(settings: RunSettings) -> Scenario:
             f"{settings.dataset.test_split!r}. Set dataset.test_fraction, for instance to 0.2, to divide it."
         )
     with explained("The tasks cannot be made"):
-        return class_incremental(
+        return settings.scenario.make(
             data,
-            settings.scenario.num_tasks,
-            settings.dataset.label_column,
+            label_column=settings.dataset.label_column,
             image_column=settings.dataset.image_column,
-            class_order=settings.scenario.class_order,
-            seed=settings.scenario.seed,
             train_split=settings.dataset.train_split,
             test_split=settings.dataset.test_split,
         )
@@ -136,8 +133,9 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "parameters": f"{trainable:,} trainable before the first task, {total:,} in all",
         "data": f"{settings.dataset.path}, {sum(facts['train_sizes']):,} training and "
         f"{sum(facts['test_sizes']):,} test images",
-        "tasks": f"{len(scenario)}, classes of each: {', '.join(map(str, facts['classes_per_task']))}, "
-        + (order if settings.scenario.class_order is None else "in the order given"),
+        "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
+        f"{', '.join(map(str, facts['classes_per_task']))}, "
+        + ("in the order given" if settings.scenario.class_order or settings.scenario.domain_order else order),
         "augmentation": str(settings.augmentation or "none"),
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
         f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
