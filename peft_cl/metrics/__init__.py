@@ -1,6 +1,8 @@
-"""Metrics of a task sequence, from its accuracy matrix, and the record of a run."""
+"""Metrics of a task sequence, from its accuracy matrix or its predictions, and the record of a run."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from .matrix import (
     average_incremental_accuracy,
@@ -10,18 +12,32 @@ from .matrix import (
     finished_tasks,
     forgetting,
     forward_transfer,
+    intransigence,
+    overall_accuracy,
+    per_step_forgetting,
 )
+from .predictions import accuracy_matrix, class_accuracies, task_identification_accuracy
 from .results import RunResults, results_table
 
 
+#: What `evaluate.load` takes for all metrics together.
+MODULE = str(Path(__file__).with_name("continual_learning"))
+
 __all__ = [
+    "MODULE",
     "RunResults",
+    "accuracy_matrix",
     "average_incremental_accuracy",
     "backward_transfer",
+    "class_accuracies",
     "continual_metrics",
     "final_average_accuracy",
     "finished_tasks",
     "forgetting",
     "forward_transfer",
+    "intransigence",
+    "overall_accuracy",
+    "per_step_forgetting",
     "results_table",
+    "task_identification_accuracy",
 ]

@@ -29,6 +29,23 @@ def final_average_accuracy(matrix: ArrayLike) -> float:
     return float(_finished(matrix)[-1].mean())
 
 
+def overall_accuracy(matrix: ArrayLike, test_sizes: Sequence[int]) -> float:
+    """Accuracy over all test examples after the last task: `sum_j n_j R[T-1, j] / sum_j n_j`.
+
+    Other than the final average accuracy it lets a task with more test examples weigh more.
+
+    Args:
+        matrix: The accuracy matrix.
+        test_sizes: Number of test examples n_j of each task, shape (T,).
+
+    Example:
+        >>> overall_accuracy([[0.9, None], [0.5, 1.0]], [30, 10])
+        0.625
+    """
+    finished = _finished(matrix)
+    return float(np.average(finished[-1], weights=_of_each_task(test_sizes, matrix, "test_sizes")[: len(finished)]))
+
+
 def average_incremental_accuracy(matrix: ArrayLike) -> float:
     """Mean over the steps of the average accuracy so far: `1/T sum_i 1/(i+1) sum_{j<=i} R[i, j]`.
 
@@ -57,6 +74,39 @@ def forgetting(matrix: ArrayLike) -> float:
     if last == 0:
         return 0.0
     return float(np.mean([finished[task:last, task].max() - finished[last, task] for task in range(last)]))
+
+
+def per_step_forgetting(matrix: ArrayLike) -> float:
+    """Mean drop from one step to the next: `1/(T-1) sum_{t>=1} 1/t sum_{j<t} (R[t-1, j] - R[t, j])`.
+
+    What the code of CODA-Prompt calls forgetting (Smith et al. 2023, `utils/calc_forgetting.py`). It is about T times
+    smaller than `forgetting` and does not compare with it. 0.0 for a single task.
+
+    Example:
+        >>> per_step_forgetting([[0.75, None], [0.5, 0.75]])
+        0.25
+    """
+    finished = _finished(matrix)
+    drops = [(finished[step - 1, :step] - finished[step, :step]).mean() for step in range(1, len(finished))]
+    return float(np.mean(drops)) if drops else 0.0
+
+
+def intransigence(matrix: ArrayLike, reference: ArrayLike) -> float:
+    """Mean lack of what a reference reaches on a task just learnt: `1/T sum_j (reference[j] - R[j, j])`.
+
+    Chaudhry et al. 2018, section 4.2; the reference is a model trained on all data so far. Lower is better.
+
+    Args:
+        matrix: The accuracy matrix.
+        reference: Accuracy (0 to 1) of the reference on each task, shape (T,).
+
+    Example:
+        >>> intransigence([[0.75, None], [0.5, 0.5]], reference=[0.75, 0.75])
+        0.125
+    """
+    finished = _finished(matrix)
+    reached = _of_each_task(reference, matrix, "reference")[: len(finished)]
+    return float((reached - finished.diagonal()).mean())
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
@@ -95,11 +145,7 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
     """
     accuracies = _checked(matrix)
     _finished(accuracies)
-    start = np.asarray(baseline, dtype=float)
-    if start.shape != (len(accuracies),):
-        raise ValueError(
-            f"The baseline has shape {start.shape}, but needs one accuracy per task: ({len(accuracies)},)."
-        )
+    start = _of_each_task(baseline, matrix, "baseline")
     if len(accuracies) == 1:
         return 0.0
     gains = accuracies.diagonal(offset=1) - start[1:]
@@ -173,6 +219,13 @@ def _checked(matrix: ArrayLike) -> np.ndarray:
     if outside.size:
         raise ValueError(f"Accuracies are fractions from 0 to 1, got {outside[0]}; divide percentages by 100.")
     return accuracies
+
+
+def _of_each_task(values: ArrayLike, matrix: ArrayLike, name: str) -> np.ndarray:
+    numbers, tasks = np.asarray(values, dtype=float), len(_checked(matrix))
+    if numbers.shape != (tasks,):
+        raise ValueError(f"{name} has the shape {numbers.shape}, but needs one number per task: ({tasks},).")
+    return numbers
 
 
 def _finished(matrix: ArrayLike) -> np.ndarray:

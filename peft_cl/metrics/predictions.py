@@ -1,0 +1,91 @@
+"""From the predictions of a run to its accuracy matrix, and to what only single predictions tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def accuracy_matrix(
+    predictions: ArrayLike, references: ArrayLike, task_ids: ArrayLike, steps: ArrayLike
+) -> np.ndarray:
+    """Accuracies of each task after each step.
+
+    Args:
+        predictions: Predicted class of each test example at each time it was measured, shape (N,).
+        references: Its true class, (N,).
+        task_ids: The task that it belongs to, from 0, (N,).
+        steps: The task that was learnt last when it was measured, from 0, (N,).
+
+    Returns:
+        (T, T): `R[i, j]`, accuracy on task j after task i; NaN where nothing was measured. T is one more than the
+        largest task or step.
+
+    Raises:
+        ValueError: No examples, or arrays of different lengths.
+
+    Example:
+        >>> accuracy_matrix([1, 1, 0, 2], [1, 0, 0, 2], task_ids=[0, 0, 0, 1], steps=[0, 0, 1, 1])
+        array([[0.5, nan],
+               [1. , 1. ]])
+    """
+    predicted, true, tasks, after = _checked(
+        predictions=predictions, references=references, task_ids=task_ids, steps=steps
+    )
+    count = int(max(tasks.max(), after.max())) + 1
+    correct, measured = np.zeros((count, count)), np.zeros((count, count))
+    np.add.at(correct, (after, tasks), predicted == true)
+    np.add.at(measured, (after, tasks), 1)
+    return np.divide(correct, measured, out=np.full((count, count), np.nan), where=measured > 0)
+
+
+def task_identification_accuracy(
+    predictions: ArrayLike, task_ids: ArrayLike, task_of_class: Mapping[int, int] | ArrayLike
+) -> float:
+    """Share of examples whose predicted class is one of their own task's.
+
+    Args:
+        predictions: Predicted classes, (N,).
+        task_ids: True tasks, (N,).
+        task_of_class: Task of each class, for classes that belong to one task.
+
+    Raises:
+        ValueError: No examples, or arrays of different lengths.
+
+    Example:
+        >>> task_identification_accuracy([0, 3, 1], [0, 0, 0], task_of_class=[0, 0, 1, 1])
+        0.6666666666666666
+    """
+    predicted, tasks = _checked(predictions=predictions, task_ids=task_ids)
+    return float(np.mean([task_of_class[label] == task for label, task in zip(predicted, tasks, strict=True)]))
+
+
+def class_accuracies(predictions: ArrayLike, references: ArrayLike) -> dict[int, float]:
+    """Accuracy on the examples of each class that has some.
+
+    Args:
+        predictions: Predicted classes, (N,).
+        references: True classes, (N,).
+
+    Raises:
+        ValueError: No examples, or arrays of different lengths.
+
+    Example:
+        >>> class_accuracies([0, 1, 1], [0, 0, 1])
+        {0: 0.5, 1: 1.0}
+    """
+    predicted, true = _checked(predictions=predictions, references=references)
+    return {int(label): float((predicted == true)[true == label].mean()) for label in np.unique(true)}
+
+
+def _checked(**columns: ArrayLike) -> list[np.ndarray]:
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1 or any(array.ndim != 1 or not array.size for array in arrays.values()):
+        raise ValueError(f"One number per example is needed in each, but the shapes are {shapes}.")
+    wrong = [name for name, array in arrays.items() if array.dtype.kind not in "iu" or array.min() < 0]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must be whole numbers from 0.")
+    return list(arrays.values())
