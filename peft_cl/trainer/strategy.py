@@ -36,6 +36,13 @@ class Strategy:
         """Learn `task`, whose classes the model's head has by now. Default: the trainer's own training loop."""
         return trainer.fit(task)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the strategy keeps from task to task: tensors, numbers, text, lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:
         """Write what the adapter's file does not hold into its folder, after each task (on the first process)."""
 

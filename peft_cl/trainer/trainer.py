@@ -28,6 +28,7 @@ from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .provenance import dataset_name, hyperparameters, model_name, versions
 from .query_cache import QueryCache
+from .snapshot import differences, forget_snapshots, load_snapshot, random_state, save_snapshot, set_random_state
 from .strategy import Strategy
 
 
@@ -115,13 +116,26 @@ class ContinualTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Learn all tasks of the scenario. Returns the last task's `TrainOutput`."""
-        if args or any(value for value in kwargs.values()):
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput | None:
+        """Learn all tasks of the scenario. Returns the last task's `TrainOutput` (None if all were learnt before).
+
+        Args:
+            resume_from_checkpoint: True, or the folder of an interrupted run: its finished tasks are not repeated, and
+                on one device the result is that of a run without interruption, to the bit. The task that was
+                interrupted starts over. Without a snapshot in the folder the run begins at the first task.
+
+        Raises:
+            ValueError: other arguments, or an interrupted run of another scenario or other settings.
+        """
+        if any(value for value in kwargs.values()):
             raise ValueError(
-                f"train() got {args or kwargs}, but a task sequence is trained as a whole. Call train() without "
-                "arguments."
+                f"train() got {kwargs}, but a task sequence is trained as a whole. Call train() with "
+                "resume_from_checkpoint or without arguments."
             )
+        if resume_from_checkpoint:
+            self.resume(Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint))
+        elif self.is_world_process_zero() and not self.finished_tasks:
+            forget_snapshots(Path(self.args.output_dir))  # of an earlier run
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
@@ -137,7 +151,7 @@ class ContinualTrainer(Trainer):
         if self._tuner.peft_config[self.model.active_adapter].num_tasks > self.tasks_before + self.finished_tasks:
             raise RuntimeError(
                 f"{self.scenario[self.finished_tasks].name} was begun and interrupted: its prompts are half trained. "
-                f"Make model and trainer anew; what was learnt before is saved in {self.args.output_dir!r}."
+                "Make model and trainer anew, and call train(resume_from_checkpoint=True) to go on after the tasks before."
             )
         self.task = task
         self.progress.begin_task(task.name, task.index)
@@ -147,6 +161,8 @@ class ContinualTrainer(Trainer):
         self.train_seconds += time.perf_counter() - began
         self.evaluate()
         self.save()
+        if self.is_world_process_zero():
+            save_snapshot(Path(self.args.output_dir), self.sequence_state())
         self.progress.end_task(self._summary(task))
         return output
 
@@ -163,6 +179,53 @@ class ContinualTrainer(Trainer):
             return super().train()
         finally:
             self.queries.forget(task)
+
+    # ----------------------------------------------------------------------------------------------- interruption
+
+    def sequence_state(self) -> dict[str, Any]:
+        """All that the tasks to come depend on."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prefix = f".{self._tuner.prefix}"
+        weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
+        return {
+            "settings": self.settings(),
+            "accuracy_matrix": self.accuracy_matrix.tolist(),
+            "train_seconds": self.train_seconds,
+            "weights": weights,
+            "strategy": self.strategy.state_dict(),
+            "random": random_state(),
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Go to where the run in `folder` last finished a task."""
+        state = load_snapshot(folder)
+        if state is None:
+            return
+        changed = differences(state["settings"], self.settings())
+        if changed:
+            raise ValueError(
+                f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
+                "them back, or train anew without resume_from_checkpoint."
+            )
+        self.accuracy_matrix = np.array(state["accuracy_matrix"])
+        self.train_seconds = state["train_seconds"]
+        for task in self.scenario[: self.finished_tasks]:
+            self._tuner.begin_task(task.classes)  # for the shapes
+            self.task = task
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["weights"], strict=False)
+        self.strategy.load_state_dict(state["strategy"])
+        if self.is_world_process_zero():
+            set_random_state(state["random"])
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change while a sequence is under way."""
+        settings = {**self.results.hyperparameters}
+        for name in ("threads", "device", "devices"):  # where it runs, not what
+            settings.pop(name)
+        return {"scenario": self.scenario.describe(), "strategy": self.strategy.name, **settings}
+
+    # ----------------------------------------------------------------------------------------------- training
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with `learning_rates` where parts have rates of their own."""

@@ -1,0 +1,114 @@
+"""The state of a task sequence between two tasks, on disk: what an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+FILE, PREVIOUS = "sequence.pt", "sequence.previous.pt"
+
+
+def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors, numbers, text, lists and dicts of them); the snapshot before it is kept as well.
+
+    At every moment there is a whole snapshot in the folder, wherever the process is killed.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    path, aside = folder / FILE, folder / f".{FILE}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            (folder / PREVIOUS).unlink(missing_ok=True)
+            os.link(path, folder / PREVIOUS)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_snapshot(folder: Path) -> dict[str, Any] | None:
+    """The last whole snapshot in `folder`, None if there is no file of one.
+
+    Raises:
+        ValueError: There are files, but none is whole.
+
+    Warns:
+        UserWarning: The last one is damaged and the one before is used.
+    """
+    damaged = []
+    for path in (folder / FILE, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        digest, content = content[:32], content[32:]
+        if hashlib.sha256(content).digest() == digest:
+            if damaged:
+                warnings.warn(f"{damaged[0]} is damaged; {path.name}, one task before it, is used.", stacklevel=2)
+            return torch.load(io.BytesIO(content), weights_only=True)
+        damaged.append(path)
+    if damaged:
+        raise ValueError(
+            f"{' and '.join(map(str, damaged))} are damaged, so there is nothing to go on from. Train anew without "
+            "resume_from_checkpoint."
+        )
+    return None
+
+
+def forget_snapshots(folder: Path) -> None:
+    """Remove the snapshots in `folder`."""
+    for name in (FILE, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all random generators that training draws from."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back to what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two nested mappings, as `name: was this, is that`."""
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}: was {_short(old)}, is {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
