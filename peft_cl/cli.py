@@ -56,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(words)
             {"evaluate": evaluate, "info": info, "demo": demo}[arguments.word].run(arguments)
             return 0
-        rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--help"))
+        rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
         train.run(parser.parse_args(["train", *rest]), overrides, command=shlex.join(["peft-cl", *words]))
         return 0
     except CommandError as error:
         print(f"peft-cl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("peft-cl: interrupted; what was saved before stays.", file=sys.stderr)
+        advice = " The tasks finished are saved; --resume goes on with them." if words[:1] == ["train"] else ""
+        print(f"peft-cl: interrupted.{advice}", file=sys.stderr)
         return 130
 
 

@@ -184,6 +184,24 @@ def test_every_method_trains_from_a_configuration(train, tmp_path, method):
     assert RunResults.load(tmp_path / "out").finished_tasks == 2
 
 
+def test_a_run_is_resumed(train, tmp_path, capsys, monkeypatch):
+    assert train("--output_dir", str(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        learn = ContinualTrainer.train_task
+        stop = lambda self, task: learn(self, task) if task.index == 0 else 1 / 0  # noqa: E731
+        patch.setattr(ContinualTrainer, "train_task", stop)
+        with pytest.raises(ZeroDivisionError):
+            train()
+    assert RunResults.load(tmp_path / "out").finished_tasks == 1
+    assert train("--resume", "--training.learning_rate", "0.5") == 2
+    assert "learning_rate: was 0.02, is 0.5" in capsys.readouterr().err
+    assert train("--resume") == 0
+    results, expected = (RunResults.load(tmp_path / name) for name in ("out", "whole"))
+    assert results.finished_tasks == 2 and results.accuracy_matrix == expected.accuracy_matrix
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize(
     ("scenario", "names", "classes"),
     [

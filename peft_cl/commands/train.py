@@ -32,7 +32,11 @@ RESULTS_FILE, PICTURE_FILE, CARD_FILE = "results.json", "accuracy_matrix.png", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run; examples/ has some")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder after its last finished task"
+    )
     parser.epilog = (
         "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
         f"--adapter.layers '[0, 1]' --method coda. Sections: {', '.join(SECTIONS)}."
@@ -44,13 +48,16 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     config = read_config(arguments.config)
     apply_overrides(config, overrides, SECTIONS)
     settings = make_settings(config)
-    if not arguments.overwrite:
+    if not (arguments.overwrite or arguments.resume):
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
         print(describe(settings, trainer), flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
+    if arguments.resume:
+        with explained("The run cannot be resumed"):
+            trainer.resume(Path(settings.output_dir))
     trainer.train()
     if trainer.is_world_process_zero():
         print(finish(settings, trainer, command))
@@ -63,8 +70,8 @@ def refuse_existing(folder: Path) -> None:
     found = [name for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
     if found:
         raise CommandError(
-            f"The output folder {str(folder)!r} holds a run already ({', '.join(found)}). Give another output_dir, or "
-            "--overwrite to replace it."
+            f"The output folder {str(folder)!r} holds a run already ({', '.join(found)}). Give another output_dir, "
+            "--resume to go on with it, or --overwrite to replace it."
         )
 
 

@@ -151,7 +151,7 @@ class ContinualTrainer(Trainer):
         if self._tuner.peft_config[self.model.active_adapter].num_tasks > self.tasks_before + self.finished_tasks:
             raise RuntimeError(
                 f"{self.scenario[self.finished_tasks].name} was begun and interrupted: its prompts are half trained. "
-                "Make model and trainer anew, and call train(resume_from_checkpoint=True) to go on after the tasks before."
+                "Make model and trainer anew, and call train(resume_from_checkpoint=True) to go on with this task."
             )
         self.task = task
         self.progress.begin_task(task.name, task.index)
