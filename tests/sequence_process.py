@@ -1,7 +1,7 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
 It counts what happens (batches, steps, files written), and sends itself SIGKILL at event number KILL_AT (0: never).
-Its last line is the number of events.
+It prints the number of events, and then of processes.
 """
 
 from __future__ import annotations
@@ -65,13 +65,19 @@ def examples(per_class: int, seed: int) -> Dataset:
     )
 
 
+def trainer_processes() -> int:
+    """`torchrun` says how many there are; the total batch stays the same."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def main(folder: str, method: str, kill: str, resume: str) -> None:
     global kill_at
     kill_at = int(kill)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    dropout = 0.0 if os.environ.get("PLAIN") else 0.1
     size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 3}
-    width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "hidden_dropout_prob": 0.1}
+    width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "hidden_dropout_prob": dropout}
     base = ViTForImageClassification(ViTConfig(**size, **width))
     ContinualTrainer.training_step = counted(ContinualTrainer.training_step)
     ContinualTrainer.prediction_step = counted(ContinualTrainer.prediction_step)
@@ -81,7 +87,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         ContinualTrainingArguments(
             folder,
             num_train_epochs=1,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=4 // trainer_processes(),
             per_device_eval_batch_size=6,
             learning_rate=0.01,
             use_cpu=True,
@@ -90,10 +96,11 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         ),
         class_incremental((examples(6, 0), examples(3, 1)), 3, seed=1),
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
-        augmentation=RandomResizedCropFlip(size=16),
+        augmentation=None if os.environ.get("PLAIN") else RandomResizedCropFlip(size=16),
     )
     trainer.train(resume_from_checkpoint=resume == "resume")
     print(events)
+    print("processes", trainer.accelerator.num_processes)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from .learning_rates import check_rates
 class ContinualTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, applied to each task anew: epochs, steps, warm-up and schedule are per task.
 
-    Two defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), and no
-    checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task).
+    Three defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), no
+    checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task), and
+    processes do not overwrite each other's counts (`ddp_broadcast_buffers=False`).
 
     Args:
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
@@ -35,6 +36,12 @@ class ContinualTrainingArguments(TrainingArguments):
     )
     save_strategy: str = field(
         default="no", metadata={"help": "Checkpoints within a task. The adapter is saved after each task anyway."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Must stay False: each process counts for itself, and the counts are joined at a task's end."
+        },
     )
     learning_rates: dict[str, float] | None = field(
         default=None,

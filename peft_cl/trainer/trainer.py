@@ -158,6 +158,8 @@ class ContinualTrainer(Trainer):
         self._tuner.begin_task(task.classes)
         began = time.perf_counter()
         output = self.strategy.learn(self, task)
+        if self.args.world_size > 1:
+            self._tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
         self.train_seconds += time.perf_counter() - began
         self.evaluate()
         self.save()

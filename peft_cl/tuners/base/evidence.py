@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,12 @@ class TaskEvidence(nn.Module):
         mean, count = self.task_queries[-1], self.task_counts[-1]
         count += finite.sum()
         mean += (query.where(finite, mean.float()) - mean.float()).sum(0) / count.float().clamp_min(1)
+
+    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Join the current task's means of all processes; `total` sums a tensor over them."""
+        count = total(self.task_counts[-1])
+        self.task_queries[-1] = total(self.task_queries[-1] * self.task_counts[-1]) / count.clamp_min(1)
+        self.task_counts[-1] = count
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         """(B, D) queries -> (B, classes)."""

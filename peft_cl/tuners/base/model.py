@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,17 @@ class PromptPoolModel(BaseTuner):
             self.pool.begin_task(config.num_tasks - 1)
         config.rows_in_use = self.pool.rows_in_use
         self.head.show_labels()
+
+    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """At the end of a task, join what each process counted during it.
+
+        Args:
+            total: sums a tensor over the processes.
+        """
+        self.pool.merge_counts(total)
+        evidence = self.head.active.evidence
+        if evidence is not None:
+            evidence.merge_counts(total)
 
     @property
     def encoder(self) -> PromptedEncoder:

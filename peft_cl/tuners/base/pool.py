@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,9 @@ class PromptPool(nn.Module):
     def compare(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss terms from the features (B, D) that each of `Prompts.parts` gives alone."""
         raise NotImplementedError(f"{type(self).__name__} asks for parts but does not define compare(features)")
+
+    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Join what each process counted during a task; `total` sums a tensor over the processes. Default: nothing."""
 
     def _grow(self, name: str, rows: torch.Tensor) -> None:
         """Start new rows for the parameter `name`; its present rows join the buffer `past_<name>`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,6 +52,10 @@ class L2PPool(PromptPool):
         if self.config.frequency_penalty:
             self.chosen_before += self.chosen_now
             self.chosen_now.zero_()
+
+    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.config.frequency_penalty:
+            self.chosen_now = total(self.chosen_now)
 
     def select(self, query: torch.Tensor) -> Prompts:
         config = self.config

@@ -1,0 +1,38 @@
+"""Two processes learn what one learns with the same total batch. Real processes, started as `torchrun` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+PROCESS = Path(__file__).with_name("sequence_process.py")
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
+def test_two_processes_equal_one(method, tmp_path):
+    words = [str(PROCESS), str(tmp_path / "one"), method, "0", "anew"]
+    environment = {**os.environ, "PLAIN": "1", "OMP_NUM_THREADS": "1"}
+    one = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert one.stdout.splitlines()[-1:] == ["processes 1"], one.stderr
+    words[1] = str(tmp_path / "two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert two.stdout.splitlines()[-1:] == ["processes 2"], two.stderr
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    matrices = [
+        json.loads((tmp_path / name / "results.json").read_text())["accuracy_matrix"] for name in ("one", "two")
+    ]
+    assert matrices[0] == matrices[1]
