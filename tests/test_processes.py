@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 
@@ -29,10 +28,7 @@ def test_two_processes_equal_one(method, tmp_path):
     expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(
-            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    matrices = [
-        json.loads((tmp_path / name / "results.json").read_text())["accuracy_matrix"] for name in ("one", "two")
-    ]
-    assert matrices[0] == matrices[1]
+        difference = (tensor - expected[name]).abs().max().item()
+        assert difference <= 1e-4 + 1e-3 * expected[name].abs().max().item(), f"{name} differs by {difference}"
+    records = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert records[0]["accuracy_matrix"] == records[1]["accuracy_matrix"]

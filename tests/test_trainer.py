@@ -381,6 +381,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"label_smoothing_factor is 0.1.*Set it to 0"):
             ContinualTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
 
+    def test_buffers_of_one_process_for_all(self, tmp_path):
+        with pytest.raises(ValueError, match="ddp_broadcast_buffers is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, ddp_broadcast_buffers=True)
+
     def test_half_precision_of_everything(self, tmp_path):
         with pytest.raises(ValueError, match="bf16_full_eval is True.*dtype='bfloat16'"):
             ContinualTrainingArguments(str(tmp_path), use_cpu=True, bf16_full_eval=True)

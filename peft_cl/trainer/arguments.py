@@ -59,6 +59,11 @@ class ContinualTrainingArguments(TrainingArguments):
                 "remove_unused_columns is True, but the image column would be removed before it is turned into pixels."
                 " Leave it at False."
             )
+        if self.ddp_broadcast_buffers:
+            raise ValueError(
+                "ddp_broadcast_buffers is True, but the first process's counts would overwrite the others'. Leave it at "
+                "False."
+            )
         check_rates(self.learning_rates or {})
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
