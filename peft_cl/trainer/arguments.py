@@ -61,8 +61,8 @@ class ContinualTrainingArguments(TrainingArguments):
             )
         if self.ddp_broadcast_buffers:
             raise ValueError(
-                "ddp_broadcast_buffers is True, but the first process's counts would overwrite the others'. Leave it at "
-                "False."
+                "ddp_broadcast_buffers is True, but the first process's counts would overwrite the others'. Leave it "
+                "at False."
             )
         check_rates(self.learning_rates or {})
         for name in ("fp16_full_eval", "bf16_full_eval"):
