@@ -436,5 +436,5 @@ class TestBadInput:
             make_trainer(CONFIGS["linear-probe"]()).evaluate()
 
     def test_arguments_of_train(self, make_trainer):
-        with pytest.raises(ValueError, match="Call train\\(\\) without arguments"):
-            make_trainer(CONFIGS["linear-probe"]()).train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="got {'trial': 1}, but a task sequence is trained as a whole"):
+            make_trainer(CONFIGS["linear-probe"]()).train(trial=1)
