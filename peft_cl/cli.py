@@ -1,4 +1,4 @@
-"""The command `peft-cl`: train, evaluate, look at an adapter, or see the demonstration.
+"""The command `peft-cl`: train, evaluate, look at an adapter, draw runs, or see the demonstration.
 
 `python -m peft_cl.cli` is the same, so `accelerate launch -m peft_cl.cli train CONFIG.yaml` trains on several devices.
 """
@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .commands import demo, evaluate, info, train
+from .commands import demo, evaluate, info, plot, train
 from .commands.errors import CommandError
 from .commands.options import split_overrides
 from .version import __version__
@@ -21,11 +21,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line; `train` also takes dotted names, which are read apart from it."""
     parser = argparse.ArgumentParser(prog="peft-cl", description="Continual learning with prompts, as PEFT adapters.")
     parser.add_argument("--version", action="version", version=f"peft-cl {__version__}")
-    words = parser.add_subparsers(dest="word", required=True, metavar="{train,evaluate,info,demo}")
+    words = parser.add_subparsers(dest="word", required=True, metavar="{train,evaluate,info,plot,demo}")
     for module, name, text in (
         (train, "train", "learn a task sequence as a configuration file says"),
         (evaluate, "evaluate", "measure a saved adapter on a data set"),
         (info, "info", "say what is in an adapter's folder"),
+        (plot, "plot", "draw the pictures of a run, or of several side by side"),
         (demo, "demo", "compare the methods on small images; needs no network"),
     ):
         module.add_arguments(
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] != ["train"]:
             arguments = parser.parse_args(words)
-            {"evaluate": evaluate, "info": info, "demo": demo}[arguments.word].run(arguments)
+            {"evaluate": evaluate, "info": info, "plot": plot, "demo": demo}[arguments.word].run(arguments)
             return 0
         rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
         train.run(parser.parse_args(["train", *rest]), overrides, command=shlex.join(["peft-cl", *words]))

@@ -104,7 +104,7 @@ def refused(train, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
 # ----------------------------------------------------------------------------------------------- a run
 
 
-def test_train_writes_adapter_processor_results_card_and_picture(trained):
+def test_train_writes_adapter_processor_results_card_and_pictures(trained):
     files = {path.name for path in trained.iterdir()}
     assert files >= {
         "adapter_config.json",
@@ -113,7 +113,10 @@ def test_train_writes_adapter_processor_results_card_and_picture(trained):
         "results.json",
         "README.md",
         "accuracy_matrix.png",
+        "curves.png",
+        "key_similarity.png",
     }
+    assert "prompt_usage.png" not in files  # CODA-Prompt weighs all rows, it chooses none
     results = RunResults.load(trained)
     assert results.finished_tasks == 2
     assert results.seed == 5
@@ -167,6 +170,7 @@ def test_evaluate_maps_classes_by_name_and_counts_what_it_leaves_out(trained, pl
 def test_a_run_in_the_output_folder_is_kept_unless_overwrite(place, trained, capsys, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     (tmp_path / "out" / "backbone").mkdir()
+    (tmp_path / "out" / "prompt_usage.png").touch()
     command = ["train", str(place / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--training.max_steps", "1"]
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert main(command) == 2
@@ -175,6 +179,7 @@ def test_a_run_in_the_output_folder_is_kept_unless_overwrite(place, trained, cap
     assert main([*command, "--overwrite"]) == 0
     assert RunResults.load(tmp_path / "out").hyperparameters["max_steps"] == 1
     assert not (tmp_path / "out" / "backbone").exists()  # left by another method, it would be taken for the base
+    assert not (tmp_path / "out" / "prompt_usage.png").exists()
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "linear-probe", "nearest-class-mean"])
@@ -356,7 +361,12 @@ def test_a_damaged_data_file_is_said(refused, tmp_path):
 
 
 def test_missing_files_are_named(tmp_path, capsys):
-    for command in (["train", "no.yaml"], ["info", "./no"], ["evaluate", "./no", "--dataset", "./none"]):
+    for command in (
+        ["train", "no.yaml"],
+        ["info", "./no"],
+        ["plot", "./no"],
+        ["evaluate", "./no", "--dataset", "./d"],
+    ):
         assert main(command) == 2
         assert "no" in capsys.readouterr().err
     assert main(["info", str(tmp_path)]) == 2

@@ -153,6 +153,15 @@ class TestRunResults:
         path = saved.save(tmp_path / "new" / "run.json")
         assert RunResults.load(path) == saved
 
+    def test_prompt_usage_is_kept_and_a_file_from_before_it_is_read(self, tmp_path):
+        counts = np.array([[3, 1], [0, 4], [2, 2]])
+        path = run(prompt_usage=counts).save(tmp_path)
+        assert RunResults.load(path) == run(prompt_usage=counts)
+        assert RunResults.load(path).prompt_usage == [[3, 1], [0, 4], [2, 2]]
+        assert RunResults.load(run(finished_tasks=2, prompt_usage=counts[:2]).save(tmp_path)).prompt_usage[1] == [0, 4]
+        assert "prompt_usage" not in json.loads(run().save(tmp_path).read_text())
+        assert RunResults.load(path).prompt_usage is None
+
     def test_folder_means_its_results_file(self, tmp_path):
         assert run().save(tmp_path) == tmp_path / "results.json"
         assert RunResults.load(str(tmp_path)) == run()
@@ -212,6 +221,9 @@ class TestRunResults:
             ({"accuracy_matrix": [[0.5]]}, r"1 rows of the lengths \[1\], but 3 tasks"),
             ({"test_sizes": [1]}, "test_sizes has 1 entries"),
             ({"finished_tasks": 4}, "finished_tasks is 4, but there are 3 tasks"),
+            ({"prompt_usage": [[1, 2], [3, 4]]}, "prompt_usage has 2 entries, but finished_tasks is 3"),
+            ({"prompt_usage": [[1, 2], [3, 4], [5]]}, "as many for each task"),
+            ({"prompt_usage": [[1, 2], [3, 4], [5, -6]]}, "got -6.0"),
         ],
     )
     def test_contradicting_fields_are_refused(self, changes, message):

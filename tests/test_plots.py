@@ -12,7 +12,15 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from peft_cl.metrics import RunResults, continual_metrics, forgetting
-from peft_cl.plots import plot_accuracy_matrix, plot_average_accuracy, plot_comparison
+from peft_cl.plots import (
+    plot_accuracy_matrix,
+    plot_average_accuracy,
+    plot_comparison,
+    plot_curves,
+    plot_forgetting,
+    plot_key_similarity,
+    plot_prompt_usage,
+)
 
 
 def accuracies(tasks: int, finished: int | None = None, seed: int = 0) -> np.ndarray:
@@ -146,6 +154,34 @@ def test_unfinished_seed_ends_the_mean_where_it_ends() -> None:
     np.testing.assert_array_equal(np.isfinite(axes.get_lines()[0].get_ydata()), [True, True, True, False, False])
 
 
+def test_forgetting_is_drawn_from_the_second_task_on() -> None:
+    # After two tasks 0.8 - 0.9; after three task 0 has lost 0.9 - 0.5 and task 1 0.6 - 0.4.
+    matrix = [[0.8, np.nan, np.nan], [0.9, 0.6, np.nan], [0.5, 0.4, 0.7]]
+    results = run()
+    results.accuracy_matrix = matrix
+    axes = plot_forgetting([results]).axes[0]
+    np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), [np.nan, -10, 30])
+    assert axes.get_ylim()[0] < -10
+    assert [label.get_text() for label in end_labels(axes)] == ["L2P  30.0"]
+    empty = plot_forgetting([run(finished=1)]).axes[0]
+    assert any("before the second task is finished" in text.get_text() for text in empty.texts)
+
+
+def test_curves_of_several_runs_are_in_one_picture() -> None:
+    runs = [run(method, 6, seed) for method in ("L2P", "DualPrompt") for seed in range(2)]
+    above, below = plot_curves(runs).axes
+    assert above.get_title(loc="left") == "Average accuracy over the tasks seen"
+    assert below.get_title(loc="left") == "Forgetting over the tasks seen"
+    np.testing.assert_allclose(
+        below.get_lines()[0].get_ydata()[-1],
+        50 * sum(forgetting(accuracies(6, seed=seed)) for seed in range(2)),
+    )
+    for axes in (above, below):
+        assert [line.get_label() for line in axes.get_lines()] == ["L2P", "DualPrompt"]
+        assert {label.get_text().split("  ")[0] for label in end_labels(axes)} == {"L2P", "DualPrompt"}
+        assert axes.get_xlim() == above.get_xlim() and len(axes.collections) == 2  # a band for each
+
+
 def test_what_differs_between_lines_of_one_method_is_named() -> None:
     figure = plot_average_accuracy([run(tasks=5), run(tasks=10)])
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["L2P (5 tasks)", "L2P (10 tasks)"]
@@ -182,7 +218,99 @@ def test_comparison_averages_forgetting_over_the_seeds() -> None:
     assert any(f"forg. {mean_forgetting:.1f}\u00a0%" in text.get_text() for text in panel.texts)
 
 
-@pytest.mark.parametrize("plot", [plot_average_accuracy, plot_comparison])
+def test_prompt_usage_shows_shares_and_entropy() -> None:
+    axes, bars, scale = plot_prompt_usage([[3, 1, 0, 0], [2, 2, 2, 2]], task_names=["photo", "sketch"]).axes
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.75, 0.25, 0, 0], [0.25] * 4])
+    assert [cells(axes)[0, row] for row in range(4)] == ["75", "25", "0", "0"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["photo", "sketch"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+    # 3/4 log2(4/3) + 1/4 log2(4) = 0.811 bits, and all four rows alike: log2(4)
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [0.75 * np.log2(4 / 3) + 0.5, 2])
+    assert bars.get_xlim() == (0, 2)
+    assert [text.get_text() for text in bars.texts] == ["0.8", "2.0"]
+    assert [label.get_text() for label in scale.get_yticklabels()] == ["0 %", "38 %", "75 %"]
+
+
+def test_prompt_usage_of_a_run_names_it_and_its_finished_tasks() -> None:
+    figure = plot_prompt_usage(run(tasks=3, finished=2, prompt_usage=[[3, 1, 0], [1, 3, 0]]))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1"]
+    assert "L2P on images: prompt usage" in heading(figure)
+    assert "two tasks have 50 % in common on average" in heading(figure)
+
+
+def test_a_large_pool_has_colours_only_and_few_ticks() -> None:
+    axes, bars, _ = plot_prompt_usage(np.ones((10, 100))).axes
+    assert cells(axes) == {} and len(bars.texts) == 10
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(row) for row in range(0, 100, 10)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "names", "message"),
+    [
+        (run(), None, "'L2P' have no prompt_usage: all rows take part"),
+        ([[1, -1]], None, "numbers from 0, got -1.0"),
+        ([[1, 2]], ["a", "b"], "2 task names for counts of 1 tasks"),
+    ],
+)
+def test_what_is_no_prompt_usage_is_refused(counts, names, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_prompt_usage(counts, task_names=names)
+
+
+def test_keys_are_compared_by_their_cosine() -> None:
+    axes = plot_key_similarity([[2, 0], [3, 3], [0, -1]]).axes[0]
+    half = np.sqrt(0.5)
+    np.testing.assert_allclose(axes.images[0].get_array(), [[1, half, 0], [half, 1, -half], [0, -half, 1]], atol=1e-12)
+    assert axes.images[0].get_clim() == (-1, 1)
+    assert cells(axes)[0, 1] == "0.71" and cells(axes)[2, 1] == "-0.71"
+    assert axes.get_ylabel() == "Key, row of the pool"
+    below = [text.get_text() for text in axes.texts if hasattr(text, "arrow_patch")]
+    assert below == ["two keys: \u22120.71 to 0.71, mean 0.00"]
+
+
+def test_rows_of_tasks_are_marked() -> None:
+    axes = plot_key_similarity(np.eye(6), rows_of_tasks=[3, 1, 2]).axes[0]
+    assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [1, 3, 4.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
+    across = [line.get_ydata()[0] for line in axes.get_lines() if line.get_ydata()[0] == line.get_ydata()[1]]
+    assert across == [2.5, 3.5]
+    assert axes.get_ylabel() == "Keys of task"
+    assert plot_key_similarity(np.eye(6), rows_of_tasks=[1] * 6).axes[0].get_lines()[:] == []
+
+
+def test_each_set_of_keys_has_a_panel_on_one_scale() -> None:
+    keys = np.random.default_rng(0).normal(size=(5, 100, 8))
+    figure = plot_key_similarity(keys, [10] * 10, [f"layer {layer}" for layer in range(5)], heading="CODA-Prompt")
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in panels] == [f"layer {layer}" for layer in range(5)]
+    assert figure.get_suptitle() == "CODA-Prompt"
+    for axes in panels:
+        assert axes.images[0].get_clim() == (-1, 1) and cells(axes) == {} and len(axes.get_xticks()) == 10
+
+
+def test_a_key_without_direction_is_left_out() -> None:
+    axes = plot_key_similarity([[1, 0], [0, 0], [1, 1], [np.inf, 1]]).axes[0]
+    missing = axes.images[0].get_array().mask
+    assert missing[1].all() and missing[3].all() and missing[:, 1].all() and not missing[0, 2]
+    assert set(cells(axes)) == {(0, 0), (0, 2), (2, 0), (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        ([1.0, 2.0], {}, r"the shape \(2,\), but need \(rows, D\)"),
+        (np.zeros((1, 0, 4)), {}, r"the shape \(1, 0, 4\)"),
+        (np.eye(3), {"rows_of_tasks": [1, 1]}, r"rows_of_tasks is \[1, 1\], but there are 3 keys"),
+        (np.eye(3), {"rows_of_tasks": [3, 0]}, "from 1"),
+        (np.eye(3), {"set_names": ["a", "b"]}, "2 set names for 1 sets"),
+    ],
+)
+def test_what_are_no_keys_is_refused(keys, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_key_similarity(keys, **options)
+
+
+@pytest.mark.parametrize("plot", [plot_average_accuracy, plot_comparison, plot_curves])
 def test_lists_of_results_that_cannot_be_drawn_are_refused(plot) -> None:
     with pytest.raises(ValueError, match="list of results is empty"):
         plot([])
@@ -201,6 +329,12 @@ def test_lists_of_results_that_cannot_be_drawn_are_refused(plot) -> None:
         (plot_average_accuracy, [run(finished=0)]),
         (plot_comparison, [run(f"Method {number}", tasks=10) for number in range(4)]),
         (plot_comparison, [run(tasks=1)]),
+        (plot_curves, [run(f"A method with quite a long name {number}", tasks=10) for number in range(9)]),
+        (plot_forgetting, [run(tasks=1)]),
+        (plot_prompt_usage, np.eye(10, 100) + 0.1),
+        (plot_prompt_usage, run("A method whose name takes two lines", prompt_usage=[[1, 2, 3]] * 3)),
+        (plot_key_similarity, np.eye(10)),
+        (plot_key_similarity, np.random.default_rng(0).normal(size=(7, 20, 8))),
     ],
 )
 def test_saved_picture_is_whole(plot, content, tmp_path: Path) -> None:

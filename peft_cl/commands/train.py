@@ -17,17 +17,17 @@ from transformers import set_seed
 from ..hub import write_model_card
 from ..hub.card import NOT_SETTINGS
 from ..metrics import RunResults, results_table
-from ..plots import plot_accuracy_matrix
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
+from .pictures import PICTURE_FILES, write_pictures
 from .settings import SECTIONS, RunSettings, make_settings
 from .sources import CONFIG_FILE, WEIGHTS_FILE, load_backbone, load_data, load_processor
 
 
-RESULTS_FILE, PICTURE_FILE, CARD_FILE = "results.json", "accuracy_matrix.png", "README.md"
+RESULTS_FILE, CARD_FILE = "results.json", "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
-    """Check everything, then train, then write results, picture and card."""
+    """Check everything, then train, then write results, card and pictures."""
     config = read_config(arguments.config)
     apply_overrides(config, overrides, SECTIONS)
     settings = make_settings(config)
@@ -77,7 +77,7 @@ def refuse_existing(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
-    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, PICTURE_FILE, CARD_FILE):
+    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():
         shutil.rmtree(folder / BACKBONE_FOLDER)
@@ -169,11 +169,11 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     results.save(folder)
     write_model_card(folder, results, limits=trainer.strategy.limits)
     if importlib.util.find_spec("matplotlib"):
-        plot_accuracy_matrix(results, path=folder / PICTURE_FILE)
-        picture = ""
+        write_pictures(folder, results)
+        written = "Adapter, results, model card and pictures"
     else:
-        picture = f"No {PICTURE_FILE}: pictures need matplotlib, `pip install peft-cl[plots]`.\n"
-    return f"\n{summary(results)}\n{picture}Adapter, results and model card are in {folder}."
+        written = "No pictures: they need matplotlib, `pip install peft-cl[plots]`.\nAdapter, results and model card"
+    return f"\n{summary(results)}\n{written} are in {folder}."
 
 
 def summary(results: RunResults) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of a task sequence, from its accuracy matrix or its predictions, and the record of a run."""
+"""Metrics of a task sequence, from its accuracy matrix, its predictions or its counts, and the record of a run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .matrix import (
 )
 from .predictions import accuracy_matrix, class_accuracies, task_identification_accuracy
 from .results import RunResults, results_table
+from .usage import usage_entropy, usage_overlap, usage_shares
 
 
 #: What `evaluate.load` takes for all metrics together.
@@ -40,4 +41,7 @@ __all__ = [
     "per_step_forgetting",
     "results_table",
     "task_identification_accuracy",
+    "usage_entropy",
+    "usage_overlap",
+    "usage_shares",
 ]

@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from .usage import checked_counts
+
 
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
+# Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
+ADDED_LATER = {"prompt_usage"}
 
 TABLE_COLUMNS = (
     "Method",
@@ -53,6 +57,10 @@ class RunResults:
         versions: Versions of the libraries, by name.
         command: Command line that started the run, `None` if it was started from Python.
         finished_tasks: Number of tasks trained and evaluated; fewer than `task_names` while the run is under way.
+        prompt_usage: `counts[j][r]`, how often row r of the pool was chosen for test images of task j after the last
+            finished task; a list for each finished task, an array is taken too. Where each layer has keys of its own,
+            the rows of the first layer's come first. `None` where all rows take part in every image, or nothing was
+            counted.
 
     Example:
         >>> results.save("out/results.json")
@@ -77,6 +85,7 @@ class RunResults:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
+    prompt_usage: list[list[float]] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]
@@ -93,6 +102,13 @@ class RunResults:
                 f"test_sizes has {len(self.test_sizes)} entries and finished_tasks is {self.finished_tasks}, but "
                 f"there are {tasks} tasks; give one size per task, and at most {tasks} finished tasks."
             )
+        if self.prompt_usage is not None:
+            self.prompt_usage = checked_counts(self.prompt_usage).tolist()
+            if len(self.prompt_usage) != self.finished_tasks:
+                raise ValueError(
+                    f"prompt_usage has {len(self.prompt_usage)} entries, but finished_tasks is {self.finished_tasks}; "
+                    "give the counts of each finished task, or None."
+                )
 
     def save(self, path: str | Path) -> Path:
         """Writes the record as JSON and returns the file's path; an older file is replaced at once or not at all.
@@ -109,6 +125,7 @@ class RunResults:
             "format_version": FORMAT_VERSION,
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
         }
+        record = {name: value for name, value in record.items() if value is not None or name not in ADDED_LATER}
         # Made before the disk is touched; allow_nan=False because NaN is not JSON and other readers refuse it.
         text = json.dumps(_to_json(record), indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +168,7 @@ class RunResults:
             )
         known = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = (
-            [name for name in known if name not in record],
+            [name for name in known if name not in record and name not in ADDED_LATER],
             [name for name in record if name not in known],
         )
         if missing or unknown:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..metrics import RunResults
-from .curves import draw_curves, group_runs
+from .curves import draw_curves, group_runs, label_ends
 from .matrix import add_colour_bar, draw_matrix, mean_matrix, scale_top, summarise
 from .style import INK, new_figure, save, set_title
 
@@ -67,6 +67,7 @@ def plot_comparison(list_of_results: Sequence[RunResults], path: str | os.PathLi
             axes.set_xlabel("Accuracy on task", fontsize=8, color=INK)
         if number == 0:
             add_colour_bar(axes, image, fontsize=7)
-    draw_curves(figure, left.add_subplot(), lines, list_of_results)  # last: its labels need the finished layout
+    axes = left.add_subplot()
+    label_ends(figure, axes, draw_curves(axes, lines, list_of_results))  # last: labels need the finished layout
     save(figure, path)
     return figure

@@ -1,22 +1,60 @@
-"""The average accuracy over the tasks seen, a line per method."""
+"""Average accuracy and forgetting over the tasks seen, a line per method."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics import RunResults
-from .matrix import as_matrix, average_accuracy_curves, mean_matrix
+from ..metrics import RunResults, final_average_accuracy, finished_tasks, forgetting
+from .matrix import as_matrix, mean_matrix
 from .style import COLOURS, DASHES, INK, MARKERS, MUTED, new_figure, save, set_title, short_name, wrap
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a picture shows over the tasks seen, and how it says so."""
+
+    title: str
+    of: Callable[[np.ndarray], float]  # the finished part of an accuracy matrix, (seen, seen), to a fraction of 1
+    first: int  # number of tasks seen from which on there is something to measure
+    limits: tuple[float, float]  # ends of the axis, in %, where the values leave room beyond
+    missing: str  # in place of the lines, if there is nothing to draw
+    remark: str = ""
+
+    def curves(self, matrices: np.ndarray) -> np.ndarray:
+        """Values in % after each task: (seeds, tasks, tasks) to (seeds, tasks); NaN where there is nothing."""
+        curves = np.full(matrices.shape[:2], np.nan)
+        for curve, matrix in zip(curves, matrices, strict=True):
+            for seen in range(self.first, finished_tasks(matrix) + 1):
+                curve[seen - 1] = 100 * self.of(matrix[:seen, :seen])
+        return curves
+
+
+AVERAGE_ACCURACY = Measure(
+    title="Average accuracy over the tasks seen",
+    of=final_average_accuracy,
+    first=1,
+    limits=(0, 101),
+    missing="no task finished",
+)
+# `forgetting` is 0 for a single task by convention; a curve that begins there would show what nobody measured.
+FORGETTING = Measure(
+    title="Forgetting over the tasks seen",
+    of=forgetting,
+    first=2,
+    limits=(-101, 101),
+    missing="nothing to forget before the second task is finished",
+    remark="; lower is better",
+)
 
 
 @dataclass(frozen=True)
@@ -64,28 +102,90 @@ def plot_average_accuracy(list_of_results: Sequence[RunResults], path: str | os.
         >>> figure = plot_average_accuracy(runs, path="out/average_accuracy.png")
         ```
     """
+    return _plot([AVERAGE_ACCURACY], list_of_results, path)
+
+
+def plot_forgetting(list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw the forgetting after each task, from the second on: a line per method.
+
+    It is the metric `forgetting` of the tasks seen so far: the mean drop of earlier tasks from their best accuracy.
+    Seeds are merged, and settings told apart, as in `plot_average_accuracy`.
+
+    Args:
+        list_of_results: The results of at least one run.
+        path: Where to save the picture; its ending chooses the format (png, pdf, svg). `None`: not saved.
+
+    Returns:
+        `matplotlib.figure.Figure`: the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+
+    Example:
+        ```python
+        >>> figure = plot_forgetting([RunResults.load("out")], path="out/forgetting.png")
+        ```
+    """
+    return _plot([FORGETTING], list_of_results, path)
+
+
+def plot_curves(list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw average accuracy (above) and forgetting (below) over the tasks seen in one picture: a line per method.
+
+    Args:
+        list_of_results: The results of at least one run; what `plot_average_accuracy` says of them holds here.
+        path: Where to save the picture; its ending chooses the format (png, pdf, svg). `None`: not saved.
+
+    Returns:
+        `matplotlib.figure.Figure`: the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+
+    Example:
+        ```python
+        >>> runs = [RunResults.load(f"out/{name}") for name in ("l2p", "dualprompt", "coda")]
+        >>> figure = plot_curves(runs, path="out/curves.png")
+        ```
+    """
+    return _plot([AVERAGE_ACCURACY, FORGETTING], list_of_results, path)
+
+
+def _plot(
+    measures: Sequence[Measure], list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None
+) -> Figure:
+    """One set of axes a measure, one above the other; labels come last, they need the finished layout."""
     lines = group_runs(list_of_results)
     rows = sum(line.name_with(100).count("\n") + 1 for line in lines)
-    figure = new_figure(7.2, max(4.2, 1.6 + 0.19 * rows))
-    draw_curves(figure, figure.add_subplot(), lines, list_of_results)
+    figure = new_figure(7.2, len(measures) * max(4.2 if len(measures) == 1 else 3.4, 1.6 + 0.19 * rows))
+    panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
+    ends = [draw_curves(axes, lines, list_of_results, measure) for axes, measure in zip(panels, measures, strict=True)]
+    for axes, of_axes in zip(panels, ends, strict=True):
+        label_ends(figure, axes, of_axes)
     save(figure, path)
     return figure
+
+
+def group_of(results: RunResults) -> tuple[str, str, str, str]:
+    """Return what the runs of one line have in common: method, data, backbone and number of tasks."""
+    count = len(results.task_names)
+    tasks = f"{count} task{'s' if count > 1 else ''}"
+    return results.method, short_name(results.dataset), short_name(results.base_model), tasks
 
 
 def group_runs(list_of_results: Sequence[RunResults]) -> list[Line]:
     """Make a line of each method's runs; what else differs among the lines goes into their labels."""
     groups: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
     for results in list_of_results:
-        matrix = as_matrix(results.accuracy_matrix)
-        tasks = f"{len(matrix)} task{'s' if len(matrix) > 1 else ''}"
-        key = (results.method, short_name(results.dataset), short_name(results.base_model), tasks)
-        seeds = groups.setdefault(key, {})
+        seeds = groups.setdefault(group_of(results), {})
         if results.seed in seeds:
             raise ValueError(
                 f"Two results have the method {results.method!r}, the seed {results.seed} and the same data, but a "
                 "line is the mean over different seeds; give two settings of one method different `method` names."
             )
-        seeds[results.seed] = matrix
+        seeds[results.seed] = as_matrix(results.accuracy_matrix)
     if not groups:
         raise ValueError("The list of results is empty; pass the results of at least one run.")
     differing = [part for part in (1, 2, 3) if len({key[part] for key in groups}) > 1]
@@ -104,11 +204,13 @@ def group_runs(list_of_results: Sequence[RunResults]) -> list[Line]:
     return lines
 
 
-def draw_curves(figure: Figure, axes: Axes, lines: Sequence[Line], list_of_results: Sequence[RunResults]) -> None:
-    """Draw each line over the tasks seen and name it at its right end, in its colour."""
+def draw_curves(
+    axes: Axes, lines: Sequence[Line], list_of_results: Sequence[RunResults], measure: Measure = AVERAGE_ACCURACY
+) -> list[tuple[int, float, Line]]:
+    """Draw each line over the tasks seen; return its end (tasks seen, value in %), where `label_ends` names it."""
     ends = []
     for line in lines:
-        curves = 100 * average_accuracy_curves(line.matrices)
+        curves = measure.curves(line.matrices)
         mean = mean_matrix(curves)
         steps = np.arange(1, len(mean) + 1)
         if len(curves) > 1:
@@ -123,9 +225,9 @@ def draw_curves(figure: Figure, axes: Axes, lines: Sequence[Line], list_of_resul
     axes.set_xlim(0.7, most + (0.15 if most > 1 else 0.3))
     axes.set_xticks(range(1, most + 1, 1 if most <= 20 else 5))
     low, high = axes.get_ylim() if ends else (0, 100)
-    axes.set_ylim(max(low, 0), min(high, 101))
+    axes.set_ylim(max(low, measure.limits[0]), min(high, measure.limits[1]))
     if not ends:
-        axes.text(0.5, 0.5, "no task finished", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(0.5, 0.5, measure.missing, transform=axes.transAxes, ha="center", color=MUTED)
     axes.yaxis.set_major_formatter("{x:g} %")
     axes.set_xlabel("Tasks seen", fontsize=10, color=INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
@@ -135,8 +237,8 @@ def draw_curves(figure: Figure, axes: Axes, lines: Sequence[Line], list_of_resul
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#aaaaaa")
     datasets = ", ".join(dict.fromkeys(short_name(results.dataset) for results in list_of_results))
-    set_title(axes, "Average accuracy over the tasks seen", datasets + _about_seeds(lines), width=6)
-    _label_ends(figure, axes, ends)
+    set_title(axes, measure.title, datasets + measure.remark + _about_seeds(lines), width=6)
+    return ends
 
 
 def _about_seeds(lines: Sequence[Line]) -> str:
@@ -148,7 +250,7 @@ def _about_seeds(lines: Sequence[Line]) -> str:
     return f"; mean of {count} seeds, band: one standard deviation"
 
 
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[int, float, Line]]) -> None:
+def label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[int, float, Line]]) -> None:
     """Write name and last value to the right of each line's end, moved apart where they would overlap."""
     ends = sorted(ends, key=lambda end: end[1])
     labels = [line.name_with(value) for _, value, line in ends]

@@ -90,18 +90,6 @@ def mean_matrix(matrices: np.ndarray) -> np.ndarray:
     return matrices.mean(axis=0)
 
 
-def average_accuracy_curves(matrices: np.ndarray) -> np.ndarray:
-    """Average accuracy over the tasks seen, after each task: (seeds, tasks, tasks) to (seeds, tasks).
-
-    Tasks not finished are NaN.
-    """
-    curves = np.full(matrices.shape[:2], np.nan)
-    for curve, matrix in zip(curves, matrices, strict=True):
-        for seen in range(1, finished_tasks(matrix) + 1):
-            curve[seen - 1] = final_average_accuracy(matrix[:seen, :seen])
-    return curves
-
-
 def summarise(matrices: np.ndarray) -> str:
     """Say the average accuracy and forgetting (means over the seeds) after the last task that every seed finished."""
     tasks = matrices.shape[1]
@@ -150,16 +138,26 @@ def draw_matrix(axes: Axes, matrix: np.ndarray, top: float, numbers: bool) -> Ax
     return image
 
 
-def name_tasks(axes: Axes, names: Sequence[str]) -> None:
-    """Label rows and columns; a start that all names share before their number ("task_") is left out."""
+def short_task_names(names: Sequence[str]) -> list[str]:
+    """Leave out a start that all names share before their number ("task_"), where something is left of each."""
     starts = {re.sub(r"\d+$", "", name) for name in names}
     short = [name.removeprefix(min(starts)) for name in names] if len(starts) == 1 else list(names)
-    labels = short if all(short) else list(names)
-    every = 1 if len(names) <= 30 else 5 if len(names) <= 60 else 10
-    places = range(0, len(names), every)
+    return short if all(short) else list(names)
+
+
+def places_of(count: int, most: int = 30) -> range:
+    """Return which of so many rows of a picture carry a name: up to `most` all, of more each fifth, tenth, ..."""
+    every = next((step for step in (1, 5, 10, 20, 50) if count <= (most if step == 1 else 12 * step)), 100)
+    return range(0, count, every)
+
+
+def name_tasks(axes: Axes, names: Sequence[str]) -> None:
+    """Label rows and columns with the tasks."""
+    labels, places = short_task_names(names), places_of(len(names))
+    shown = [labels[place] for place in places]
     slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
-    axes.set_xticks(places, labels[::every], **slanted)
-    axes.set_yticks(places, labels[::every])
+    axes.set_xticks(places, shown, **slanted)
+    axes.set_yticks(places, shown)
     axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     axes.set_xlabel("Accuracy on task", fontsize=10, color=INK)
     axes.set_ylabel("After training task", fontsize=10, color=INK)

@@ -1,0 +1,121 @@
+"""The pictures of a run and of several: which there are, and what they are drawn from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ..metrics import RunResults
+from ..plots import (
+    plot_accuracy_matrix,
+    plot_comparison,
+    plot_curves,
+    plot_key_similarity,
+    plot_prompt_usage,
+)
+from .errors import explained
+from .sources import CONFIG_FILE, WEIGHTS_FILE
+
+
+MATRIX_FILE, CURVES_FILE = "accuracy_matrix.png", "curves.png"
+USAGE_FILE, KEYS_FILE = "prompt_usage.png", "key_similarity.png"
+#: All that `write_pictures` may write.
+PICTURE_FILES = (MATRIX_FILE, CURVES_FILE, USAGE_FILE, KEYS_FILE)
+COMPARISON_FILE, COMPARISON_CURVES_FILE = "comparison.png", "comparison_curves.png"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of an adapter.
+
+    Attributes:
+        values: (sets, rows, D), rows of past tasks first.
+        rows_of_tasks: Number of rows that each task brought; `None` where no row belongs to a task.
+        set_names: Name of each set.
+    """
+
+    values: np.ndarray
+    rows_of_tasks: list[int] | None
+    set_names: list[str]
+
+
+def write_pictures(folder: Path, results: RunResults, output: Path | None = None) -> list[Path]:
+    """Draw a run: the accuracy matrix, the curves, the prompt usage if counted, and the adapter's keys if it has some.
+
+    Args:
+        folder: The run's folder; its adapter is read where there is one.
+        results: The record of the run.
+        output: Where to write. `None`: into the run's folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        CommandError: The adapter in the folder is damaged.
+        OSError: The pictures cannot be written.
+    """
+    keys = read_keys(folder)  # before anything is written
+    output = folder if output is None else output
+    files = [output / MATRIX_FILE, output / CURVES_FILE]
+    plot_accuracy_matrix(results, path=files[0])
+    plot_curves([results], path=files[1])
+    if results.prompt_usage is not None:
+        files.append(output / USAGE_FILE)
+        plot_prompt_usage(results, path=files[-1])
+    if keys is not None:
+        files.append(output / KEYS_FILE)
+        heading = f"{results.method}: key similarity"
+        plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, path=files[-1])
+    return files
+
+
+def write_comparison(output: Path, list_of_results: Sequence[RunResults]) -> list[Path]:
+    """Draw several runs side by side: with their matrices, and their curves of average accuracy and forgetting.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Two runs have the same method, data, backbone and seed.
+        OSError: The pictures cannot be written.
+    """
+    files = [output / COMPARISON_FILE, output / COMPARISON_CURVES_FILE]
+    plot_comparison(list_of_results, path=files[0])
+    plot_curves(list_of_results, path=files[1])
+    return files
+
+
+def read_keys(folder: Path) -> Keys | None:
+    """Read the keys of the adapter in a folder; `None` if there is no adapter, or one without keys.
+
+    Raises:
+        CommandError: The weight file or the configuration beside it is damaged.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        return None
+    with explained(f"The keys of the adapter in {str(folder)!r} cannot be read"):
+        tensors = {}
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            for name in weights.keys():
+                place, _, part = name.rpartition(".")
+                if place.endswith("_pool") and part in ("keys", "past_keys"):
+                    tensors[part] = weights.get_tensor(name).float()
+        if "keys" not in tensors:
+            return None
+        past = tensors.get("past_keys")
+        values = tensors["keys"] if past is None else torch.cat([past, tensors["keys"]], dim=-2)
+        layers = None
+        if (folder / CONFIG_FILE).is_file():
+            layers = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("layers")
+    rows_of_tasks, sets = None, len(values)
+    if past is not None:  # a pool that keeps past rows apart takes as many new ones for each task
+        rows, new = values.shape[-2], tensors["keys"].shape[-2]
+        rows_of_tasks = [new] * (rows // new) if rows % new == 0 else None
+    is_by_layer = isinstance(layers, list) and len(layers) == sets
+    names = [f"layer {layer}" for layer in layers] if is_by_layer else [f"set {index}" for index in range(sets)]
+    return Keys(values.numpy(), rows_of_tasks, names)
