@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .metrics import RunResults, continual_metrics, results_table
-from .scenarios import RandomResizedCropFlip, Scenario, Task, class_incremental, domain_incremental, task_incremental
+from .scenarios import (
+    RandomResizedCropFlip,
+    Scenario,
+    Task,
+    class_incremental,
+    dataset_sequence,
+    domain_incremental,
+    task_free,
+    task_incremental,
+)
 from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
 from .tuners import (
     CodaPromptConfig,
@@ -37,7 +46,9 @@ __all__ = [
     "__version__",
     "class_incremental",
     "continual_metrics",
+    "dataset_sequence",
     "domain_incremental",
     "results_table",
+    "task_free",
     "task_incremental",
 ]

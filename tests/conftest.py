@@ -13,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from datasets import Dataset
+from peft import get_peft_model
+from trainer_cases import images
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
 
 
 # The models here are too small for more threads to pay; a user's own setting wins.
@@ -46,3 +51,46 @@ def tiny_vit() -> Callable[..., ViTForImageClassification]:
             return ViTForImageClassification(ViTConfig(**{**fields, **overrides})).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def data() -> dict[str, Dataset]:
+    return {"train": images(16, 0), "test": images(8, 1)}
+
+
+@pytest.fixture(scope="session")
+def processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+@pytest.fixture
+def make_trainer(tiny_vit, data, processor, tmp_path):
+    """`make_trainer(config, ...)`: a trainer of `config` on a tiny backbone; further words are training arguments."""
+
+    def make(
+        config,
+        *,
+        num_tasks=3,
+        strategy=None,
+        folder="run",
+        model=None,
+        scenario=None,
+        **training,
+    ):
+        torch.manual_seed(0)
+        names = ("augmentation", "batch_augmentation", "callbacks")
+        own = {name: training.pop(name) for name in names if name in training}
+        settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
+        arguments = ContinualTrainingArguments(
+            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **{"logging_steps": 1, **settings}
+        )
+        return ContinualTrainer(
+            get_peft_model(tiny_vit(), config) if model is None else model,
+            arguments,
+            scenario or class_incremental(data, num_tasks=num_tasks),
+            processing_class=processor,
+            strategy=strategy,
+            **own,
+        )
+
+    return make

@@ -1,5 +1,9 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
+METHOD is a method's name, followed by `+checkpoints` (within a task too), `+stream` or `+er`, `+ewc`, `+finetuning`.
+`LARGEST_FILE` in the environment limits the size of a file in bytes, as a full disk would. `EVALUATE_FIRST` measures
+once before anything is trained.
+
 It counts what happens (batches, steps, files written), and sends itself SIGKILL at event number KILL_AT (0: never).
 It prints the number of events, and then of processes.
 """
@@ -7,6 +11,7 @@ It prints the number of events, and then of processes.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 
@@ -23,17 +28,24 @@ from peft_cl import (
     ContinualTrainingArguments,
     DualPromptConfig,
     L2PConfig,
+    LinearProbeConfig,
     RandomResizedCropFlip,
     class_incremental,
+    task_free,
 )
+from peft_cl.strategies import EWC, ExperienceReplay, FineTuning
 
 
 CONFIGS = {
-    "l2p": lambda: L2PConfig(pool_size=6, prompt_length=2, top_k=2, frequency_penalty=True, task_evidence=2.0),
-    "dualprompt": lambda: DualPromptConfig(prompt_length=2, g_prompt_length=2, layers=[1], g_layers=[0]),
-    "coda": lambda: CodaPromptConfig(components_per_task=2, prompt_length=4, layers=[0, 1]),
+    "l2p": lambda **more: L2PConfig(pool_size=6, prompt_length=2, top_k=2, frequency_penalty=True, **more),
+    "dualprompt": lambda **more: DualPromptConfig(
+        prompt_length=2, g_prompt_length=2, layers=[1], g_layers=[0], pool_size=4, **more
+    ),
+    "coda": lambda **more: CodaPromptConfig(components_per_task=2, prompt_length=4, layers=[0, 1], **more),
+    "probe": lambda **more: LinearProbeConfig(**more),
 }
-events, kill_at = 0, 0
+STRATEGIES = {"er": lambda: ExperienceReplay(8), "ewc": lambda: EWC(10.0, 8), "finetuning": FineTuning}
+events, kill_at, training_steps = 0, 0, 0
 
 
 def happened() -> None:
@@ -51,6 +63,15 @@ def counted(function):
         result = function(*args, **kwargs)
         happened()
         return result
+
+    return call
+
+
+def counting_steps(function):
+    def call(*args, **kwargs):
+        global training_steps
+        training_steps += 1
+        return function(*args, **kwargs)
 
     return call
 
@@ -73,20 +94,35 @@ def trainer_processes() -> int:
 def main(folder: str, method: str, kill: str, resume: str) -> None:
     global kill_at
     kill_at = int(kill)
+    if "LARGEST_FILE" in os.environ:
+        limit = int(os.environ["LARGEST_FILE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    name, *options = method.split("+")
+    strategies = [STRATEGIES[option]() for option in options if option in STRATEGIES]
+    stream = "stream" in options
+    settings = {"task_evidence": 2.0} if name == "l2p" and not options else {}
+    if strategies:
+        settings["train_mask"] = False
+    if "checkpoints" in options:
+        training = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "num_train_epochs": 2}
+    else:
+        training = {"num_train_epochs": 1}
+    if stream:
+        training["lr_scheduler_type"] = "constant"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dropout = 0.0 if os.environ.get("PLAIN") else 0.1
-    size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 3}
+    size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 6}
     width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "hidden_dropout_prob": dropout}
     base = ViTForImageClassification(ViTConfig(**size, **width))
-    ContinualTrainer.training_step = counted(ContinualTrainer.training_step)
+    ContinualTrainer.training_step = counted(counting_steps(ContinualTrainer.training_step))
     ContinualTrainer.prediction_step = counted(ContinualTrainer.prediction_step)
     os.replace, os.fsync = counted(os.replace), counted(os.fsync)
     trainer = ContinualTrainer(
-        get_peft_model(base, CONFIGS[method]()),
+        get_peft_model(base, CONFIGS[name](**settings)),
         ContinualTrainingArguments(
             folder,
-            num_train_epochs=1,
+            **training,
             per_device_train_batch_size=4 // trainer_processes(),
             per_device_eval_batch_size=6,
             learning_rate=0.01,
@@ -94,11 +130,15 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
             disable_tqdm=True,
             report_to="none",
         ),
-        class_incremental((examples(6, 0), examples(3, 1)), 3, seed=1),
+        (task_free if stream else class_incremental)((examples(6, 0), examples(3, 1)), 3, seed=1),
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
         augmentation=None if os.environ.get("PLAIN") else RandomResizedCropFlip(size=16),
+        strategy=strategies,
     )
+    if os.environ.get("EVALUATE_FIRST"):
+        print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])
     trainer.train(resume_from_checkpoint=resume == "resume")
+    print("training steps", training_steps)
     print(events)
     print("processes", trainer.accelerator.num_processes)
 

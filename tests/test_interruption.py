@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -30,6 +31,12 @@ def outcome(folder: Path) -> tuple[dict, dict]:
     return load_file(folder / "adapter_model.safetensors"), record["accuracy_matrix"]
 
 
+def same(folder: Path, expected: Path) -> bool:
+    (weights, matrix), (expected_weights, expected_matrix) = outcome(folder), outcome(expected)
+    same_weights = all(torch.equal(weights[name], tensor) for name, tensor in expected_weights.items())
+    return matrix == expected_matrix and weights.keys() == expected_weights.keys() and same_weights
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """`whole(method)`: folder and number of events of a run that nothing interrupted."""
@@ -46,19 +53,57 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
-def test_kill_and_resume_gives_the_same_bits(method, whole, tmp_path):
+# Ten moments drawn at random: before, in and after a step, an evaluation, the writing of a file.
+KILLS = [
+    *(("l2p", draw) for draw in range(2)),
+    ("dualprompt", 0),
+    ("coda", 0),
+    *(("coda+checkpoints", draw) for draw in range(2)),
+    ("l2p+checkpoints", 0),
+    ("dualprompt+stream", 0),
+    ("probe+finetuning+ewc+checkpoints", 0),
+    ("l2p+er", 0),
+]
+
+
+@pytest.mark.parametrize(("method", "draw"), KILLS)
+def test_kill_and_resume_gives_the_same_bits(method, draw, whole, tmp_path):
     folder, events = whole(method)
-    kill_at = random.Random(method).randint(1, events)
+    kill_at = random.Random(f"{method} {draw}").randint(1, events)
     killed = run(tmp_path, method, kill_at)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(tmp_path, method, resume=True)
     assert resumed.returncode == 0, resumed.stderr
-    (weights, matrix), (expected_weights, expected_matrix) = outcome(tmp_path), outcome(folder)
-    assert matrix == expected_matrix
-    assert weights.keys() == expected_weights.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, expected_weights[name]), f"{name}, killed at event {kill_at} of {events}"
+    assert same(tmp_path, folder), f"killed at event {kill_at} of {events}"
+
+
+def test_a_task_goes_on_from_its_last_whole_checkpoint(whole, tmp_path):
+    """The third of three tasks was interrupted; its checkpoint of step 6 is damaged, so that of step 4 is used."""
+    folder, _ = whole("coda+checkpoints")
+    shutil.copytree(folder, tmp_path / "run")
+    state = tmp_path / "run" / "_state"
+    os.replace(state / PREVIOUS, state / FILE)  # two of three tasks are finished
+    with open(state / "task_2" / "checkpoint-6" / "optimizer.pt", "ab") as file:
+        file.write(b"x")
+    resumed = run(tmp_path / "run", "coda+checkpoints", resume=True)
+    assert "checkpoint-6 is damaged (optimizer.pt), so the one before it is used" in resumed.stderr
+    assert same(tmp_path / "run", folder)
+    steps = json.loads((state / "task_2" / "checkpoint-6" / "trainer_state.json").read_text())["global_step"]
+    assert steps == 6 and resumed.stdout.splitlines()[-3] == "training steps 2"
+
+
+def test_a_full_disk_keeps_what_was_saved(whole, tmp_path):
+    """The second task's snapshot is larger than a file may be: one error, one remedy, and nothing lost."""
+    folder, _ = whole("coda")
+    limit = (folder / "_state" / PREVIOUS).stat().st_size - 1000
+    words = [sys.executable, str(PROCESS), str(tmp_path), "coda", "0", "anew"]
+    environment = {**os.environ, "LARGEST_FILE": str(limit)}
+    full = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    assert full.returncode == 1
+    assert "File too large. The first 1 tasks are kept: make room on the disk and call train(resume" in full.stderr
+    assert load_snapshot(tmp_path / "_state")["finished_tasks"] == 1
+    assert run(tmp_path, "coda", resume=True).returncode == 0
+    assert same(tmp_path, folder)
 
 
 def test_finished_tasks_are_not_repeated(whole, tmp_path):
@@ -73,7 +118,7 @@ def test_other_settings_are_refused_with_their_difference(whole, tmp_path):
     shutil.copytree(folder, tmp_path / "done")
     resumed = run(tmp_path / "done", "dualprompt", resume=True)
     assert resumed.returncode == 1
-    assert "cannot be resumed with other settings: adapter." in resumed.stderr
+    assert "other settings: method: was 'CODA-Prompt', is 'DualPrompt'; adapter." in resumed.stderr
 
 
 def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path):

@@ -74,6 +74,7 @@ def test_scenario_is_a_sequence_that_describes_itself():
     assert description == {
         "name": "class-incremental",
         "num_tasks": 2,
+        "boundaries": True,
         "seed": 3,
         "class_order": list(scenario.classes),
         "task_names": ["task_0", "task_1"],
@@ -218,5 +219,5 @@ def test_a_scenario_made_by_hand_may_repeat_classes():
         Scenario([], name="empty", **columns)
     with pytest.raises(ValueError, match=r"in order, got \[1, 0\]"):
         Scenario(tasks[::-1], name="reversed", **columns)
-    with pytest.raises(ValueError, match=r"\['yak'\] are not in label_names"):
+    with pytest.raises(ValueError, match=r"\['yak'\] of task_0 are not in its label_names"):
         Scenario([Task(0, "task_0", ("yak",), data, data)], name="unknown", **columns)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
-from peft import PeftConfig, PeftModel, get_peft_model
+from datasets import ClassLabel, Dataset, Features
+from peft import PeftConfig, PeftModel
 from PIL import Image as PILImage
-from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
+from trainer_cases import CONFIGS
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from peft_cl import (
-    CodaPromptConfig,
-    ContinualTrainer,
-    ContinualTrainingArguments,
-    DualPromptConfig,
-    L2PConfig,
     LinearProbeConfig,
     RandomResizedCropFlip,
     RunResults,
@@ -24,70 +20,6 @@ from peft_cl import (
     task_incremental,
 )
 from peft_cl.strategies import FineTuning, NearestClassMean
-
-
-CONFIGS = {
-    "l2p": lambda: L2PConfig(pool_size=6, prompt_length=2, top_k=2),
-    "dualprompt": lambda: DualPromptConfig(prompt_length=2, g_prompt_length=2),
-    "coda": lambda: CodaPromptConfig(components_per_task=2, prompt_length=4),
-    "linear-probe": lambda: LinearProbeConfig(),
-}
-
-
-def images(per_class: int, seed: int) -> Dataset:
-    """Six classes of 32x32 images, each a colour with noise: learnable at a glance."""
-    rng = np.random.default_rng(seed)
-    colours = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]])
-    labels = np.repeat(np.arange(6), per_class)
-    pixels = colours[labels][:, None, None] + rng.normal(0, 25, (len(labels), 32, 32, 3))
-    pictures = [PILImage.fromarray(picture.clip(0, 255).astype("uint8")) for picture in pixels]
-    names = ["red", "green", "blue", "yellow", "cyan", "magenta"]
-    return Dataset.from_dict(
-        {"image": pictures, "label": labels.tolist()},
-        features=Features({"image": Image(), "label": ClassLabel(names=names)}),
-    )
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Dataset]:
-    return {"train": images(16, 0), "test": images(8, 1)}
-
-
-@pytest.fixture(scope="module")
-def processor() -> ViTImageProcessorPil:
-    return ViTImageProcessorPil(size={"height": 32, "width": 32})
-
-
-@pytest.fixture
-def make_trainer(tiny_vit, data, processor, tmp_path):
-    def make(
-        config,
-        *,
-        num_tasks=3,
-        strategy=None,
-        augmentation=None,
-        callbacks=None,
-        folder="run",
-        model=None,
-        scenario=None,
-        **training,
-    ):
-        torch.manual_seed(0)
-        settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
-        arguments = ContinualTrainingArguments(
-            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **{"logging_steps": 1, **settings}
-        )
-        return ContinualTrainer(
-            get_peft_model(tiny_vit(), config) if model is None else model,
-            arguments,
-            scenario or class_incremental(data, num_tasks=num_tasks),
-            processing_class=processor,
-            strategy=strategy,
-            augmentation=augmentation,
-            callbacks=callbacks,
-        )
-
-    return make
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -301,7 +233,8 @@ def test_cached_queries_change_nothing(name, make_trainer):
 def test_augmented_training_images_get_no_cached_query(make_trainer):
     trainer = make_trainer(CONFIGS["coda"](), augmentation=RandomResizedCropFlip(), num_train_epochs=1)
     trainer.train()
-    assert {split for _, split in trainer.queries._queries} == {"test"}
+    kept = {id(data) for data, _ in trainer.queries._queries.values()}
+    assert kept == {id(task.test) for task in trainer.scenario}
 
 
 def test_batch_4_equals_2_by_2_accumulated(make_trainer):
@@ -360,7 +293,7 @@ def test_a_fine_tuned_model_comes_back(make_trainer, data, tmp_path):
 def test_each_task_has_its_own_folder_for_checkpoints(make_trainer, tmp_path):
     trainer = make_trainer(CONFIGS["dualprompt"](), save_strategy="epoch", num_train_epochs=1)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "run").glob("task_*/checkpoint-4")) == ["checkpoint-4"] * 3
+    assert sorted(path.name for path in (tmp_path / "run").glob("_state/task_*/checkpoint-4")) == ["checkpoint-4"] * 3
 
 
 def test_evaluate_on_other_examples(make_trainer, data):
@@ -368,73 +301,3 @@ def test_evaluate_on_other_examples(make_trainer, data):
     trainer.train()
     metrics = trainer.evaluate(data["test"])
     assert metrics["eval_accuracy"] == pytest.approx(trainer.accuracy_matrix[2].mean())
-
-
-class TestBadInput:
-    """Each is refused before anything is trained."""
-
-    def test_a_pool_smaller_than_the_tasks_need(self, make_trainer):
-        with pytest.raises(ValueError, match=r"pool_size is 2, but task 3 needs a row of its own.*Enlarge pool_size"):
-            make_trainer(DualPromptConfig(pool_size=2))
-
-    def test_label_smoothing(self, tmp_path):
-        with pytest.raises(ValueError, match=r"label_smoothing_factor is 0.1.*Set it to 0"):
-            ContinualTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
-
-    def test_buffers_of_one_process_for_all(self, tmp_path):
-        with pytest.raises(ValueError, match="ddp_broadcast_buffers is True.*Leave it at False"):
-            ContinualTrainingArguments(str(tmp_path), use_cpu=True, ddp_broadcast_buffers=True)
-
-    def test_half_precision_of_everything(self, tmp_path):
-        with pytest.raises(ValueError, match="bf16_full_eval is True.*dtype='bfloat16'"):
-            ContinualTrainingArguments(str(tmp_path), use_cpu=True, bf16_full_eval=True)
-
-    @pytest.mark.parametrize("strategy", [FineTuning(), NearestClassMean()], ids=lambda strategy: strategy.name)
-    def test_task_evidence_without_training_steps_on_frozen_features(self, strategy, make_trainer):
-        with pytest.raises(ValueError, match=f"task_evidence is 6.0, but {strategy.name} has no use for it"):
-            make_trainer(LinearProbeConfig(task_evidence=6.0), strategy=strategy)
-
-    @pytest.mark.parametrize("name", ["prediction_loss_only", "batch_eval_metrics"])
-    def test_evaluation_without_predictions(self, name, tmp_path):
-        with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
-            ContinualTrainingArguments(str(tmp_path), **{name: True})
-
-    def test_images_of_another_size(self, make_trainer, tiny_vit):
-        model = get_peft_model(tiny_vit(image_size=64), LinearProbeConfig())
-        with pytest.raises(ValueError, match="gives images of 32 x 32 pixels, but the backbone reads 64 x 64"):
-            make_trainer(None, model=model)
-
-    def test_rates_of_parts_that_the_adapter_lacks(self, make_trainer):
-        with pytest.raises(ValueError, match="learning_rates names attention, but this adapter has no such part"):
-            make_trainer(CONFIGS["l2p"](), learning_rates={"attention": 0.1, "keys": 0.1})
-
-    def test_removed_columns(self, tmp_path):
-        with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):
-            ContinualTrainingArguments(str(tmp_path), remove_unused_columns=True)
-
-    def test_learning_rates(self, tmp_path):
-        with pytest.raises(ValueError, match="learning_rates names 'prompt', but the parts are prompts"):
-            ContinualTrainingArguments(str(tmp_path), learning_rates={"prompt": 0.1})
-        with pytest.raises(ValueError, match="gives 'keys' the rate -1"):
-            ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": -1})
-
-    def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
-        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
-        with pytest.raises(ValueError, match="model is a ViTForImageClassification.*get_peft_model"):
-            ContinualTrainer(tiny_vit(), arguments, class_incremental(data, 3), processing_class=processor)
-
-    def test_no_scenario_and_no_processor(self, tiny_vit, data, processor, tmp_path):
-        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
-        model = get_peft_model(tiny_vit(), LinearProbeConfig())
-        with pytest.raises(ValueError, match="scenario is a dict.*class_incremental"):
-            ContinualTrainer(model, arguments, data, processing_class=processor)
-        with pytest.raises(ValueError, match="processing_class is None.*AutoImageProcessor"):
-            ContinualTrainer(model, arguments, class_incremental(data, 3), processing_class=None)
-
-    def test_evaluation_before_any_task(self, make_trainer):
-        with pytest.raises(ValueError, match="No task has begun"):
-            make_trainer(CONFIGS["linear-probe"]()).evaluate()
-
-    def test_arguments_of_train(self, make_trainer):
-        with pytest.raises(ValueError, match="got {'trial': 1}, but a task sequence is trained as a whole"):
-            make_trainer(CONFIGS["linear-probe"]()).train(trial=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .class_incremental import class_incremental
+from .dataset_sequence import dataset_sequence
 from .domain_incremental import domain_incremental
 from .task import Scenario, Task
+from .task_free import task_free
 from .task_incremental import task_incremental
 from .transforms import ContinualCollator, ImageTransform, RandomResizedCropFlip
 
@@ -16,6 +18,8 @@ __all__ = [
     "Scenario",
     "Task",
     "class_incremental",
+    "dataset_sequence",
     "domain_incremental",
+    "task_free",
     "task_incremental",
 ]

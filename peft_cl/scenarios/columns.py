@@ -123,6 +123,28 @@ def read_labels(train: Dataset, test: Dataset, label_column: str) -> Labels:
     return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
 
 
+def read_label_ids(split: Dataset, label_column: str, names: tuple[str, ...], split_name: str) -> np.ndarray:
+    """Reads the labels of one split as positions in `names`, int64; text is looked up.
+
+    Raises:
+        ValueError: Labels that `names` does not have.
+    """
+    values = _read_column(split, label_column, split_name)
+    if values.dtype.kind in "iu":
+        ids = values.astype(np.int64)
+        outside = np.unique(ids[(ids < 0) | (ids >= len(names))])
+    else:
+        id_of_name = {name: label for label, name in enumerate(names)}
+        ids = np.array([id_of_name.get(value, -1) for value in values], dtype=np.int64)
+        outside = np.unique(values[ids < 0].astype(str))
+    if outside.size:
+        raise ValueError(
+            f"The {split_name} split has labels {outside[:10].tolist()} in {label_column!r}, which are none of the "
+            f"{len(names)} classes of its task; use the tasks' own data."
+        )
+    return ids
+
+
 def _require_column(train: Dataset, test: Dataset, column: str, argument: str) -> None:
     for name, split in (("train", train), ("test", test)):
         if column not in split.column_names:

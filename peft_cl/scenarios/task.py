@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 from datasets import Dataset
+
+from .columns import find_image_column, read_label_ids, read_labels, train_and_test
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Task:
         classes: Names of the classes of this task, in the scenario's class order.
         train: Training examples, a `select` view of the user's data set (no image is copied).
         test: Test examples of the same classes, a view likewise.
+        label_names: Name of each label id in this task's data; `None`: the scenario's.
+        label_prefix: What makes a class name of such a name, put in front of it.
     """
 
     index: int
@@ -27,6 +31,8 @@ class Task:
     classes: tuple[str, ...]
     train: Dataset
     test: Dataset
+    label_names: tuple[str, ...] | None = None
+    label_prefix: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -49,9 +55,11 @@ class Scenario(Sequence[Task]):
         label_names: Class name of each label id of the data set; a string label is its own name.
         seed: Seed of the class order, `None` if it was not drawn.
         task_known: Whether a test image comes with the number of its task, so that only its classes are in question.
+        boundaries: Whether tasks are learnt as such. Without, they are the stretches of one stream, which is learnt in
+            the order of the data, and measured after each stretch.
 
     Raises:
-        ValueError: No tasks, indices out of order, or a class that is not in `label_names`.
+        ValueError: No tasks, indices out of order, a task's name twice, or a class that is not in the label names.
 
     Example:
         >>> scenario = class_incremental(load_dataset("uoft-cs/cifar100"), num_tasks=10, label_column="fine_label")
@@ -69,6 +77,7 @@ class Scenario(Sequence[Task]):
         label_names: Sequence[str],
         seed: int | None = None,
         task_known: bool = False,
+        boundaries: bool = True,
     ) -> None:
         self._tasks = tuple(tasks)
         self.name = name
@@ -77,19 +86,25 @@ class Scenario(Sequence[Task]):
         self.label_names = tuple(label_names)
         self.seed = seed
         self.task_known = task_known
+        self.boundaries = boundaries
         if not self._tasks:
             raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
         indices = [task.index for task in self._tasks]
         if indices != list(range(len(indices))):
             raise ValueError(f"Task indices must be 0, 1, 2, ... in order, got {indices}; number the tasks anew.")
+        names = [task.name for task in self._tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Task names must differ, as results are kept by them, got {names}; name the tasks anew.")
         # A class may come back in a later task (domain-incremental): the first appearance fixes its place.
         self.classes: tuple[str, ...] = tuple(dict.fromkeys(name for task in self._tasks for name in task.classes))
-        unknown = [name for name in self.classes if name not in set(self.label_names)]
-        if unknown:
-            raise ValueError(
-                f"The tasks' classes {unknown} are not in label_names {list(self.label_names)}; "
-                "give every class the name that its label has in the data set."
-            )
+        for task in self._tasks:
+            known = {task.label_prefix + name for name in task.label_names or self.label_names}
+            unknown = [name for name in task.classes if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"The classes {unknown} of {task.name} are not in its label_names {sorted(known)}; "
+                    "give every class the name that its label has in the data set."
+                )
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -119,16 +134,84 @@ class Scenario(Sequence[Task]):
         position = {name: index for index, name in enumerate(dict.fromkeys([*known, *self.classes]))}
         return np.array([position.get(name, -1) for name in self.label_names], dtype=np.int64)
 
+    def model_labels(self, task: Task, split: str, known: Sequence[str] = ()) -> np.ndarray:
+        """Returns the model's labels of the examples of a task.
+
+        Args:
+            task: A task of the scenario, or one made of it with fewer examples.
+            split: `"train"` or `"test"`.
+            known: Classes that the model has learnt before, as for `label_index`.
+
+        Returns:
+            int64 array of shape (examples,).
+        """
+        names = task.label_names or self.label_names
+        position = {name: index for index, name in enumerate(dict.fromkeys([*known, *self.classes]))}
+        labels = np.array([position.get(task.label_prefix + name, -1) for name in names], dtype=np.int64)
+        return labels[read_label_ids(getattr(task, split), self.label_column, names, split)]
+
+    def with_task(
+        self,
+        dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
+        *,
+        name: str | None = None,
+        label_column: str | None = None,
+        image_column: str | None = None,
+        train_split: str = "train",
+        test_split: str = "test",
+    ) -> Scenario:
+        """Returns the scenario with another data set as its next task.
+
+        Args:
+            dataset: A `DatasetDict` (or dict) with a train and a test split, or a pair (train, test).
+            name: Name of the task; `None`: `"task_<index>"`.
+            label_column: Column of its labels; `None`: the scenario's. Class names are what counts: a name that the
+                scenario has already is the same class.
+            image_column: Column of its images; `None`: the only one with an `Image` feature.
+            train_split, test_split: Names of the splits, for a dict of splits.
+
+        Raises:
+            ValueError, TypeError: As `class_incremental` does for such data.
+        """
+        if not self.boundaries:
+            raise ValueError(f"The scenario {self.name!r} is one stream, to which no task can be added.")
+        train, test = train_and_test(dataset, train_split, test_split)
+        label_column = label_column or self.label_column
+        labels = read_labels(train, test, label_column)
+        image_column = find_image_column(train, test, image_column)
+        columns = {image_column: self.image_column, label_column: self.label_column}
+        columns = {old: new for old, new in columns.items() if old != new}
+        train, test = (split.select_columns([image_column, label_column]) for split in (train, test))
+        classes = tuple(labels.names[label] for label in np.unique(labels.train))
+        task = Task(
+            len(self),
+            name or f"task_{len(self)}",
+            classes,
+            train.rename_columns(columns),
+            test.rename_columns(columns),
+            labels.names,
+        )
+        return Scenario(
+            [*self, task],
+            name=self.name,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            label_names=self.label_names,
+            seed=self.seed,
+            task_known=self.task_known,
+        )
+
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the sequence, in types that JSON knows (it goes into `results.json`).
 
         Returns:
-            `name`, `num_tasks`, `seed`, `class_order` (all classes), and one entry per task in `task_names`,
-            `classes_per_task` (counts), `train_sizes` and `test_sizes` (numbers of examples).
+            `name`, `num_tasks`, `boundaries`, `seed`, `class_order` (all classes), and one entry per task in
+            `task_names`, `classes_per_task` (counts), `train_sizes` and `test_sizes` (numbers of examples).
         """
         return {
             "name": self.name,
             "num_tasks": len(self),
+            "boundaries": self.boundaries,
             "seed": self.seed,
             "class_order": list(self.classes),
             "task_names": [task.name for task in self],

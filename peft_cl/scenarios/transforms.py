@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,11 +150,14 @@ class ImageTransform:
             augmentation = dataclasses.replace(augmentation, size=self.output_size)
         self.augmentation = augmentation
 
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def __call__(self, images: Sequence[Image.Image], seeds: Sequence[int] | None = None) -> torch.Tensor:
         """Returns the `pixel_values` of the images.
 
         Args:
             images: At least one PIL image, of any mode and size.
+            seeds: One for each image, from which its augmentation draws, whatever generator it uses (Python's,
+                NumPy's, torch's on the CPU); their states are left as they were. `None`: it draws from these as they
+                are.
 
         Returns:
             float32 tensor of shape (images, 3, height, width), contiguous.
@@ -166,7 +170,9 @@ class ImageTransform:
             raise ValueError("An empty list of images makes no batch; give at least one image.")
         images = [_to_rgb(image) for image in images]
         if self.augmentation is not None:
-            images = [self.augmentation(image) for image in images]
+            images = [
+                self._augmented(image, None if seeds is None else seeds[place]) for place, image in enumerate(images)
+            ]
         if self._table is not None and (self._scaling_is_all or self._settled(images)):
             return self._look_up(images, self._table)
         return self._process(images)
@@ -216,6 +222,20 @@ class ImageTransform:
             return False
         direct = [self._look_up([probe], self._table) for probe in probes]
         return all(torch.equal(*pair) for pair in zip(direct, answers, strict=True))
+
+    def _augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
+        if seed is None:
+            return self.augmentation(image)
+        python, numpy = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self.augmentation(image)
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy)
 
     def _look_up(self, images: list[Image.Image], table: np.ndarray) -> torch.Tensor:
         height, width = self.output_size
@@ -278,19 +298,28 @@ class ContinualCollator:
 
         Returns:
             `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), and `query` and
-            `task_ids`, stacked, if the examples bring them.
+            `task_ids`, stacked, if the examples bring them. Examples that bring a `model_label` have the model's own;
+            a `draw` is the seed of the example's augmentation.
 
         Raises:
             ValueError: A column is missing, or a label is not among the classes of the scenario.
         """
-        for column in (self.image_column, self.label_column):
+        labelled = bool(examples) and "model_label" in examples[0]
+        for column in (self.image_column,) if labelled else (self.image_column, self.label_column):
             if examples and column not in examples[0]:
                 raise ValueError(
                     f"The examples have the columns {list(examples[0])}, but not {column!r}; if the data set has it, "
                     "set remove_unused_columns=False in the training arguments."
                 )
-        labels = [self._label(example[self.label_column]) for example in examples]
-        pixel_values = self.transform([example[self.image_column] for example in examples])
+        labels = [
+            int(example["model_label"]) if labelled else self._label(example[self.label_column])
+            for example in examples
+        ]
+        images = [example[self.image_column] for example in examples]
+        if examples and "draw" in examples[0]:
+            pixel_values = self.transform(images, [example["draw"] for example in examples])
+        else:
+            pixel_values = self.transform(images)
         batch = {"pixel_values": pixel_values, "labels": torch.tensor(labels, dtype=torch.int64)}
         for name in ("query", "task_ids"):
             if examples and name in examples[0]:

@@ -27,6 +27,9 @@ class FineTuning(Strategy):
         "this file, not the original one.",
     )
 
+    def title(self, adapter: str) -> str:
+        return self.name
+
     def prepare(self, model: PeftModel) -> None:
         for parameter in model.base_model.encoder.base_layer.parameters():
             parameter.requires_grad_(True)

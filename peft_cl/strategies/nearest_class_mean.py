@@ -28,6 +28,9 @@ class NearestClassMean(Strategy):
     def __init__(self, cosine: bool = False):
         self.cosine = cosine
 
+    def title(self, adapter: str) -> str:
+        return self.name
+
     @torch.no_grad()
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:
         model = trainer.model.base_model
@@ -36,7 +39,7 @@ class NearestClassMean(Strategy):
         sums = torch.zeros_like(head.weight)
         counts = torch.zeros(head.out_features, device=head.weight.device)
         # All examples on every process: each then has the same means, of every image once.
-        for batch in trainer.plain_batches(task.train):
+        for batch in trainer.plain_batches(task):
             features = model.query(batch["pixel_values"]).float()
             sums.index_add_(0, batch["labels"], features)
             counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))

@@ -13,8 +13,10 @@ from .learning_rates import check_parts
 from .strategy import Strategy
 
 
-def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any, strategy: Strategy) -> None:
-    """Refuse what cannot work, before anything is trained."""
+def check_fit(
+    model: Any, args: Any, scenario: Any, processing_class: Any, strategy: Strategy, finished_tasks: int = 0
+) -> None:
+    """Refuse what cannot work, before anything is trained; `finished_tasks` of the scenario are learnt already."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, PromptPoolModel):
         raise ValueError(
             f"model is a {type(model).__name__}, but a task sequence needs a PeftModel with a configuration of "
@@ -38,14 +40,37 @@ def check_fit(model: Any, args: Any, scenario: Any, processing_class: Any, strat
             "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     config = model.peft_config[model.active_adapter]
-    for index in range(len(scenario)):
-        config.check_next_task(config.num_tasks + index)
+    if scenario.boundaries:
+        for index in range(len(scenario) - finished_tasks):
+            config.check_next_task(config.num_tasks + index)
+    else:
+        config.check_stream()
+        check_stream_arguments(args)
+    if strategy.trains_earlier_classes and config.train_mask:
+        raise ValueError(
+            f"train_mask is True, but {strategy.name} trains on classes of earlier tasks too, whose loss would be "
+            "infinite. Set train_mask=False in the adapter's configuration."
+        )
     if config.task_evidence and not strategy.has_task_evidence:
         raise ValueError(
             f"task_evidence is {config.task_evidence}, but {strategy.name} has no use for it: it needs training steps "
             "on a frozen backbone. Leave it at 0."
         )
     check_parts(args.learning_rates or {}, model)
+
+
+def check_stream_arguments(args: ContinualTrainingArguments) -> None:
+    """Refuse arguments that set a length or a schedule: the end of a stream is not known."""
+    if args.num_train_epochs != 1 or args.max_steps > 0:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs:g} and max_steps {args.max_steps}, but a stream is gone "
+            "through once, in its own order. Set num_train_epochs=1; more passes are task_free(..., passes=...)."
+        )
+    if args.lr_scheduler_type != "constant" or args.warmup_steps:
+        raise ValueError(
+            f"lr_scheduler_type is {str(args.lr_scheduler_type)!r} with warmup_steps={args.warmup_steps}, but the end "
+            "of a stream is not known. Set lr_scheduler_type='constant' and no warm-up."
+        )
 
 
 def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> None:

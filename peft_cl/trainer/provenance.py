@@ -42,7 +42,15 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
     settings["threads"] = torch.get_num_threads()
     settings["backbone_dtype"] = str(model.get_base_model().dtype).removeprefix("torch.")
     settings["augmentation"] = repr(augmentation) if augmentation is not None else None
-    written = {"classes", "tasks", "rows_in_use", "base_model_name_or_path", "auto_mapping", "inference_mode"}
+    written = {
+        "classes",
+        "tasks",
+        "rows_in_use",
+        "stream",
+        "base_model_name_or_path",
+        "auto_mapping",
+        "inference_mode",
+    }
     settings["adapter"] = {
         name: _plain(value) for name, value in config.to_dict().items() if name not in written and value is not None
     }

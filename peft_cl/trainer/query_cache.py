@@ -13,7 +13,7 @@ from ..tuners.base.model import PromptPoolModel
 
 
 class QueryCache:
-    """Query features of a scenario's tasks, kept in memory for the length of a run.
+    """Query features of tasks, kept in memory for the length of a run.
 
     The backbone is frozen and the query pass runs in evaluation mode, so an image that is not augmented has the same
     feature in every epoch and every evaluation. Test images always qualify; training images only without augmentation,
@@ -22,16 +22,17 @@ class QueryCache:
 
     def __init__(self, training_images: bool):
         self.training_images = training_images
-        self._queries: dict[tuple[int, str], torch.Tensor] = {}
+        # By identity, with the data set itself, so that no other can take its place while its queries are kept.
+        self._queries: dict[int, tuple[Dataset, torch.Tensor]] = {}
 
     def queries(
-        self, tasks: Sequence[Task], split: str, tuner: PromptPoolModel, loader: Callable[[Dataset], Any]
+        self, tasks: Sequence[Task], split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]
     ) -> torch.Tensor | None:
         """Queries of the tasks' `"train"` or `"test"` examples one after the other, (examples, D) float32, or None
         where they cannot be kept.
 
         Args:
-            loader: makes an iterable of un-augmented batches, in order, from a data set.
+            loader: makes an iterable of un-augmented batches, in order, of a task's split.
         """
         pool = tuner.pool
         useful = pool.needs_query or pool.query_is_feature
@@ -39,11 +40,13 @@ class QueryCache:
         if not (useful and frozen) or (split == "train" and not self.training_images):
             return None
         for task in tasks:
-            if (task.index, split) not in self._queries:
-                batches = [tuner.query(batch["pixel_values"]).float().cpu() for batch in loader(getattr(task, split))]
-                self._queries[task.index, split] = torch.cat(batches)
-        return torch.cat([self._queries[task.index, split] for task in tasks])
+            data = getattr(task, split)
+            if id(data) not in self._queries:
+                batches = [tuner.query(batch["pixel_values"]).float().cpu() for batch in loader(task, split)]
+                self._queries[id(data)] = data, torch.cat(batches)
+        return torch.cat([self._queries[id(getattr(task, split))][1] for task in tasks])
 
-    def forget(self, task: Task) -> None:
-        """Drop the training queries of a task that is learnt."""
-        self._queries.pop((task.index, "train"), None)
+    def forget(self, tasks: Sequence[Task]) -> None:
+        """Drop the training queries of tasks that are learnt."""
+        for task in tasks:
+            self._queries.pop(id(task.train), None)

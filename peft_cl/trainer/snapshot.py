@@ -1,11 +1,13 @@
-"""The state of a task sequence between two tasks, on disk: what an interrupted run goes on from."""
+"""The state of a task sequence on disk: what an interrupted run goes on from."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
+#: Folder in the run's for snapshots and checkpoints. The Trainer's uploads leave out what begins with "_".
+STATE_FOLDER = "_state"
 FILE, PREVIOUS = "sequence.pt", "sequence.previous.pt"
+#: List of a checkpoint's files with their digests, written last.
+SEAL = "files.json"
 
 
 def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
@@ -23,6 +30,7 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
 
     At every moment there is a whole snapshot in the folder, wherever the process is killed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
@@ -68,10 +76,48 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def forget_snapshots(folder: Path) -> None:
-    """Remove the snapshots in `folder`."""
-    for name in (FILE, PREVIOUS):
-        (folder / name).unlink(missing_ok=True)
+def forget_state(folder: Path) -> None:
+    """Remove snapshots and checkpoints of the run in `folder`."""
+    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Note what the files of a checkpoint are, which makes it whole."""
+    files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    aside = checkpoint / f".{SEAL}.tmp"
+    aside.write_text(json.dumps(files, indent=2))
+    os.replace(aside, checkpoint / SEAL)
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint in `folder` whose files are all as they were written, None if there is none.
+
+    Warns:
+        UserWarning: A later one is damaged or was not written to its end.
+    """
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        wrong = _damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        warnings.warn(f"{checkpoint} {wrong}, so the one before it is used, if there is one.", stacklevel=2)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    try:
+        files = json.loads((checkpoint / SEAL).read_text())
+    except (OSError, ValueError):
+        return "was not written to its end"
+    damaged = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
+    return f"is damaged ({', '.join(damaged)})" if damaged else None
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_state() -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""The point at which a comparison method enters the trainer."""
+"""The points at which a comparison method enters the trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 
 from ..scenarios import Task
@@ -17,10 +19,13 @@ if TYPE_CHECKING:
 class Strategy:
     """How one task is learnt. The default is gradient descent on the task's own examples.
 
-    A comparison method overrides what it does differently and nothing else.
+    A comparison method overrides what it does differently and nothing else: what a task is learnt from (`tasks`,
+    `batch`), what is added to the loss (`losses`), what happens to gradients (`after_backward`), before and after a
+    task (`begin_task`, `end_task`), and how logits become a prediction (`predict`). Several strategies may be given to
+    the trainer at once, as a list: each does its part in the list's order.
     """
 
-    #: Name in tables; None: the name of the adapter's method.
+    #: Name in tables; None: that of the adapter's method alone.
     name: str | None = None
 
     #: What users of the saved adapter must know, for its card.
@@ -29,12 +34,50 @@ class Strategy:
     #: Whether a task is learnt by training steps on frozen features, from which task evidence takes its means.
     has_task_evidence = True
 
+    #: Whether batches hold classes of earlier tasks, so that their logits must not be masked.
+    trains_earlier_classes = False
+
+    def title(self, adapter: str) -> str:
+        """Name of the method in tables. Default: that of the adapter's method, and the strategy's if it has one."""
+        return f"{adapter} + {self.name}" if self.name else adapter
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change while a sequence is under way, in types that JSON knows."""
+        return {}
+
     def prepare(self, model: PeftModel) -> None:
         """Change the model once, before the first task (unfreeze weights, for instance)."""
 
+    def tasks(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
+        """Tasks whose training examples are gone through to learn `task`. Default: its own."""
+        return [task]
+
+    def begin_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        """Called when the model's head has the task's classes, before the first step."""
+
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:
-        """Learn `task`, whose classes the model's head has by now. Default: the trainer's own training loop."""
-        return trainer.fit(task)
+        """Learn `task`. Default: the trainer's own training loop over `tasks`."""
+        return trainer.fit(self.tasks(trainer, task))
+
+    def batch(self, trainer: ContinualTrainer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is trained on in place of the batch `inputs`, on its device."""
+        return inputs
+
+    def losses(self, trainer: ContinualTrainer) -> dict[str, torch.Tensor]:
+        """Weighted terms to add to the loss of a training step, by the name under which they are logged."""
+        return {}
+
+    def after_backward(self, trainer: ContinualTrainer) -> None:
+        """Called with all gradients of an optimizer's step in place, before they are clipped."""
+
+    def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        """Called after the last step of a task, before it is measured."""
+
+    def predict(
+        self, trainer: ContinualTrainer, inputs: dict[str, torch.Tensor], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores (B, classes) in place of the model's logits, when tasks are measured."""
+        return logits
 
     def state_dict(self) -> dict[str, Any]:
         """What the strategy keeps from task to task: tensors, numbers, text, lists and dicts of them."""
@@ -48,4 +91,88 @@ class Strategy:
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """Bytes that must be kept to use what was learnt. Default: the adapter's file."""
+        return adapter_bytes
+
+
+class Combined(Strategy):
+    """Several strategies as one; each hook is called for all of them, in order.
+
+    Raises:
+        ValueError: more than one of them has a way of its own to learn a task or to choose its tasks.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy]):
+        self.strategies = list(strategies)
+        self.name = " + ".join(each.name for each in strategies if each.name) or None
+        self.limits = tuple(limit for each in strategies for limit in each.limits)
+        self.has_task_evidence = all(each.has_task_evidence for each in strategies)
+        self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
+        self.own = {}
+        for hook in ("learn", "tasks"):
+            owners = [each for each in strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
+            if len(owners) > 1:
+                raise ValueError(
+                    f"{' and '.join(str(each.name) for each in owners)} each have a way of their own ({hook}), so "
+                    "they cannot be combined. Give one of them."
+                )
+            self.own[hook] = owners[0] if owners else Strategy()
+
+    def title(self, adapter):
+        for each in self.strategies:
+            adapter = each.title(adapter)
+        return adapter
+
+    def settings(self):
+        return {each.name or type(each).__name__: each.settings() for each in self.strategies}
+
+    def prepare(self, model):
+        for each in self.strategies:
+            each.prepare(model)
+
+    def tasks(self, trainer, task):
+        return self.own["tasks"].tasks(trainer, task)
+
+    def begin_task(self, trainer, task):
+        for each in self.strategies:
+            each.begin_task(trainer, task)
+
+    def learn(self, trainer, task):
+        own = self.own["learn"]
+        return trainer.fit(self.tasks(trainer, task)) if type(own) is Strategy else own.learn(trainer, task)
+
+    def batch(self, trainer, inputs):
+        for each in self.strategies:
+            inputs = each.batch(trainer, inputs)
+        return inputs
+
+    def losses(self, trainer):
+        return {name: term for each in self.strategies for name, term in each.losses(trainer).items()}
+
+    def after_backward(self, trainer):
+        for each in self.strategies:
+            each.after_backward(trainer)
+
+    def end_task(self, trainer, task):
+        for each in self.strategies:
+            each.end_task(trainer, task)
+
+    def predict(self, trainer, inputs, logits):
+        for each in self.strategies:
+            logits = each.predict(trainer, inputs, logits)
+        return logits
+
+    def state_dict(self):
+        return {str(place): each.state_dict() for place, each in enumerate(self.strategies)}
+
+    def load_state_dict(self, state):
+        for place, each in enumerate(self.strategies):
+            each.load_state_dict(state[str(place)])
+
+    def save(self, trainer, folder):
+        for each in self.strategies:
+            each.save(trainer, folder)
+
+    def saved_bytes(self, trainer, adapter_bytes):
+        for each in self.strategies:
+            adapter_bytes = each.saved_bytes(trainer, adapter_bytes)
         return adapter_bytes

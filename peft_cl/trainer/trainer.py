@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import concatenate_datasets
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
-from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
-from ..tuners.base.model import PromptPoolModel
+from ..metrics.results import FILE_NAME
+from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
-from .checks import check_fit, check_image_size
-from .examples import WithTensors
-from .learning_rates import set_rates
-from .progress import SequenceProgress
-from .provenance import dataset_name, hyperparameters, model_name, versions
-from .query_cache import QueryCache
-from .snapshot import differences, forget_snapshots, load_snapshot, random_state, save_snapshot, set_random_state
-from .strategy import Strategy
+from .checks import check_fit
+from .examples import row_counts
+from .files import check_writable, explained_writes, written_aside
+from .record import record_of, usage_of_finished_tasks
+from .snapshot import (
+    STATE_FOLDER,
+    differences,
+    forget_state,
+    load_snapshot,
+    random_state,
+    save_snapshot,
+    seal_checkpoint,
+    set_random_state,
+    whole_checkpoint,
+)
+from .strategy import Combined, Strategy
+from .task_trainer import TaskTrainer
 
 
-class ContinualTrainer(Trainer):
+class ContinualTrainer(TaskTrainer):
     """A `transformers.Trainer` that learns the tasks of a scenario one after the other and measures as it goes.
 
     For each task the model's head and pool start the task, optimizer and schedule are new, and the arguments hold as
-    for a training of its own. After it, all tasks seen are evaluated, and adapter and results are saved.
+    for a training of its own. After it, all tasks seen are evaluated, and adapter and results are saved. A stream
+    without boundaries (`task_free`) is learnt in its own order by one optimizer, and measured as often.
 
     Args:
         model: a `PeftModel` with one of this library's configurations.
@@ -44,7 +48,9 @@ class ContinualTrainer(Trainer):
         scenario: the tasks.
         processing_class: the backbone's HF image processor.
         augmentation: applied to each training image (PIL in, PIL out), for instance `RandomResizedCropFlip(size=224)`.
-        strategy: a comparison method; None trains the adapter as it is.
+        batch_augmentation: applied to each training batch on its device, normalised pixels (B, C, H, W) in and out:
+            a module of kornia or of torchvision's `transforms.v2`, for instance.
+        strategy: a comparison method, or a list of them; None trains the adapter as it is.
         **kwargs: further arguments of `transformers.Trainer` (callbacks, ...).
 
     Attributes:
@@ -59,6 +65,7 @@ class ContinualTrainer(Trainer):
         >>> trainer = ContinualTrainer(model, args, scenario, processing_class=processor)    # doctest: +SKIP
         >>> trainer.train()                                                                  # doctest: +SKIP
         >>> trainer.metrics["average_accuracy"]                                              # doctest: +SKIP
+        >>> trainer.train_task(load_dataset("user/snakes"), name="snakes")  # weeks later    # doctest: +SKIP
     """
 
     def __init__(
@@ -69,50 +76,34 @@ class ContinualTrainer(Trainer):
         *,
         processing_class: Any,
         augmentation: Callable | None = None,
-        strategy: Strategy | None = None,
+        batch_augmentation: Callable | None = None,
+        strategy: Strategy | Sequence[Strategy] | None = None,
         **kwargs: Any,
     ):
-        self.strategy = strategy or Strategy()
-        check_fit(model, args, scenario, processing_class, self.strategy)
-        self.scenario = scenario
-        self.strategy.prepare(model)
-        config = model.peft_config[model.active_adapter]
-        # An adapter that has learnt tasks before goes on: the rows of its head come first.
-        self.tasks_before = config.num_tasks
-        label_index = scenario.label_index(config.classes if config.tasks else ())
-        self._collators = {
-            training: ContinualCollator(
-                ImageTransform(processing_class, augmentation if training else None),
-                label_index,
-                scenario.image_column,
-                scenario.label_column,
-                label_names=scenario.label_names,
-            )
-            for training in (True, False)
-        }
-        check_image_size(model, self._collators[False].transform.output_size)
+        strategy = Combined(strategy) if isinstance(strategy, (list, tuple)) else strategy or Strategy()
+        check_fit(model, args, scenario, processing_class, strategy)
+        if args.process_index == 0:
+            check_writable(Path(args.output_dir))
+        strategy.prepare(model)
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=self._collators[False],
-            train_dataset=scenario[0].train,
-            processing_class=processing_class,
+            model,
+            args,
+            scenario,
+            processing_class,
+            augmentation,
+            batch_augmentation,
+            strategy,
             compute_metrics=self._accuracies,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
-        self.progress = SequenceProgress()
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(self.progress)
-        self.pop_callback(PrinterCallback)
         tasks = len(scenario)
         self.accuracy_matrix = np.full((tasks, tasks), np.nan)
+        self.finished_tasks = 0
         self.train_seconds = 0.0
-        self.queries = QueryCache(training_images=augmentation is None)
-        self.task: Task | None = None
+        self._began: float | None = None
         self._measured: list[Task] = []
-        self._losses: dict[str, torch.Tensor] = {}
-        self._losses_counted = 0
+        self.prompt_usage: np.ndarray | None = None
+        self._resuming = False
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
@@ -122,10 +113,12 @@ class ContinualTrainer(Trainer):
         Args:
             resume_from_checkpoint: True, or the folder of an interrupted run: its finished tasks are not repeated, and
                 on one device the result is that of a run without interruption, to the bit. The task that was
-                interrupted starts over. Without a snapshot in the folder the run begins at the first task.
+                interrupted goes on from its last whole checkpoint (`save_strategy`), or starts over if it has none.
+                Without a snapshot in the folder the run begins at the first task.
 
         Raises:
             ValueError: other arguments, or an interrupted run of another scenario or other settings.
+            OSError: the output folder cannot be written to; what was saved before is kept.
         """
         if any(value for value in kwargs.values()):
             raise ValueError(
@@ -133,9 +126,9 @@ class ContinualTrainer(Trainer):
                 "resume_from_checkpoint or without arguments."
             )
         if resume_from_checkpoint:
-            self.resume(Path(self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint))
+            self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         elif self.is_world_process_zero() and not self.finished_tasks:
-            forget_snapshots(Path(self.args.output_dir))  # of an earlier run
+            forget_state(self.folder)  # of an earlier run
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
@@ -144,43 +137,71 @@ class ContinualTrainer(Trainer):
                 output = self.train_task(task)
         finally:
             self.progress.end_sequence()
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return output
 
-    def train_task(self, task: Task) -> TrainOutput:
-        """Start, learn and measure one task, and save adapter and results."""
-        if self._tuner.peft_config[self.model.active_adapter].num_tasks > self.tasks_before + self.finished_tasks:
-            raise RuntimeError(
-                f"{self.scenario[self.finished_tasks].name} was begun and interrupted: its prompts are half trained. "
-                "Make model and trainer anew, and call train(resume_from_checkpoint=True) to go on with this task."
+    def train_task(self, task: Task | Mapping[str, Any], **columns: Any) -> TrainOutput:
+        """Start, learn and measure one task, and save adapter and results.
+
+        Args:
+            task: the scenario's next task; or a data set with a train and a test split, which is added to the scenario
+                as its next task, with classes that are new or known.
+            **columns: for a data set, as `Scenario.with_task` has them (`name`, `label_column`, ...).
+        """
+        if not isinstance(task, Task):
+            self.scenario = self.scenario.with_task(task, **columns)
+            check_fit(self.model, self.args, self.scenario, self.processing_class, self.strategy, self.finished_tasks)
+            matrix = np.full((len(self.scenario), len(self.scenario)), np.nan)
+            matrix[:-1, :-1] = self.accuracy_matrix
+            self.accuracy_matrix, task = matrix, self.scenario[-1]
+        if task is not self.scenario[self.finished_tasks]:
+            raise ValueError(
+                f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
+                "are learnt in the scenario's order."
             )
-        self.task = task
-        self.progress.begin_task(task.name, task.index)
-        self._tuner.begin_task(task.classes)
-        began = time.perf_counter()
+        self._begin(task)
+        self._began = time.perf_counter()
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
-            self._tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
-        self.train_seconds += time.perf_counter() - began
+            self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
+        self.strategy.end_task(self, task)
+        self.train_seconds, self._began = self._seconds(), None
         self.evaluate()
-        self.save()
-        if self.is_world_process_zero():
-            save_snapshot(Path(self.args.output_dir), self.sequence_state())
+        self.finished_tasks += 1
+        with explained_writes(self.folder, self.finished_tasks - 1):
+            self.save()
+            if self.is_world_process_zero():
+                save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
         self.progress.end_task(self._summary(task))
         return output
 
-    def fit(self, task: Task) -> TrainOutput:
-        """The Trainer's own loop over the task's examples, with everything that belongs to a task made anew."""
-        # The Trainer keeps its optimizer, its schedule and its wrapped model from one train() to the next: rows that
-        # the task brought would be in none of them, and an evaluation before would switch DDP off.
-        self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.model
-        self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.train_dataset = self._examples([task], "train")
-        self._losses, self._losses_counted = {}, 0
-        try:
-            return super().train()
-        finally:
-            self.queries.forget(task)
+    def _begin(self, task: Task) -> None:
+        begun = self.tuner.peft_config[self.model.active_adapter].num_tasks - self.tasks_before
+        if self.scenario.boundaries and begun > self.finished_tasks:
+            raise RuntimeError(
+                f"{task.name} was begun and interrupted: its prompts are half trained. Make model and trainer anew, "
+                "and call train(resume_from_checkpoint=True) to go on with this task."
+            )
+        self.task = task
+        self.progress.begin_task(task.name, task.index)
+        self._start(task)
+        self.strategy.begin_task(self, task)
+
+    def _seconds(self) -> float:
+        """Seconds of training so far, those of the task under way included."""
+        return self.train_seconds + (time.perf_counter() - self._began if self._began else 0.0)
+
+    def _start(self, task: Task) -> None:
+        """Head and pool start the task; a stream is started once, with all its classes."""
+        if self.scenario.boundaries:
+            self.tuner.begin_task(task.classes)
+        elif task.index == 0:
+            self.tuner.begin_stream(self.scenario.classes)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
 
     # ----------------------------------------------------------------------------------------------- interruption
 
@@ -188,35 +209,37 @@ class ContinualTrainer(Trainer):
         """All that the tasks to come depend on."""
         model = self.accelerator.unwrap_model(self.model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        prefix = f".{self._tuner.prefix}"
+        prefix = f".{self.tuner.prefix}"
         weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
         return {
             "settings": self.settings(),
             "accuracy_matrix": self.accuracy_matrix.tolist(),
-            "train_seconds": self.train_seconds,
+            "finished_tasks": self.finished_tasks,
+            "prompt_usage": usage_of_finished_tasks(self),
+            "train_seconds": self._seconds(),
             "weights": weights,
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
+            # A task has an optimizer of its own, a stream one for all.
+            "optimizer": None if self.scenario.boundaries else self.optimizer.state_dict(),
         }
 
     def resume(self, folder: Path) -> None:
-        """Go to where the run in `folder` last finished a task."""
-        state = load_snapshot(folder)
+        """Go to where the run in `folder` last finished a task, or nowhere if it finished none."""
+        self._resuming = True
+        state = load_snapshot(folder / STATE_FOLDER)
         if state is None:
             return
-        changed = differences(state["settings"], self.settings())
-        if changed:
-            raise ValueError(
-                f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
-                "them back, or train anew without resume_from_checkpoint."
-            )
+        self._check_settings(state, folder)
         self.accuracy_matrix = np.array(state["accuracy_matrix"])
+        self.finished_tasks = state["finished_tasks"]
+        self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.train_seconds = state["train_seconds"]
         for task in self.scenario[: self.finished_tasks]:
-            self._tuner.begin_task(task.classes)  # for the shapes
+            self._start(task)  # for the shapes
             self.task = task
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["weights"], strict=False)
-        self.strategy.load_state_dict(state["strategy"])
+        self._take(state)
+        self.optimizer_state = state["optimizer"]
         if self.is_world_process_zero():
             set_random_state(state["random"])
 
@@ -225,25 +248,61 @@ class ContinualTrainer(Trainer):
         settings = {**self.results.hyperparameters}
         for name in ("threads", "device", "devices"):  # where it runs, not what
             settings.pop(name)
-        return {"scenario": self.scenario.describe(), "strategy": self.strategy.name, **settings}
+        return {"scenario": self.scenario.describe(), "method": self.results.method, **settings}
 
-    # ----------------------------------------------------------------------------------------------- training
+    def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
+        changed = differences(state["settings"], self.settings())
+        if changed:
+            raise ValueError(
+                f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
+                "them back, or train anew without resume_from_checkpoint."
+            )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with `learning_rates` where parts have rates of their own."""
-        optimizer = super().create_optimizer(model)
-        if self.args.learning_rates:
-            set_rates(optimizer, self.model, self.args.learning_rates)
-        return optimizer
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["weights"], strict=False)
+        self.strategy.load_state_dict(state["strategy"])
 
-    @property
-    def finished_tasks(self) -> int:
-        """Tasks learnt and measured."""
-        return int(sum(~np.isnan(np.diagonal(self.accuracy_matrix))))
+    def _checkpoint(self) -> str | None:
+        """The last whole checkpoint of the task that was interrupted."""
+        resuming, self._resuming = self._resuming, False
+        checkpoint = whole_checkpoint(Path(self._get_output_dir(None))) if resuming else None
+        return None if checkpoint is None else str(checkpoint)
 
-    @property
-    def _tuner(self) -> PromptPoolModel:
-        return self.accelerator.unwrap_model(self.model).base_model
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self._get_output_dir(trial))
+        try:
+            with explained_writes(self.folder, self.finished_tasks):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process writes its random state
+                if self.is_world_process_zero():
+                    checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                    save_snapshot(checkpoint, self.sequence_state())
+                    seal_checkpoint(checkpoint)
+                    best = self.state.best_model_checkpoint
+                    rotate_checkpoints(str(folder), limit, best_model_checkpoint=best)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Not the adapter alone, as the Trainer would: all that is trained, and what the strategy keeps."""
+        state = load_snapshot(Path(resume_from_checkpoint))
+        self._check_settings(state, Path(resume_from_checkpoint))
+        self.train_seconds = state["train_seconds"]
+        self._take(state)
+
+    def _nothing_left(self, checkpoint: str) -> None:
+        """The Trainer takes up the random state with the first step only."""
+        if self.is_world_process_zero():
+            set_random_state(load_snapshot(Path(checkpoint))["random"])
+
+    def _load_best_model(self) -> None:
+        weights = load_snapshot(Path(self.state.best_model_checkpoint))["weights"]
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What is shared is the adapter after a task, not one in the middle of it."""
 
     # ----------------------------------------------------------------------------------------------- measuring
 
@@ -263,11 +322,16 @@ class ContinualTrainer(Trainer):
             if self.task is None:
                 raise ValueError("No task has begun, so there is nothing to measure. Call train() first.")
             self._measured = list(self.scenario[: self.task.index + 1])
-            eval_dataset = self._examples(self._measured, "test")
+            self.selected_rows = []
+            eval_dataset = self.examples(self._measured, "test")
         try:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if self.selected_rows:
+                sizes = [len(task.test) for task in self._measured]
+                rows = self.key_sets * self.tuner.pool.rows_in_use
+                self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
         finally:
-            measured, self._measured = self._measured, []
+            measured, self._measured, self.selected_rows = self._measured, [], None
         for task in measured:
             self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
         return metrics
@@ -289,105 +353,27 @@ class ContinualTrainer(Trainer):
     def metrics(self) -> dict[str, float]:
         return continual_metrics(self.accuracy_matrix) if self.finished_tasks else {}
 
-    # ----------------------------------------------------------------------------------------------- losses
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training:
-            for name, value in self._tuner.head.last_losses.items():
-                self._losses[name] = self._losses.get(name, 0.0) + value
-            self._losses_counted += 1
-        return result
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the loss, log its terms one by one: means since the last log."""
-        if "loss" in logs and self._losses_counted:
-            means = {name: float(value) / self._losses_counted for name, value in self._losses.items()}
-            logs = {**logs, **means, "task": self.task.index}
-            self._losses, self._losses_counted = {}, 0
-        super().log(logs, start_time)
-
-    # ----------------------------------------------------------------------------------------------- data
-
-    def _examples(self, tasks: Sequence[Task], split: str) -> Any:
-        """The tasks' examples one after the other, with what belongs to each of them."""
-        examples = concatenate_datasets([getattr(task, split) for task in tasks])
-        tensors = {}
-        if self.args.cache_queries:
-            tensors["query"] = self.queries.queries(tasks, split, self._tuner, self.plain_batches)
-        if split == "test" and self.scenario.task_known:
-            numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
-            tensors["task_ids"] = numbers.repeat_interleave(torch.tensor([len(task.test) for task in tasks]))
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return WithTensors(examples, tensors) if tensors else examples
-
-    def plain_batches(self, examples: Any) -> Iterator[dict[str, torch.Tensor]]:
-        """Un-augmented batches of all examples, in order, on this process alone."""
-        # A generator of its own: the order of the training images must not depend on whether queries are cached.
-        generator = torch.Generator()
-        loader = DataLoader(
-            examples, self.args.eval_batch_size, collate_fn=self._collators[False], generator=generator
-        )
-        return (self._prepare_inputs(batch) for batch in loader)
-
-    def get_train_dataloader(self):
-        self.data_collator = self._collators[True]
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = self._collators[False]
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
-        self.__dict__.pop("_eval_dataloaders", None)
-        # Incomplete batches are dropped in training only; every test image counts.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def _get_output_dir(self, trial):
-        """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
-        return os.path.join(self.args.output_dir, self.task.name if self.task else "")
-
     # ----------------------------------------------------------------------------------------------- results
 
     def save(self) -> None:
-        """Write adapter, processor and `results.json` into the output folder."""
-        self.save_model(self.args.output_dir)
+        """Write adapter, processor and `results.json` into the output folder; old files are replaced by whole ones."""
+        with written_aside(self.folder, self.is_world_process_zero()) as aside:
+            self.save_model(str(aside), _internal_call=True)
         if self.is_world_process_zero():
-            self.strategy.save(self, Path(self.args.output_dir))
-            self.results.save(self.args.output_dir)
+            self.strategy.save(self, self.folder)
+            self.results.save(self.folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
+        if self.is_world_process_zero():
+            record = self.folder / FILE_NAME
+            results = RunResults.load(record) if record.is_file() else self.results
+            write_model_card(self.folder, results, limits=self.strategy.limits)
 
     @property
     def results(self) -> RunResults:
         """The record of the run so far."""
-        trainable, total = self.model.get_nb_trainable_parameters()
-        weights = Path(self.args.output_dir, SAFETENSORS_WEIGHTS_NAME)
-        config = self._tuner.peft_config[self._tuner.active_adapters[0]]
-        return RunResults(
-            method=self.strategy.name or config.title,
-            peft_type=config.peft_type.value,
-            base_model=model_name(self.model),
-            dataset=dataset_name(self.scenario),
-            scenario=self.scenario.describe(),
-            seed=self.args.seed,
-            task_names=[task.name for task in self.scenario],
-            accuracy_matrix=self.accuracy_matrix.tolist(),
-            test_sizes=[len(task.test) for task in self.scenario],
-            metrics=self.metrics,
-            trainable_parameters=trainable,
-            total_parameters=total,
-            adapter_bytes=self.strategy.saved_bytes(self, weights.stat().st_size) if weights.is_file() else None,
-            train_seconds=self.train_seconds,
-            hyperparameters=hyperparameters(
-                self.args, self.model, config, self._collators[True].transform.augmentation
-            ),
-            versions=versions(),
-            command=None,
-            finished_tasks=self.finished_tasks,
-        )
+        return record_of(self)
 
     def _summary(self, task: Task) -> str:
         metrics = self.metrics

@@ -72,6 +72,9 @@ class PromptPoolConfig(PeftConfig):
     rows_in_use: int | None = field(
         default=None, metadata={"help": "Pool rows that take part in the prediction (written)."}
     )
+    stream: bool = field(
+        default=False, metadata={"help": "Whether it is learnt from a stream without task boundaries (written)."}
+    )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Version of the adapter's file format (written)."}
     )
@@ -157,6 +160,11 @@ class PromptPoolConfig(PeftConfig):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise ValueError(f"class_names repeats {repeated}: each class of a task is named once.")
+        if self.stream:
+            raise ValueError(
+                "The adapter is learnt from a stream, which has no tasks: another cannot begin. Start with a new "
+                "adapter."
+            )
         self.check_next_task(self.num_tasks)
         known = self.classes if self.tasks else []
         classes = list(dict.fromkeys([*known, *names]))
@@ -164,6 +172,27 @@ class PromptPoolConfig(PeftConfig):
         self.classes = classes
         self.tasks = [*(self.tasks or ()), [row[name] for name in names]]
         return len(known)
+
+    def add_stream(self, class_names: Sequence[str]) -> None:
+        """Record that all is learnt from one stream with these classes.
+
+        Raises:
+            ValueError: as `add_task`, or tasks were begun before, or a setting needs tasks.
+        """
+        if self.tasks:
+            raise ValueError(
+                f"The adapter has begun {self.num_tasks} tasks, but a stream has none. Start it with a new adapter."
+            )
+        self.check_stream()
+        self.add_task(class_names)
+        self.stream = True
+
+    def check_stream(self) -> None:
+        """Refuse settings that need tasks."""
+        if self.task_evidence:
+            raise ValueError(
+                f"task_evidence is {self.task_evidence}, but a stream has no tasks to weigh. Set it to 0."
+            )
 
     def check_next_task(self, index: int) -> None:
         """Refuse task `index` (from 0) if the pool cannot hold it. Pools that grow or are shared hold any number."""

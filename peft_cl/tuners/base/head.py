@@ -83,6 +83,7 @@ class ClassifierHead(AdapterLayer):
 
     Attributes:
         last_losses: the terms of the last loss, by name, detached and weighted.
+        last_selected: the pool rows that the last call chose, as `Prompts.selected`.
     """
 
     kind = "head"
@@ -91,6 +92,7 @@ class ClassifierHead(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
+        self.last_selected: torch.Tensor | None = None
         self.lock = CallLock()
         #: The classification model, in a tuple: torch must not take the whole for a part of its part.
         self.owner: tuple[PreTrainedModel, ...] = ()
@@ -188,6 +190,7 @@ class ClassifierHead(AdapterLayer):
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.weigh_evidence(logits, call, training=model.training)
         logits = self.mask(logits, call.task_ids, training=model.training)
+        self.last_selected = call.prompts.selected
         loss = None
         if call.labels is not None:
             cross_entropy = self.cross_entropy(logits, call.labels)

@@ -54,16 +54,31 @@ class PromptPoolModel(BaseTuner):
             >>> model.config.id2label                               # doctest: +SKIP
             {0: 'cat', 1: 'dog', 2: 'horse'}
         """
-        adapter, config = self._active_config()
-        if config.inference_mode:
-            raise ValueError(
-                f"The adapter {adapter!r} was loaded for inference and cannot learn a task. Load it with "
-                "PeftModel.from_pretrained(..., is_trainable=True)."
-            )
+        adapter, config = self._learning_config()
         known = config.add_task(class_names)
         self.head.entries[adapter].grow(len(config.classes), keep=known)
         if config.num_tasks > 1:
             self.pool.begin_task(config.num_tasks - 1)
+        config.rows_in_use = self.pool.rows_in_use
+        self.head.show_labels()
+
+    def begin_stream(self, class_names: Sequence[str]) -> None:
+        """Make the active adapter ready to learn from a stream without task boundaries, in place of `begin_task`.
+
+        The head has a row for each class from the start. L2P and DualPrompt choose among all rows of their pools by
+        the keys, in training too; CODA-Prompt trains its `components_per_task` components throughout.
+
+        Args:
+            class_names: names of all classes, distinct and not empty.
+
+        Raises:
+            ValueError: as `begin_task`; an adapter with tasks; settings that need tasks (`task_evidence`, L2P's
+                `use_prompt_mask`), or a DualPrompt without `pool_size`.
+        """
+        adapter, config = self._learning_config()
+        config.add_stream(class_names)
+        self.head.entries[adapter].grow(len(config.classes), keep=0)
+        self.pool.begin_stream()
         config.rows_in_use = self.pool.rows_in_use
         self.head.show_labels()
 
@@ -93,6 +108,16 @@ class PromptPoolModel(BaseTuner):
         """The active adapter's pool: its parameters, and what it selects."""
         return self.encoder.entries[self._active_config()[0]]
 
+    def lasting_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters that are the same from task to task, by name; a head's rows are appended to.
+
+        Those that a pool makes anew for each task (DualPrompt's row, CODA-Prompt's components) are not among them.
+        """
+        pool = self.pool
+        renewed = {id(getattr(pool, name)) for name in pool.row_axes}
+        trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        return {name: value for name, value in trained if id(value) not in renewed}
+
     @property
     def family(self) -> Family:
         return family_of(self.model)
@@ -101,6 +126,15 @@ class PromptPoolModel(BaseTuner):
         """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W)."""
         with self.head.lock:
             return self.encoder.query(pixel_values)
+
+    def _learning_config(self) -> tuple[str, PromptPoolConfig]:
+        adapter, config = self._active_config()
+        if config.inference_mode:
+            raise ValueError(
+                f"The adapter {adapter!r} was loaded for inference and cannot learn a task. Load it with "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        return adapter, config
 
     def _active_config(self) -> tuple[str, PromptPoolConfig]:
         if not self.active_adapters:

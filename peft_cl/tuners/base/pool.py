@@ -66,6 +66,9 @@ class PromptPool(nn.Module):
     def begin_task(self, index: int) -> None:
         """Make the pool ready for task `index` (from 1; task 0 is how a pool is made). Default: nothing changes."""
 
+    def begin_stream(self) -> None:
+        """Make the pool ready for a stream without task boundaries. Default: nothing changes."""
+
     def forward(self, query: torch.Tensor | None) -> Prompts:
         """Prompts for a batch.
 

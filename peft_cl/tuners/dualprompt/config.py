@@ -100,6 +100,14 @@ class DualPromptConfig(KeyPoolConfig):
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(sorted({*self.layers, *self.g_layers}))
 
+    def check_stream(self) -> None:
+        super().check_stream()
+        if self.pool_size is None:
+            raise ValueError(
+                "pool_size is None, so the pool has a row for each task, but a stream has no tasks. Set pool_size to "
+                "the number of rows to choose from, for instance 10."
+            )
+
     def check_next_task(self, index: int) -> None:
         if self.pool_size is not None and index >= self.pool_size:
             raise ValueError(

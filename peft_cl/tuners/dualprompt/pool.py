@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..base.initialisation import draw_rows
@@ -17,7 +18,8 @@ from .config import DualPromptConfig
 class DualPromptPool(PromptPool):
     """Parameters: `g_prompts` (g of the paper), (G layers, 2, L_g, D); `prompts` (e_t), (E layers, 2, rows, L_e, D);
     `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values; as tokens it is an axis of 1. `prompts`
-    and `keys` hold the current task's row, `past_prompts` and `past_keys` those before.
+    and `keys` hold the current task's row, `past_prompts` and `past_keys` those before. For a stream they hold all
+    `pool_size` rows, from which each image takes the one with the nearest key, in training too.
     """
 
     config: DualPromptConfig
@@ -30,14 +32,15 @@ class DualPromptPool(PromptPool):
         parts = 2 if config.prompt_type == "prefix" else 1
         general = (len(config.g_layers), parts, config.g_prompt_length, size)
         self.g_prompts = nn.Parameter(draw_rows(config.init, *general))
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, 1, config.prompt_length, size))
-        self.keys = nn.Parameter(draw_rows(config.init, sets, 1, size))
+        rows = config.pool_size if config.stream else 1
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, rows, config.prompt_length, size))
+        self.keys = nn.Parameter(draw_rows(config.init, sets, rows, size))
         self.register_buffer("past_prompts", torch.zeros(layers, parts, self.task, config.prompt_length, size))
         self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
 
     @property
     def rows_in_use(self) -> int:
-        return self.past_keys.shape[-2] + 1
+        return self.past_keys.shape[-2] + self.keys.shape[-2]
 
     def begin_task(self, index: int) -> None:
         shared = self.config.shared_prompt_pool
@@ -45,18 +48,25 @@ class DualPromptPool(PromptPool):
         self._grow("prompts", copied)
         self._grow("keys", draw_rows(self.config.init, *self.keys.shape))
 
+    def begin_stream(self) -> None:
+        for name, axis in self.row_axes.items():
+            current = getattr(self, name)
+            shape = list(current.shape)
+            shape[axis] = self.config.pool_size
+            rows = draw_rows(self.config.init, *shape).to(current)
+            setattr(self, name, nn.Parameter(rows, requires_grad=current.requires_grad))
+
     def select(self, query: torch.Tensor) -> Prompts:
         config, losses = self.config, {}
         if self.training:
-            # Every sample of a task takes the task's own row; one row serves the whole batch.
-            first = torch.zeros(len(self.keys), len(query), 1, dtype=torch.long, device=query.device)
-            similarity = cosine(query, self.keys)
+            similarity = cosine(query, self.keys)  # (sets, B, rows); of a task there is one row, which all take
+            chosen = similarity.argmax(-1, keepdim=True)
             pull = pull_term(
-                query, self.keys, similarity, first, form=config.pull_form, reduction=config.pull_reduction
+                query, self.keys, similarity, chosen, form=config.pull_form, reduction=config.pull_reduction
             )
             losses["pull"] = config.pull_coefficient * pull
-            selected = first + (self.rows_in_use - 1)
-            experts = {layer: self.prompts[place, :, 0, None] for place, layer in enumerate(config.layers)}
+            selected = chosen + self.past_keys.shape[-2]
+            experts = {layer: self._experts(place, chosen) for place, layer in enumerate(config.layers)}
         else:
             selected = cosine(query, self.rows("keys")).argmax(-1, keepdim=True)  # (sets, B, 1)
             if config.batchwise_prompt_at_test:
@@ -71,6 +81,16 @@ class DualPromptPool(PromptPool):
         if self.training and config.separation_coefficient:
             parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
         return Prompts(self._inject(general, experts), losses, selected.squeeze(0), parts)
+
+    def _experts(self, place: int, chosen: torch.Tensor) -> torch.Tensor:
+        """The trained rows (2 or 1, B or 1, L, D) that a layer takes; one row serves the whole batch."""
+        prompts = self.prompts[place]
+        if prompts.shape[1] == 1:
+            return prompts
+        rows = chosen[place if self.config.keys_per_layer else 0, :, 0]
+        # As an embedding, whose gradient is summed in the same order in every run.
+        picked = F.embedding(rows, prompts.transpose(0, 1).flatten(1))
+        return picked.unflatten(-1, (len(prompts), *prompts.shape[2:])).transpose(0, 1)
 
     def _inject(
         self, general: Mapping[int, torch.Tensor], experts: Mapping[int, torch.Tensor]

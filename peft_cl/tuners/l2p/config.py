@@ -150,6 +150,14 @@ class L2PConfig(KeyPoolConfig):
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(self.layers)
 
+    def check_stream(self) -> None:
+        super().check_stream()
+        if self.use_prompt_mask:
+            raise ValueError(
+                "use_prompt_mask is True, which gives each task rows of its own, but a stream has no tasks. Set it to "
+                "False."
+            )
+
     def check_next_task(self, index: int) -> None:
         if self.use_prompt_mask and (index + 1) * self.top_k > self.pool_size:
             raise ValueError(

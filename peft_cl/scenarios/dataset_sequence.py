@@ -1,0 +1,93 @@
+"""Several data sets, one after the other ("5-datasets")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from datasets import Dataset
+
+from .columns import find_image_column, read_labels, train_and_test
+from .task import Scenario, Task
+
+
+IMAGE, LABEL = "image", "label"
+
+
+def dataset_sequence(
+    datasets: Mapping[str, Mapping[str, Dataset] | tuple[Dataset, Dataset]],
+    label_columns: str | Mapping[str, str] = "label",
+    *,
+    shared_classes: bool = False,
+    train_split: str = "train",
+    test_split: str = "test",
+) -> Scenario:
+    """Makes each data set a task, in the order given, such as the 5-datasets sequence (Ebrahimi et al. 2020).
+
+    No image is decoded or copied. The test never says from which data set an image is.
+
+    Args:
+        datasets: Name -> data set with a train and a test split. They may differ in columns, kind of labels and
+            sizes of images.
+        label_columns: Column of the labels in all of them, or name -> column where they differ.
+        shared_classes: Whether classes of the same name in two data sets are the same class (as domains of one set).
+            Otherwise `"5"` of one and `"5"` of the other are two classes, and a class is named
+            `"<data set>/<class>"`.
+        train_split, test_split: Names of the splits, for dicts of splits.
+
+    Returns:
+        The scenario, named `"dataset-sequence"`, its tasks named as the data sets.
+
+    Raises:
+        ValueError, TypeError: No data set, and what `class_incremental` refuses in each of them; the message names the
+            data set.
+
+    Example:
+        >>> scenario = dataset_sequence(    # doctest: +SKIP
+        ...     {name: load_dataset(name) for name in ("ylecun/mnist", "ufldl-stanford/svhn")}
+        ... )
+    """
+    if not isinstance(datasets, Mapping) or not datasets:
+        raise ValueError(
+            f"datasets is {type(datasets).__name__} of {len(datasets) if isinstance(datasets, Mapping) else '?'}, but "
+            'must be a dict of at least one data set by name, {"mnist": load_dataset(...), ...}.'
+        )
+    if not isinstance(label_columns, str):
+        unknown = sorted(set(label_columns) - set(datasets))
+        if unknown:
+            raise ValueError(f"label_columns names {unknown}, but the data sets are {list(datasets)}.")
+    tasks = []
+    for index, (name, dataset) in enumerate(datasets.items()):
+        column = label_columns if isinstance(label_columns, str) else label_columns.get(name, "label")
+        try:
+            tasks.append(_task(index, name, dataset, column, shared_classes, train_split, test_split))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"Data set {name!r}: {error}") from error
+    names = [task.label_prefix + label_name for task in tasks for label_name in task.label_names]
+    return Scenario(
+        tasks,
+        name="dataset-sequence",
+        image_column=IMAGE,
+        label_column=LABEL,
+        label_names=list(dict.fromkeys(names)),
+    )
+
+
+def _task(
+    index: int,
+    name: str,
+    dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
+    label_column: str,
+    shared_classes: bool,
+    train_split: str,
+    test_split: str,
+) -> Task:
+    train, test = train_and_test(dataset, train_split, test_split)
+    labels = read_labels(train, test, label_column)
+    image_column = find_image_column(train, test, None)
+    prefix = "" if shared_classes else f"{name}/"
+    classes = tuple(prefix + labels.names[label] for label in np.unique(labels.train))
+    columns = {image_column: IMAGE, label_column: LABEL}
+    renamed = {old: new for old, new in columns.items() if old != new}
+    train, test = (split.select_columns(list(columns)).rename_columns(renamed) for split in (train, test))
+    return Task(index, name, classes, train, test, labels.names, prefix)

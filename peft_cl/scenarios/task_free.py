@@ -1,0 +1,80 @@
+"""Task-free learning: a stream whose classes come and go, without a boundary that anyone is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .class_incremental import class_incremental
+from .task import Scenario, Task
+
+
+def task_free(
+    dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
+    num_tasks: int | None = None,
+    label_column: str = "label",
+    *,
+    blur: float = 0.5,
+    passes: int = 1,
+    stream_seed: int = 0,
+    **settings: Any,
+) -> Scenario:
+    """Makes one stream of a data set, in which groups of classes come and go on a Gaussian schedule.
+
+    The classes are divided as by `class_incremental`. The group k of K is most frequent around the moment
+    (k + 1/2) / K of the stream: each of its training images comes at a moment drawn from a normal distribution about
+    it, and the stream is all images in the order of their moments (after the Gaussian schedule of Shanahan et al.
+    2021, arXiv 2105.13327). No image is copied. The stream is cut into `num_tasks` stretches of equal length, after
+    each of which the groups begun so far are measured; the model is told neither groups nor cuts.
+
+    Args:
+        dataset, num_tasks, label_column, **settings: As for `class_incremental`.
+        blur: Standard deviation of a group's moments, in widths of a stretch (1 / K); 0: one group after the other.
+        passes: How often each image comes, each time at another moment.
+        stream_seed: Draws the moments.
+
+    Returns:
+        The scenario, named `"task-free"`, without boundaries, its stretches `"task_0"`, `"task_1"`, ...; the classes
+        of a stretch are those of the group that has its peak there.
+
+    Raises:
+        ValueError, TypeError: As `class_incremental`; a negative `blur` or no pass.
+
+    Example:
+        >>> scenario = task_free(load_dataset("uoft-cs/cifar100"), 10, "fine_label", blur=0.5)    # doctest: +SKIP
+        >>> scenario.boundaries                                                                   # doctest: +SKIP
+        False
+    """
+    if isinstance(blur, bool) or not isinstance(blur, (int, float)) or not 0 <= blur < np.inf:
+        raise ValueError(f"blur is {blur!r}, but must be a number of at least 0, in widths of a stretch.")
+    if isinstance(passes, bool) or not isinstance(passes, (int, np.integer)) or passes < 1:
+        raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1.")
+    groups = class_incremental(dataset, num_tasks, label_column, **settings)
+    train = dataset[settings.get("train_split", "train")] if isinstance(dataset, Mapping) else dataset[0]
+    labels = Task(0, "all", groups.classes, train, train, groups.label_names)
+    group_of_class = np.concatenate([np.full(len(task.classes), task.index) for task in groups])
+    position = groups.model_labels(labels, "train")
+    rows = np.flatnonzero(position >= 0)
+    peaks = (group_of_class[position[rows]] + 0.5) / len(groups)
+    generator = np.random.default_rng(stream_seed)
+    # Noise of its own for each pass; with blur 0 the images of a group still come in random order.
+    noise = generator.normal(size=(passes, len(rows)))
+    moments = peaks + (blur / len(groups)) * noise
+    order = np.lexsort((generator.random(moments.size), moments.ravel()))
+    stream = np.tile(rows, passes)[order]
+    return Scenario(
+        [
+            replace(task, train=train.select(stretch))
+            for task, stretch in zip(groups, np.array_split(stream, len(groups)), strict=True)
+        ],
+        name="task-free",
+        image_column=groups.image_column,
+        label_column=groups.label_column,
+        label_names=groups.label_names,
+        seed=groups.seed,
+        boundaries=False,
+    )

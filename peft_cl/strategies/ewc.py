@@ -1,0 +1,98 @@
+"""Elastic weight consolidation: weights that earlier tasks need are held by a spring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..scenarios import Task
+from ..trainer import ContinualTrainer, Strategy
+
+
+class EWC(Strategy):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796, eq. 3).
+
+    The loss gets strength / 2 * sum over earlier tasks k and weights i of F_ki (w_i - w*_ki)^2, F_k the diagonal of
+    the empirical Fisher information of task k at its end. The sum of parabolas is one parabola, so its curvature and
+    centre are all that is kept, however many tasks there are. On an adapter it holds what lasts from task to task:
+    head, keys and prompts of L2P, DualPrompt's general prompt; rows of one task are never changed by another.
+
+    Args:
+        strength: lambda; 0 or more.
+        fisher_samples: training images, one backward pass each, from which a task's Fisher information is estimated.
+
+    Raises:
+        ValueError: a negative strength, or no sample.
+    """
+
+    name = "EWC"
+
+    def __init__(self, strength: float = 1000.0, fisher_samples: int = 256):
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength!r}, but must be a number of at least 0.")
+        if isinstance(fisher_samples, bool) or not isinstance(fisher_samples, int) or fisher_samples < 1:
+            raise ValueError(f"fisher_samples is {fisher_samples!r}, but must be a whole number of at least 1.")
+        self.strength = strength
+        self.fisher_samples = fisher_samples
+        #: By parameter: sum of F_k, and sum of F_k w*_k over it.
+        self.curvature: dict[str, torch.Tensor] = {}
+        self.centre: dict[str, torch.Tensor] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {"strength": self.strength, "fisher_samples": self.fisher_samples}
+
+    def losses(self, trainer: ContinualTrainer) -> dict[str, torch.Tensor]:
+        if not self.curvature or not self.strength:
+            return {}
+        penalty = 0.0
+        for name, value in trainer.tuner.lasting_parameters().items():
+            if name in self.curvature:
+                # A head has grown since: its first rows are those of the classes then.
+                held = value[: len(self.centre[name])]
+                penalty = penalty + (self.curvature[name] * (held - self.centre[name]).square()).sum()
+        return {"ewc": self.strength / 2 * penalty}
+
+    def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        parameters = trainer.tuner.lasting_parameters()
+        for name, fisher in self._fisher(trainer, task, parameters).items():
+            value = parameters[name].detach()
+            known = self.curvature.get(name)
+            if known is None:
+                self.curvature[name], self.centre[name] = fisher, value.clone()
+                continue
+            rows = len(known)
+            total, centre = fisher.clone(), value.clone()
+            total[:rows] += known
+            weighted = known * self.centre[name] + fisher[:rows] * value[:rows]
+            # Where neither task has curvature the centre is of no account.
+            centre[:rows] = torch.where(total[:rows] > 0, weighted / total[:rows].clamp_min(1e-38), value[:rows])
+            self.curvature[name], self.centre[name] = total, centre
+
+    def _fisher(
+        self, trainer: ContinualTrainer, task: Task, parameters: dict[str, torch.nn.Parameter]
+    ) -> dict[str, torch.Tensor]:
+        """Mean of the squared gradients of log p(label | image), image by image; the same on every process."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        fisher = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        rows = torch.linspace(0, len(task.train) - 1, min(self.fisher_samples, len(task.train))).long()
+        rows = torch.unique(rows).tolist()
+        images = trainer.plain_batches(replace(task, train=task.train.select(rows)), batch_size=1)
+        model.eval()  # no dropout, and nothing is counted
+        for batch in images:
+            logits = model(pixel_values=batch["pixel_values"]).logits
+            # Over the classes that the training loss is over.
+            loss = F.cross_entropy(trainer.tuner.head.mask(logits.float(), None, training=True), batch["labels"])
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    fisher[name] += gradient.square() / len(rows)
+        return fisher
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curvature": self.curvature, "centre": self.centre}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curvature, self.centre = state["curvature"], state["centre"]

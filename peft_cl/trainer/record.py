@@ -1,0 +1,56 @@
+"""The record of a run, from the trainer's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..metrics import RunResults
+from .provenance import dataset_name, hyperparameters, model_name, versions
+
+
+if TYPE_CHECKING:
+    from .trainer import ContinualTrainer
+
+
+def record_of(trainer: ContinualTrainer) -> RunResults:
+    """What the run was and what it has measured so far."""
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    weights = Path(trainer.args.output_dir, SAFETENSORS_WEIGHTS_NAME)
+    tuner, scenario, strategy = trainer.tuner, trainer.scenario, trainer.strategy
+    config = tuner.peft_config[tuner.active_adapters[0]]
+    settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
+    if trainer.batch_augmentation is not None:
+        settings["batch_augmentation"] = repr(trainer.batch_augmentation)
+    if strategy.settings():
+        settings["strategy"] = strategy.settings()
+    return RunResults(
+        method=strategy.title(config.title),
+        peft_type=config.peft_type.value,
+        base_model=model_name(trainer.model),
+        dataset=dataset_name(scenario),
+        scenario=scenario.describe(),
+        seed=trainer.args.seed,
+        task_names=[task.name for task in scenario],
+        accuracy_matrix=trainer.accuracy_matrix.tolist(),
+        test_sizes=[len(task.test) for task in scenario],
+        metrics=trainer.metrics,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
+        train_seconds=trainer.train_seconds,
+        hyperparameters=settings,
+        versions=versions(),
+        command=None,
+        finished_tasks=trainer.finished_tasks,
+        prompt_usage=usage_of_finished_tasks(trainer),
+    )
+
+
+def usage_of_finished_tasks(trainer: ContinualTrainer) -> list[list[float]] | None:
+    """How often each row was chosen for each task's test images; None where no rows are chosen."""
+    if trainer.prompt_usage is None or not trainer.finished_tasks:
+        return None
+    return trainer.prompt_usage[: trainer.finished_tasks].tolist()

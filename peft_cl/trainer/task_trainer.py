@@ -1,0 +1,253 @@
+"""The Trainer made right for one task after the other: what one task needs, nothing of the sequence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
+from ..tuners.base.model import PromptPoolModel
+from .arguments import ContinualTrainingArguments
+from .checks import check_image_size
+from .examples import TaskExamples, rows_by_image
+from .learning_rates import set_rates
+from .progress import SequenceProgress
+from .query_cache import QueryCache
+from .snapshot import STATE_FOLDER
+from .strategy import Strategy
+
+
+class EpochDraws(TrainerCallback):
+    """Tells the training examples which epoch it is; accelerate's loader tells either the sampler or the data set."""
+
+    def __init__(self, trainer: TaskTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
+
+
+class TaskTrainer(Trainer):
+    """`transformers.Trainer` whose `fit` trains on the examples of tasks, with everything that a task needs made anew.
+
+    Attributes:
+        task: the task that is learnt or was learnt last; None before the first.
+        queries: the frozen model's features of the images, where they are the same each time.
+        optimizer_state: what the next optimizer takes up from an interrupted run.
+        selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
+    """
+
+    args: ContinualTrainingArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: ContinualTrainingArguments,
+        scenario: Scenario,
+        processing_class: Any,
+        augmentation: Callable | None,
+        batch_augmentation: Callable[[torch.Tensor], torch.Tensor] | None,
+        strategy: Strategy,
+        **kwargs: Any,
+    ):
+        self.scenario = scenario
+        self.strategy = strategy
+        self.batch_augmentation = batch_augmentation
+        config = model.peft_config[model.active_adapter]
+        # An adapter that has learnt tasks before goes on: the rows of its head come first.
+        self.tasks_before = config.num_tasks
+        self.classes_before = tuple(config.classes if config.tasks else ())
+        label_index = scenario.label_index(self.classes_before)
+        self._collators = {
+            training: ContinualCollator(
+                ImageTransform(processing_class, augmentation if training else None),
+                label_index,
+                scenario.image_column,
+                scenario.label_column,
+                label_names=scenario.label_names,
+            )
+            for training in (True, False)
+        }
+        check_image_size(model, self._collators[False].transform.output_size)
+        if args.eval_strategy != "no":  # the Trainer asks for it; `evaluate` knows what to measure
+            kwargs.setdefault("eval_dataset", scenario[0].test)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collators[False],
+            train_dataset=scenario[0].train,
+            processing_class=processing_class,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+            **kwargs,
+        )
+        self.progress = SequenceProgress()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(self.progress)
+        self.pop_callback(PrinterCallback)
+        self.add_callback(EpochDraws(self))
+        self.queries = QueryCache(training_images=augmentation is None and batch_augmentation is None)
+        self.task: Task | None = None
+        self.optimizer_state: dict[str, Any] | None = None
+        self.selected_rows: list[torch.Tensor] | None = None
+        self.key_sets = 1
+        self._losses: dict[str, torch.Tensor] = {}
+        self._losses_counted = 0
+
+    @property
+    def tuner(self) -> PromptPoolModel:
+        """The tuner inside the model, however the model is wrapped."""
+        return self.accelerator.unwrap_model(self.model).base_model
+
+    # ----------------------------------------------------------------------------------------------- one task
+
+    @property
+    def augmentation(self) -> Callable | None:
+        """What is applied to each training image."""
+        return self._collators[True].transform.augmentation
+
+    def fit(self, tasks: Sequence[Task]) -> TrainOutput:
+        """The Trainer's own loop over the training examples of `tasks`; everything that belongs to a task is new."""
+        # The Trainer keeps its optimizer, its schedule and its wrapped model from one train() to the next: rows that
+        # the task brought would be in none of them, and an evaluation before would switch DDP off. A stream has no
+        # tasks: its optimizer goes on.
+        if self.scenario.boundaries:
+            self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        self.train_dataset = self.examples(tasks, "train")
+        self._losses, self._losses_counted = {}, 0
+        checkpoint = self._checkpoint()
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
+                self._nothing_left(checkpoint)
+            return output
+        finally:
+            if len(tasks) == 1:  # tasks that are gone through together come again
+                self.queries.forget(tasks)
+
+    def _checkpoint(self) -> str | None:
+        """The checkpoint that this task goes on from, if it was interrupted."""
+        return None
+
+    def _nothing_left(self, checkpoint: str) -> None:
+        """Called if the task was at its end in the checkpoint that it went on from."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with `learning_rates` where parts have rates of their own."""
+        optimizer = super().create_optimizer(model)
+        if self.args.learning_rates:
+            set_rates(optimizer, self.model, self.args.learning_rates)
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+        return optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
+        if self.batch_augmentation is not None:
+            with torch.no_grad():
+                inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.strategy.after_backward(self)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            terms = self.strategy.losses(self)
+            loss = loss + sum(terms.values())
+            for name, value in {**self.tuner.head.last_losses, **terms}.items():
+                self._losses[name] = self._losses.get(name, 0.0) + value.detach()
+            self._losses_counted += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        selected = self.tuner.head.last_selected
+        if self.selected_rows is not None and selected is not None:
+            rows = rows_by_image(selected, self.tuner.pool.rows_in_use)
+            self.key_sets = 1 if selected.ndim == 2 else len(selected)
+            self.selected_rows.append(self.accelerator.gather_for_metrics(rows))
+        return loss, self.strategy.predict(self, inputs, logits), labels
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside the loss, log its terms one by one: means since the last log."""
+        if "loss" in logs and self._losses_counted:
+            means = {name: float(value) / self._losses_counted for name, value in self._losses.items()}
+            logs = {**logs, **means, "task": self.task.index}
+            self._losses, self._losses_counted = {}, 0
+        super().log(logs, start_time)
+
+    # ----------------------------------------------------------------------------------------------- data
+
+    def examples(self, tasks: Sequence[Task], split: str) -> TaskExamples:
+        """The tasks' `"train"` or `"test"` examples one after the other, with what belongs to each of them: its label
+        in the order of the model's outputs, its query where that is kept, its task where that is known at test."""
+        labels = [self.scenario.model_labels(task, split, self.classes_before) for task in tasks]
+        tensors = {"model_label": torch.from_numpy(np.concatenate(labels))}
+        if self.args.cache_queries:
+            tensors["query"] = self.queries.queries(tasks, split, self.tuner, self.plain_batches)
+        if split == "test" and self.scenario.task_known:
+            numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
+            tensors["task_ids"] = numbers.repeat_interleave(torch.tensor([len(task.test) for task in tasks]))
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        augmented = split == "train" and self.augmentation is not None
+        # What is trained on, so that two tasks' draws differ.
+        seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
+        return TaskExamples([getattr(task, split) for task in tasks], tensors, seed)
+
+    def training_batch(self, examples: TaskExamples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Some of the examples as a batch of training, augmented as others are, on the device."""
+        examples.begin_epoch(int(torch.randint(2**62, ())))  # other draws each time
+        return self._prepare_inputs(self._collators[True](examples.__getitems__(indices)))
+
+    def plain_batches(
+        self, task: Task, split: str = "train", batch_size: int | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Un-augmented batches of all of a task's examples, in order, on this process alone."""
+        labels = torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))
+        examples = TaskExamples([getattr(task, split)], {"model_label": labels})
+        # A generator of its own: the order of the training images must not depend on whether queries are cached.
+        loader = DataLoader(
+            examples,
+            batch_size or self.args.eval_batch_size,
+            collate_fn=self._collators[False],
+            generator=torch.Generator(),
+        )
+        return (self._prepare_inputs(batch) for batch in loader)
+
+    def get_train_dataloader(self):
+        self.data_collator = self._collators[True]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = self._collators[False]
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.scenario.boundaries:
+            return super()._get_train_sampler(train_dataset)
+        return SequentialSampler(train_dataset or self.train_dataset)  # the order of a stream is the data
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
+        self.__dict__.pop("_eval_dataloaders", None)
+        # Incomplete batches are dropped in training only; every test image counts.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _get_output_dir(self, trial):
+        """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
+        return os.path.join(self.args.output_dir, STATE_FOLDER, self.task.name if self.task else "")

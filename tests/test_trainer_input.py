@@ -1,0 +1,91 @@
+"""What the trainer refuses, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+from peft import get_peft_model
+from trainer_cases import CONFIGS
+
+from peft_cl import (
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    DualPromptConfig,
+    LinearProbeConfig,
+    class_incremental,
+)
+from peft_cl.strategies import FineTuning, NearestClassMean
+
+
+class TestBadInput:
+    """Each is refused before anything is trained."""
+
+    def test_a_pool_smaller_than_the_tasks_need(self, make_trainer):
+        with pytest.raises(ValueError, match=r"pool_size is 2, but task 3 needs a row of its own.*Enlarge pool_size"):
+            make_trainer(DualPromptConfig(pool_size=2))
+
+    def test_label_smoothing(self, tmp_path):
+        with pytest.raises(ValueError, match=r"label_smoothing_factor is 0.1.*Set it to 0"):
+            ContinualTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
+
+    def test_buffers_of_one_process_for_all(self, tmp_path):
+        with pytest.raises(ValueError, match="ddp_broadcast_buffers is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, ddp_broadcast_buffers=True)
+
+    def test_half_precision_of_everything(self, tmp_path):
+        with pytest.raises(ValueError, match="bf16_full_eval is True.*dtype='bfloat16'"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, bf16_full_eval=True)
+
+    @pytest.mark.parametrize("strategy", [FineTuning(), NearestClassMean()], ids=lambda strategy: strategy.name)
+    def test_task_evidence_without_training_steps_on_frozen_features(self, strategy, make_trainer):
+        with pytest.raises(ValueError, match=f"task_evidence is 6.0, but {strategy.name} has no use for it"):
+            make_trainer(LinearProbeConfig(task_evidence=6.0), strategy=strategy)
+
+    @pytest.mark.parametrize("name", ["prediction_loss_only", "batch_eval_metrics"])
+    def test_evaluation_without_predictions(self, name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), **{name: True})
+
+    def test_images_of_another_size(self, make_trainer, tiny_vit):
+        model = get_peft_model(tiny_vit(image_size=64), LinearProbeConfig())
+        with pytest.raises(ValueError, match="gives images of 32 x 32 pixels, but the backbone reads 64 x 64"):
+            make_trainer(None, model=model)
+
+    def test_rates_of_parts_that_the_adapter_lacks(self, make_trainer):
+        with pytest.raises(ValueError, match="learning_rates names attention, but this adapter has no such part"):
+            make_trainer(CONFIGS["l2p"](), learning_rates={"attention": 0.1, "keys": 0.1})
+
+    def test_removed_columns(self, tmp_path):
+        with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):
+            ContinualTrainingArguments(str(tmp_path), remove_unused_columns=True)
+
+    def test_learning_rates(self, tmp_path):
+        with pytest.raises(ValueError, match="learning_rates names 'prompt', but the parts are prompts"):
+            ContinualTrainingArguments(str(tmp_path), learning_rates={"prompt": 0.1})
+        with pytest.raises(ValueError, match="gives 'keys' the rate -1"):
+            ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": -1})
+
+    def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
+        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
+        with pytest.raises(ValueError, match="model is a ViTForImageClassification.*get_peft_model"):
+            ContinualTrainer(tiny_vit(), arguments, class_incremental(data, 3), processing_class=processor)
+
+    def test_no_scenario_and_no_processor(self, tiny_vit, data, processor, tmp_path):
+        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)
+        model = get_peft_model(tiny_vit(), LinearProbeConfig())
+        with pytest.raises(ValueError, match="scenario is a dict.*class_incremental"):
+            ContinualTrainer(model, arguments, data, processing_class=processor)
+        with pytest.raises(ValueError, match="processing_class is None.*AutoImageProcessor"):
+            ContinualTrainer(model, arguments, class_incremental(data, 3), processing_class=None)
+
+    def test_evaluation_before_any_task(self, make_trainer):
+        with pytest.raises(ValueError, match="No task has begun"):
+            make_trainer(CONFIGS["linear-probe"]()).evaluate()
+
+    def test_arguments_of_train(self, make_trainer):
+        with pytest.raises(ValueError, match="got {'trial': 1}, but a task sequence is trained as a whole"):
+            make_trainer(CONFIGS["linear-probe"]()).train(trial=1)
+
+    def test_a_folder_that_cannot_be_written_to(self, make_trainer, tmp_path):
+        (tmp_path / "file").write_text("not a folder")
+        with pytest.raises(OSError, match="output_dir '.*file/run' cannot be written to.*Give another folder"):
+            make_trainer(CONFIGS["linear-probe"](), folder="file/run")

@@ -1,0 +1,31 @@
+"""What the trainer's tests share: small adapters, and images that can be learnt at a glance."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
+
+
+CONFIGS = {
+    "l2p": lambda: L2PConfig(pool_size=6, prompt_length=2, top_k=2),
+    "dualprompt": lambda: DualPromptConfig(prompt_length=2, g_prompt_length=2),
+    "coda": lambda: CodaPromptConfig(components_per_task=2, prompt_length=4),
+    "linear-probe": lambda: LinearProbeConfig(),
+}
+
+
+def images(per_class: int, seed: int) -> Dataset:
+    """Six classes of 32x32 images, each a colour with noise: learnable at a glance."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]])
+    labels = np.repeat(np.arange(6), per_class)
+    pixels = colours[labels][:, None, None] + rng.normal(0, 25, (len(labels), 32, 32, 3))
+    pictures = [PILImage.fromarray(picture.clip(0, 255).astype("uint8")) for picture in pixels]
+    names = ["red", "green", "blue", "yellow", "cyan", "magenta"]
+    return Dataset.from_dict(
+        {"image": pictures, "label": labels.tolist()},
+        features=Features({"image": Image(), "label": ClassLabel(names=names)}),
+    )
