@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_fixtures import place, refused, train, trained  # noqa: F401
 from datasets import Dataset
 from peft import get_peft_model
 from trainer_cases import images

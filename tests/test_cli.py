@@ -6,17 +6,14 @@ import json
 import re
 import runpy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-import yaml
-from datasets import ClassLabel, Dataset, Features, Image
-from peft import LoraConfig, PeftModel, get_peft_model
+from cli_fixtures import COLOURS, pictures
+from peft import PeftModel
 from PIL import Image as PILImage
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification
 
 from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main
@@ -26,81 +23,6 @@ from peft_cl.commands.settings import make_settings
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "yellow": (220, 220, 30)}
-
-
-def pictures(per_class: int, seed: int) -> Dataset:
-    """Four classes of 16x16 images, each a colour with noise."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(len(COLOURS)), per_class)
-    pixels = np.array(list(COLOURS.values()))[labels][:, None, None] + rng.normal(0, 60, (len(labels), 16, 16, 3))
-    return Dataset.from_dict(
-        {"image": [PILImage.fromarray(each.clip(0, 255).astype("uint8")) for each in pixels], "label": labels},
-        features=Features({"image": Image(), "label": ClassLabel(names=list(COLOURS))}),
-    )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with `data` (parquet), `single` (parquet, one split), `model` and `config.yaml`."""
-    folder = tmp_path_factory.mktemp("cli")
-    for path, split, rows in (("data", "train", (8, 0)), ("data", "test", (5, 1)), ("single", "train", (10, 2))):
-        (folder / path).mkdir(exist_ok=True)
-        pictures(*rows).to_parquet(folder / path / f"{split}.parquet")
-    size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 3}
-    width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
-    ViTForImageClassification(ViTConfig(**size, **width)).save_pretrained(folder / "model")
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
-    config = {
-        "model": {"name": str(folder / "model")},
-        "method": "coda",
-        "adapter": {"components_per_task": 2, "prompt_length": 4, "layers": [0, 1]},
-        "dataset": {"path": str(folder / "data")},
-        "scenario": {"num_tasks": 2, "seed": 3},
-        "training": {
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 0.02,
-            "lr_scheduler_type": "constant",
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
-        "output_dir": str(folder / "run"),
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trained(place) -> Path:
-    """The folder of a finished run."""
-    assert main(["train", str(place / "config.yaml"), "--training.seed", "5"]) == 0
-    return place / "run"
-
-
-@pytest.fixture
-def train(place, tmp_path) -> Callable[..., int]:
-    """`train("--dotted.key", "value")` trains the configuration with changes, into a folder of its own."""
-    return lambda *words: main(["train", str(place / "config.yaml"), "--output_dir", str(tmp_path / "out"), *words])
-
-
-@pytest.fixture
-def refused(train, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
-    """`refused("--dotted.key", "value")` returns the one line of the error, after seeing that nothing was trained."""
-
-    def call(*words: str) -> str:
-        monkeypatch.setattr(ContinualTrainer, "train", lambda self: pytest.fail("training began"))
-        assert train(*words) == 2
-        assert not (tmp_path / "out").exists()
-        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-        assert line.startswith("peft-cl: ")
-        return line
-
-    return call
-
-
 # ----------------------------------------------------------------------------------------------- a run
 
 
@@ -286,131 +208,6 @@ def test_learning_rate_is_scaled_by_the_batch_and_said(train, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--method", "codda"], ["codda", "Did you mean coda?", "nearest-class-mean"]),
-        (["--methd", "coda"], ["--methd", "Did you mean --method?"]),
-        (["--preset", "papre"], ["papre", "Did you mean paper?", "official"]),
-        (["--training.learning_rat", "1"], ["Did you mean training.learning_rate?", "training.learning_rat"]),
-        (["--training.output_dir", "x"], ["training.output_dir"]),
-        (["--training.learning_rate", "fast"], ["'fast'", "a number"]),
-        (["--training.learning_rates", "0.1"], ["training.learning_rates", "a mapping"]),
-        (["--training.lr_scheduler_type", "constnat"], ["constnat", "constant"]),
-        (["--training.learning_rate_per_256", "0.03"], ["both", "null"]),
-        (["--training.label_smoothing_factor", "0.1"], ["label_smoothing_factor"]),
-        (["--training.num_train_epochs"], ["--training.num_train_epochs has no value"]),
-        (["--adapter.top_k", "3"], ["adapter.top_k", "components_per_task"]),
-        (["--adapter.classes", "[a]"], ["adapter.classes"]),
-        (["--adapter.components_per_task", "0"], ["components_per_task is 0"]),
-        (["--adapter.layers", "[0, 7]"], ["layers [7]", "2 layers"]),
-        (["--adapter.pool_size", "3"], ["pool_size is 3", "task 2"]),
-        (["--model.name", "./nowhere"], ["'./nowhere'", "no such folder"]),
-        (["--model.dtype", "float8"], ["'float8'", "bfloat16"]),
-        (["--model.attn_implementation", "eagr"], ["eagr", "sdpa"]),
-        (["--model.dtype", "bfloat16", "--method", "fine-tuning", "--adapter", "{}"], ["float32", "fine-tuning"]),
-        (["--dataset.path", "./nowhere"], ["data set './nowhere'", "no such folder"]),
-        (["--dataset.label_column", "lable"], ["'lable'", "['image', 'label']"]),
-        (["--dataset.image_column", "img"], ["'img'", "['image', 'label']"]),
-        (["--dataset.test_split", "validation"], ["'validation'", "['train', 'test']"]),
-        (["--dataset.test_fraction", "1.5"], ["test_fraction is 1.5"]),
-        (["--scenario.num_tasks", "9"], ["4 classes", "9 tasks"]),
-        (["--scenario.class_order", "[red]"], ["seed 3", "class_order"]),
-        (["--scenario", "{}"], ["scenario", "num_tasks is missing"]),
-        (["--scenario.kind", "class-incrementl"], ["class-incrementl", "task-incremental"]),
-        (["--scenario.kind", "domain-incremental"], ["num_tasks does not go with the kind domain-incremental"]),
-        (["--scenario.domain_order", "[red]"], ["domain_order does not go with the kind class-incremental"]),
-        (["--scenario.classes_per_task", "[2, 2]"], ["classes_per_task", "leave num_tasks"]),
-        (["--augmentation.scale", "[0.5]"], ["augmentation.scale", "a list of 2"]),
-        (["--augmentation.flip", "2"], ["flip"]),
-        (["--processor.do_normalise", "false"], ["Did you mean processor.do_normalize?"]),
-        (["--dataset", "[1"], ["YAML"]),
-    ],
-)
-def test_bad_settings_are_refused_before_training(refused, words, expected):
-    message = refused(*words)
-    assert all(part in message for part in expected), message
-
-
-def test_a_data_set_with_one_split_names_the_remedy(refused, place):
-    assert "dataset.test_fraction" in refused("--dataset.path", str(place / "single"))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("learning_rate: 0.1", "training.learning_rate exists"),
-        ("method: l2p\nmethod: coda", "more than once"),
-        ("- l2p", "no sections"),
-        ("method: [", "YAML"),
-        ("model: vit-tiny-64", "method is missing"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path, capsys, text, expected):
-    (tmp_path / "run.yaml").write_text(text)
-    assert main(["train", str(tmp_path / "run.yaml")]) == 2
-    assert expected in capsys.readouterr().err
-
-
-def test_a_damaged_data_file_is_said(refused, tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
-    assert "broken' cannot be loaded" in refused("--dataset.path", str(tmp_path / "broken"))
-
-
-def test_missing_files_are_named(tmp_path, capsys):
-    for command in (
-        ["train", "no.yaml"],
-        ["info", "./no"],
-        ["plot", "./no"],
-        ["evaluate", "./no", "--dataset", "./d"],
-    ):
-        assert main(command) == 2
-        assert "no" in capsys.readouterr().err
-    assert main(["info", str(tmp_path)]) == 2
-    assert "adapter_config.json and no adapter_model.safetensors" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("adapter_model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"),
-        ("adapter_config.json", b"{"),
-        ("results.json", b'{"format_version": 1}'),
-    ],
-)
-def test_a_damaged_adapter_is_named(trained, tmp_path, capsys, file, content):
-    shutil.copytree(trained, tmp_path / "copy")
-    (tmp_path / "copy" / file).write_bytes(content)
-    assert main(["info", str(tmp_path / "copy")]) == 2
-    message = capsys.readouterr().err
-    assert re.search("damaged|cannot be read", message) and "Traceback" not in message
-
-
-def test_evaluate_refuses_what_does_not_fit(trained, place, tmp_path, capsys):
-    pictures(2, 0).rename_column("label", "kind").to_parquet(tmp_path / "test.parquet")
-    command = ["evaluate", str(trained), "--dataset"]
-    for words, expected in (
-        ([str(place / "data"), "--split", "validation"], "'validation'"),
-        ([str(place / "data"), "--label-column", "lable"], "'lable'"),
-        ([str(tmp_path)], "'label'"),
-        ([str(place / "data"), "--model", "vit-tiny-64"], "does not fit"),
-        ([str(place / "data"), "--batch-size", "0"], "--batch-size is 0"),
-    ):
-        assert main([*command, *words]) == 2
-        assert expected in capsys.readouterr().err
-
-
-def test_adapters_of_other_methods_are_refused(place, tmp_path, capsys):
-    base = AutoModelForImageClassification.from_pretrained(place / "model")
-    get_peft_model(base, LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path)
-    for command in (["info", str(tmp_path)], ["evaluate", str(tmp_path), "--dataset", str(place / "data")]):
-        assert main(command) == 2
-        assert "is of the PEFT type LORA, which is none of peft_cl's" in capsys.readouterr().err.replace(
-            "PeftType.", ""
-        )
 
 
 # ----------------------------------------------------------------------------------------------- examples and demo

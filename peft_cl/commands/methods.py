@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..strategies import FineTuning, NearestClassMean
+from ..strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
 from ..trainer import Strategy
 from ..tuners import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
 from ..tuners.base.config import PromptPoolConfig
@@ -47,3 +47,6 @@ METHODS = {
     "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=(("train_mask", False),)),
     "nearest-class-mean": Method(LinearProbeConfig, NearestClassMean),
 }
+
+#: What may be added to a method.
+STRATEGIES = {"er": ExperienceReplay, "ewc": EWC, "joint": JointTraining}

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers.processing_utils import ImagesKwargs
 
 from ..hub.card import NOT_SETTINGS
-from ..scenarios import RandomResizedCropFlip, Scenario, class_incremental, domain_incremental, task_incremental
-from ..trainer import ContinualTrainingArguments
+from ..scenarios import (
+    RandomResizedCropFlip,
+    Scenario,
+    class_incremental,
+    domain_incremental,
+    task_free,
+    task_incremental,
+)
+from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError, explained, unknown
-from .methods import METHODS, Method
+from .methods import METHODS, STRATEGIES, Method
 from .options import check_names, convert, fill
 
 
@@ -22,6 +30,8 @@ SECTIONS = (
     "method",
     "preset",
     "adapter",
+    "continue_from",
+    "strategy",
     "dataset",
     "scenario",
     "augmentation",
@@ -77,10 +87,11 @@ class DatasetSettings:
 class ScenarioSettings:
     """The section `scenario`: how the data becomes a sequence of tasks."""
 
-    kind: Literal["class-incremental", "task-incremental", "domain-incremental"] = field(
+    kind: Literal["class-incremental", "task-incremental", "domain-incremental", "task-free"] = field(
         default="class-incremental",
         metadata={
-            "help": "New classes in each task, the task unknown or known at test; or the same classes in new domains."
+            "help": "New classes in each task, the task unknown or known at test; the same classes in new domains; or "
+            "one stream in which classes come and go."
         },
     )
     num_tasks: int | None = field(
@@ -105,11 +116,22 @@ class ScenarioSettings:
         default=None, metadata={"help": "Draws the order of classes or domains. null: the data's own order."}
     )
 
+    blur: float | None = field(
+        default=None,
+        metadata={"help": "Spread of a group of classes in the stream, in widths of a stretch (task-free only)."},
+    )
+    passes: int | None = field(
+        default=None, metadata={"help": "How often each image comes in the stream (task-free only). null: once."}
+    )
+    stream_seed: int | None = field(default=None, metadata={"help": "Draws the stream (task-free only). null: 0."})
+
     def __post_init__(self) -> None:
         of_classes = ("num_tasks", "classes_per_task", "first_task_classes", "class_order")
         of_domains = ("domain_column", "domain_order")
+        of_streams = ("blur", "passes", "stream_seed")
         by_domain = self.kind == "domain-incremental"
-        foreign = [name for name in (of_classes if by_domain else of_domains) if getattr(self, name) is not None]
+        unfit = (of_classes if by_domain else of_domains) + (() if self.kind == "task-free" else of_streams)
+        foreign = [name for name in unfit if getattr(self, name) is not None]
         if foreign:
             raise ValueError(f"{', '.join(foreign)} does not go with the kind {self.kind}. Take it out.")
         if not by_domain and self.num_tasks is None and self.classes_per_task is None:
@@ -128,6 +150,7 @@ KINDS = {
     "class-incremental": class_incremental,
     "task-incremental": task_incremental,
     "domain-incremental": domain_incremental,
+    "task-free": task_free,
 }
 
 
@@ -139,6 +162,8 @@ class RunSettings:
     method: Method
     preset: str | None
     adapter: PromptPoolConfig
+    strategies: list[Strategy]
+    continue_from: str | None
     model: ModelSettings
     processor: dict[str, Any]
     dataset: DatasetSettings
@@ -149,8 +174,12 @@ class RunSettings:
     output_dir: str
 
 
-def make_settings(config: dict[str, Any]) -> RunSettings:
+def make_settings(config: dict[str, Any], earlier: PromptPoolConfig | None = None) -> RunSettings:
     """Turn the sections of a configuration into settings.
+
+    Args:
+        config: The sections.
+        earlier: Configuration of the adapter to continue from, which then says method and settings.
 
     Raises:
         CommandError: An unknown section or name, a value of another type or out of range, or a section that is
@@ -160,7 +189,7 @@ def make_settings(config: dict[str, Any]) -> RunSettings:
         if name not in SECTIONS:
             raise _unknown_section(name)
     model = fill("model", ModelSettings, _expand(config.get("model"), "name"))
-    method_name, method, preset, adapter = _make_adapter(config)
+    method_name, method, preset, adapter = _make_adapter(config) if earlier is None else _take_over(config, earlier)
     if method.trains_backbone and model.dtype != "float32":
         raise CommandError(
             f"model.dtype is {model.dtype}, but {method_name} trains the backbone, whose small steps are lost in 16 "
@@ -175,6 +204,8 @@ def make_settings(config: dict[str, Any]) -> RunSettings:
         method=method,
         preset=preset,
         adapter=adapter,
+        strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
+        continue_from=config.get("continue_from"),
         model=model,
         processor=check_names("processor", config.get("processor"), ImagesKwargs.__annotations__),
         dataset=fill("dataset", DatasetSettings, _expand(config.get("dataset"), "path")),
@@ -216,6 +247,30 @@ def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, Prom
     values = check_names("adapter", config.get("adapter"), known)
     with explained("adapter is wrong"):
         return name, method, preset, method.configure(preset, **values)
+
+
+def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, Method, str | None, PromptPoolConfig]:
+    given = [name for name in ("method", "preset", "adapter") if config.get(name) is not None]
+    if given:
+        raise CommandError(
+            f"continue_from takes method and settings from the adapter, but {' and '.join(given)} are given too. Take "
+            f"them out, for instance by {' '.join(f'--{name} null' for name in given)}."
+        )
+    for name, method in METHODS.items():
+        if method.config_class is type(earlier):
+            return name, method, None, earlier
+    raise CommandError(f"The adapter is of the type {earlier.peft_type}, which the command does not know.")
+
+
+def _make_strategies(values: Any) -> list[Strategy]:
+    """The section `strategy`: a name, or a mapping of names and their settings."""
+    strategies = []
+    for name, settings in check_names("strategy", _expand(values, values) or {}, STRATEGIES).items():
+        given = settings if isinstance(settings, dict) else {}
+        known = list(inspect.signature(STRATEGIES[name]).parameters)
+        with explained("strategy is wrong"):
+            strategies.append(STRATEGIES[name](**check_names(f"strategy.{name}", given, known)))
+    return strategies
 
 
 def _make_augmentation(values: Any) -> RandomResizedCropFlip | None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
-from transformers import set_seed
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
 
 from ..hub import write_model_card
 from ..hub.card import NOT_SETTINGS
@@ -24,7 +24,15 @@ from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .pictures import PICTURE_FILES, write_pictures
 from .settings import SECTIONS, RunSettings, make_settings
-from .sources import CONFIG_FILE, WEIGHTS_FILE, load_backbone, load_data, load_processor
+from .sources import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_folder,
+    load_backbone,
+    load_config,
+    load_data,
+    load_processor,
+)
 
 
 RESULTS_FILE, CARD_FILE = "results.json", "README.md"
@@ -37,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument(
         "--resume", action="store_true", help="go on with the run in the output folder after its last finished task"
     )
+    parser.add_argument(
+        "--continue-from",
+        metavar="ADAPTER",
+        help="teach a saved adapter (a folder, or its name on the Hub) more tasks",
+    )
     parser.epilog = (
         "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
         f"--adapter.layers '[0, 1]' --method coda. Sections: {', '.join(SECTIONS)}."
@@ -46,8 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
     config = read_config(arguments.config)
+    overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
     apply_overrides(config, overrides, SECTIONS)
-    settings = make_settings(config)
+    earlier = config.get("continue_from")
+    settings = make_settings(config, None if earlier is None else load_config(adapter_folder(str(earlier))))
     if not (arguments.overwrite or arguments.resume):
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
@@ -58,9 +73,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     if arguments.resume:
         with explained("The run cannot be resumed"):
             trainer.resume(Path(settings.output_dir))
+    # The Hub gets the finished folder, with card and pictures.
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     trainer.train()
     if trainer.is_world_process_zero():
         print(finish(settings, trainer, command))
+    if push:
+        trainer.push_to_hub()
 
 
 def refuse_existing(folder: Path) -> None:
@@ -93,13 +112,21 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
     set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
         return ContinualTrainer(
-            get_peft_model(backbone, settings.adapter),
+            put_adapter_on(backbone, settings),
             settings.training,
             scenario,
             processing_class=processor,
             augmentation=settings.augmentation,
-            strategy=settings.method.strategy_class(),
+            strategy=settings.strategies,
         )
+
+
+def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings) -> PeftModel:
+    """A new adapter, or the saved one that is to learn more."""
+    if settings.continue_from is None:
+        return get_peft_model(backbone, settings.adapter)
+    folder = adapter_folder(str(settings.continue_from))
+    return PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
 
 
 def make_scenario(settings: RunSettings) -> Scenario:
@@ -130,11 +157,13 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         for name, value in settings.adapter.to_dict().items()
         if name not in NOT_SETTINGS and value != defaults[name]
     }
+    learnt = settings.adapter.num_tasks
     epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
     lines = {
-        "method": settings.method.title + (f", preset {settings.preset}" if settings.preset else ""),
-        "adapter": json.dumps(changed) if changed else "all settings at their defaults",
+        "method": trainer.results.method + (f", preset {settings.preset}" if settings.preset else ""),
+        "adapter": (f"{settings.continue_from}, which has learnt {learnt} tasks; " if learnt else "")
+        + (json.dumps(changed) if changed else "all settings at their defaults"),
         "backbone": f"{settings.model.name}, {settings.model.dtype}, "
         f"{trainer.model.config._attn_implementation} attention",
         "parameters": f"{trainable:,} trainable before the first task, {total:,} in all",

@@ -57,6 +57,7 @@ NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
     "classes",
     "tasks",
     "rows_in_use",
+    "stream",
     "format_version",
     "target_modules",
 }

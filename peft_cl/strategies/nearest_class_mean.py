@@ -27,22 +27,40 @@ class NearestClassMean(Strategy):
 
     def __init__(self, cosine: bool = False):
         self.cosine = cosine
+        #: Of all images so far, by class name: a class may come again in another domain.
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {"cosine": self.cosine} if self.cosine else {}
 
     def title(self, adapter: str) -> str:
         return self.name
 
     @torch.no_grad()
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:
-        model = trainer.model.base_model
-        head = model.head.active
-        rows = head.config.tasks[-1]
+        tuner = trainer.tuner
+        head = tuner.head.active
         sums = torch.zeros_like(head.weight)
         counts = torch.zeros(head.out_features, device=head.weight.device)
         # All examples on every process: each then has the same means, of every image once.
         for batch in trainer.plain_batches(task):
-            features = model.query(batch["pixel_values"]).float()
+            features = tuner.query(batch["pixel_values"]).float()
             sums.index_add_(0, batch["labels"], features)
             counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
-        means = sums[rows] / counts[rows, None]
-        head.weight[rows] = F.normalize(means, dim=-1) if self.cosine else means
-        head.bias[rows] = 0.0 if self.cosine else -means.square().sum(-1) / 2
+        for row, name in enumerate(head.config.classes):
+            if counts[row]:
+                self.sums[name] = self.sums.get(name, 0) + sums[row]
+                self.counts[name] = self.counts.get(name, 0) + int(counts[row])
+            if name in self.counts:
+                mean = self.sums[name] / self.counts[name]
+                head.weight[row] = F.normalize(mean, dim=-1) if self.cosine else mean
+                head.bias[row] = 0.0 if self.cosine else -mean.square().sum() / 2
+            elif name in trainer.scenario.classes:  # of a stream, and not seen yet: out of the question
+                head.bias[row] = -1e4
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = state["sums"], state["counts"]

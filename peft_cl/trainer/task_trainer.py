@@ -143,6 +143,8 @@ class TaskTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with `learning_rates` where parts have rates of their own."""
+        if self.optimizer is not None:  # of a stream
+            return self.optimizer
         optimizer = super().create_optimizer(model)
         if self.args.learning_rates:
             set_rates(optimizer, self.model, self.args.learning_rates)

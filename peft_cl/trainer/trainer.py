@@ -127,7 +127,7 @@ class ContinualTrainer(TaskTrainer):
             )
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
-        elif self.is_world_process_zero() and not self.finished_tasks:
+        elif self.is_world_process_zero() and not (self.finished_tasks or self._resuming):
             forget_state(self.folder)  # of an earlier run
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -150,8 +150,9 @@ class ContinualTrainer(TaskTrainer):
             **columns: for a data set, as `Scenario.with_task` has them (`name`, `label_column`, ...).
         """
         if not isinstance(task, Task):
-            self.scenario = self.scenario.with_task(task, **columns)
-            check_fit(self.model, self.args, self.scenario, self.processing_class, self.strategy, self.finished_tasks)
+            longer = self.scenario.with_task(task, **columns)
+            check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
+            self.scenario = longer
             matrix = np.full((len(self.scenario), len(self.scenario)), np.nan)
             matrix[:-1, :-1] = self.accuracy_matrix
             self.accuracy_matrix, task = matrix, self.scenario[-1]
@@ -221,7 +222,7 @@ class ContinualTrainer(TaskTrainer):
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
             # A task has an optimizer of its own, a stream one for all.
-            "optimizer": None if self.scenario.boundaries else self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
         }
 
     def resume(self, folder: Path) -> None:

@@ -1,6 +1,8 @@
-"""Class-incremental learning of real images: every method, several class orders, one table.
+"""Sequences of real images: every method, several class orders, one table.
 
-    python benchmarks/class_incremental.py --data DATA/tiny-imagenet-cl --output benchmarks/results/tiny-imagenet-cl
+    python benchmarks/sequences.py --data DATA/tiny-imagenet-cl --output benchmarks/results/tiny-imagenet-cl
+    python benchmarks/sequences.py --scenario task-free --data DATA/tiny-imagenet-cl --output benchmarks/results/stream
+    python benchmarks/sequences.py --scenario domain-incremental --data DATA/pacs --output benchmarks/results/pacs
 
 Each run's `results.json` is written as it goes and a finished run is not repeated, so the command can be stopped and
 started again. `--table` prints the table of what is there. Task evidence changes the evaluation alone, so a method
@@ -31,13 +33,20 @@ from peft_cl import (
     L2PConfig,
     LinearProbeConfig,
     RunResults,
+    Scenario,
     Strategy,
     class_incremental,
+    domain_incremental,
     results_table,
+    task_free,
+    task_incremental,
 )
 from peft_cl.assets import default_backbone
 from peft_cl.hub import model_card
 from peft_cl.strategies import FineTuning, NearestClassMean
+
+
+SCENARIOS = ("class-incremental", "task-incremental", "task-free", "domain-incremental")
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,7 @@ class Entry:
     strategy: type[Strategy] = Strategy
     dtype: torch.dtype = torch.bfloat16
     evidence: bool = False  # measure with task evidence too
-
-    @property
-    def variants(self) -> list[str]:
-        """Endings of the names of the folders that a training fills."""
-        return ["-evidence", ""] if self.evidence else [""]
+    stream: dict[str, Any] = field(default_factory=dict)  # settings where there are no tasks to grow by
 
 
 class TwofoldTrainer(ContinualTrainer):
@@ -101,8 +106,12 @@ PREFIX = {
     "head_type": "cls",
 }
 METHODS = {
-    "coda": Entry(CodaPromptConfig, HEAD, {"learning_rates": {"pool": 1e-3}}, evidence=True),
-    "dualprompt": Entry(DualPromptConfig, HEAD, {"learning_rates": {"pool": 3e-3}}, evidence=True),
+    "coda": Entry(
+        CodaPromptConfig, HEAD, {"learning_rates": {"pool": 1e-3}}, evidence=True, stream={"components_per_task": 100}
+    ),
+    "dualprompt": Entry(
+        DualPromptConfig, HEAD, {"learning_rates": {"pool": 3e-3}}, evidence=True, stream={"pool_size": 10}
+    ),
     "l2p": Entry(L2PConfig, HEAD | PREFIX, {"learning_rates": {"pool": 3e-3}}, evidence=True),
     "linear-probe": Entry(LinearProbeConfig, HEAD, evidence=True),
     "nearest-class-mean": Entry(LinearProbeConfig, HEAD, strategy=NearestClassMean),
@@ -116,16 +125,33 @@ METHODS = {
 }
 
 
+def folders_of(name: str, seed: int, options: argparse.Namespace) -> list[Path]:
+    """The folders that a training fills: its own, and without task evidence if it is measured with it."""
+    # In the other scenarios evidence says nothing, or there are no tasks.
+    twofold = METHODS[name].evidence and options.scenario == "class-incremental"
+    return [options.output / f"{name}{variant}-seed{seed}" for variant in (["-evidence", ""] if twofold else [""])]
+
+
+def make_scenario(data: Any, seed: int, options: argparse.Namespace) -> Scenario:
+    if options.scenario == "domain-incremental":
+        return domain_incremental(data, seed=seed)
+    if options.scenario == "task-free":  # as often through the data as the others
+        return task_free(data, options.num_tasks, seed=seed, stream_seed=seed, passes=int(options.epochs))
+    kind = task_incremental if options.scenario == "task-incremental" else class_incremental
+    return kind(data, options.num_tasks, seed=seed)
+
+
 def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
     """Train one method on one class order, and measure it in all its variants."""
     entry = METHODS[name]
     set_seed(seed)
     backbone = default_backbone()
     model = AutoModelForImageClassification.from_pretrained(backbone, dtype=entry.dtype, attn_implementation="eager")
-    folders = [options.output / f"{name}{variant}-seed{seed}" for variant in entry.variants]
+    folders = folders_of(name, seed, options)
+    scenario = make_scenario(data, seed, options)
     arguments = ContinualTrainingArguments(
         str(folders[0]),
-        num_train_epochs=options.epochs,
+        num_train_epochs=options.epochs if scenario.boundaries else 1,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=250,
         lr_scheduler_type="constant",
@@ -137,12 +163,13 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
         disable_tqdm=options.quiet,
         **{"learning_rate": LEARNING_RATE, **entry.training},
     )
-    settings = entry.adapter | ({"task_evidence": options.evidence} if entry.evidence else {})
+    settings = entry.adapter | ({"task_evidence": options.evidence} if len(folders) > 1 else {})
+    settings |= {} if scenario.boundaries else entry.stream
     kind = partial(TwofoldTrainer, plain_folder=folders[1]) if len(folders) > 1 else ContinualTrainer
     trainer = kind(
         get_peft_model(model, entry.config(**settings)),
         arguments,
-        class_incremental(data, num_tasks=options.num_tasks, seed=seed),
+        scenario,
         processing_class=AutoImageProcessor.from_pretrained(backbone),
         strategy=entry.strategy(),
     )
@@ -154,10 +181,12 @@ def write_cards(options: argparse.Namespace) -> None:
     options.cards.mkdir(parents=True, exist_ok=True)
     for name in options.methods:
         entry, seed = METHODS[name], options.seeds[0]
-        results = finished(options.output / f"{name}{entry.variants[0]}-seed{seed}")
+        results = finished(folders_of(name, seed, options)[0])
         if entry.strategy is Strategy and results is not None:
             # The saved record names the command that anyone can repeat, not the options of one machine.
-            command = f"python benchmarks/class_incremental.py --methods {name} --seeds {seed} ..."
+            command = (
+                f"python benchmarks/sequences.py --scenario {options.scenario} --methods {name} --seeds {seed} ..."
+            )
             card = model_card(replace(results, command=command), limits=[LIMITS])
             (options.cards / f"{name}-{options.output.name}.md").write_text(card)
 
@@ -178,16 +207,20 @@ def check_same_settings(results: RunResults, name: str, options: argparse.Namesp
     """
     entry, found = METHODS[name], results.hyperparameters
     wanted = {
-        "num_train_epochs": options.epochs,
+        "num_train_epochs": 1 if options.scenario == "task-free" else options.epochs,
         "per_device_train_batch_size": options.batch_size,
         "learning_rate": entry.training.get("learning_rate", LEARNING_RATE),
         "learning_rates": entry.training.get("learning_rates"),
     }
     differ = [key for key, value in wanted.items() if found.get(key) != value]
     differ += [key for key, value in entry.adapter.items() if found["adapter"].get(key) != value]
-    if differ or len(results.task_names) != options.num_tasks:
+    if results.scenario["name"] != options.scenario:
+        differ.append("scenario")
+    if options.scenario != "domain-incremental" and len(results.task_names) != options.num_tasks:
+        differ.append("num_tasks")
+    if differ:
         raise SystemExit(
-            f"{options.output} holds a run of {name} with other settings ({', '.join(differ) or 'num_tasks'}). "
+            f"{options.output} holds a run of {name} with other settings ({', '.join(differ)}). "
             "Move it away, or give another --output."
         )
 
@@ -196,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
     parser.add_argument("--output", type=Path, required=True, help="a folder for each method and seed goes there")
+    parser.add_argument("--scenario", default="class-incremental", choices=SCENARIOS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the class order and the training")
     parser.add_argument("--num-tasks", type=int, default=10)
@@ -215,11 +249,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of the finished runs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    wanted = [
-        (name, seed, [options.output / f"{name}{variant}-seed{seed}" for variant in METHODS[name].variants])
-        for seed in options.seeds
-        for name in options.methods
-    ]
+    wanted = [(name, seed, folders_of(name, seed, options)) for seed in options.seeds for name in options.methods]
     for name, _, folders in wanted:
         for results in filter(None, map(finished, folders)):
             check_same_settings(results, name, options)

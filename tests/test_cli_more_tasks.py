@@ -1,0 +1,87 @@
+"""The command on saved adapters that learn on, on streams, and with comparison methods added."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cli_fixtures import COLOURS
+from peft import PeftConfig
+
+from peft_cl import RunResults
+from peft_cl.cli import main
+
+
+ANEW = ("--method", "null", "--adapter", "null")
+
+
+@pytest.fixture
+def first(train, tmp_path) -> str:
+    """An adapter that knows two of the four classes."""
+    folder = str(tmp_path / "first")
+    words = ("--scenario", "{num_tasks: 1, class_order: [red, green]}", "--output_dir", folder)
+    assert train(*words) == 0
+    return folder
+
+
+def test_a_saved_adapter_learns_on(first, train, place, tmp_path, capsys):
+    capsys.readouterr()
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
+    assert train(*more, *ANEW) == 0
+    assert f"{first}, which has learnt 1 tasks" in capsys.readouterr().out
+    config = PeftConfig.from_pretrained(str(tmp_path / "out"))
+    assert config.classes == list(COLOURS) and config.tasks == [[0, 1], [2, 3]]
+    assert RunResults.load(tmp_path / "out").finished_tasks == 1
+    # All four classes are answered by the one adapter.
+    assert main(["evaluate", str(tmp_path / "out"), "--dataset", str(place / "data")]) == 0
+    assert "task_0" in (text := capsys.readouterr().out) and "task_1" in text
+
+
+def test_settings_beside_those_of_the_adapter_are_refused(first, train, capsys):
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
+    assert train(*more) == 2
+    assert "method and adapter are given too. Take them out, for instance by --method null --adapter null" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_adapter_that_is_not_there(train, capsys):
+    assert train("--continue-from", "./nowhere", *ANEW) == 2
+    assert "There is no adapter './nowhere'" in capsys.readouterr().err
+
+
+def test_a_stream_trains_from_a_configuration(train, tmp_path, capsys):
+    stream = ("--scenario", "{kind: task-free, num_tasks: 2, blur: 0.5}")
+    assert train(*stream) == 2
+    assert "num_train_epochs is 2" in (error := capsys.readouterr().err) and "passes" in error
+    assert train(*stream, "--training.num_train_epochs", "1") == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.scenario["name"] == "task-free" and not results.scenario["boundaries"]
+    assert results.finished_tasks == 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [("er: {memory_size: 8}", "CODA-Prompt + ER"), ("ewc: {strength: 10}", "CODA-Prompt + EWC"), ("joint:", "")],
+)
+def test_a_comparison_method_is_added(strategy, name, train, tmp_path):
+    words = ("--strategy", f"{{{strategy}}}", "--adapter.train_mask", "false", "--training.max_steps", "2")
+    assert train(*words) == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.method == (name or "CODA-Prompt + joint training")
+    assert np.isfinite(results.metrics["average_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--strategy", "ers"], ["strategy.ers", "er"]),
+        (["--strategy", "{er: {memory: 3}}"], ["strategy.er.memory", "memory_size"]),
+        (["--strategy", "{er: {memory_size: 0}}"], ["memory_size is 0"]),
+        (["--strategy", "joint"], ["train_mask is True", "Set train_mask=False"]),
+        (["--scenario.blur", "0.5"], ["blur does not go with the kind class-incremental"]),
+        (["--scenario", "{kind: task-free, num_tasks: 2, blur: -1}"], ["blur is -1"]),
+    ],
+)
+def test_bad_settings_are_refused_before_training(refused, words, expected):
+    message = refused(*words)
+    assert all(part in message for part in expected), message
