@@ -1,8 +1,8 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
-METHOD is a method's name, followed by `+checkpoints` (within a task too), `+stream` or `+er`, `+ewc`, `+finetuning`.
-`LARGEST_FILE` in the environment limits the size of a file in bytes, as a full disk would. `EVALUATE_FIRST` measures
-once before anything is trained.
+METHOD is a method's name, followed by `+checkpoints` (within a task too), `+stream`, `+augmented`, `+er`, `+ewc`,
+`+finetuning`. In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
+`EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
 
 It counts what happens (batches, steps, files written), and sends itself SIGKILL at event number KILL_AT (0: never).
 It prints the number of events, and then of processes.
@@ -100,6 +100,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     name, *options = method.split("+")
     strategies = [STRATEGIES[option]() for option in options if option in STRATEGIES]
     stream = "stream" in options
+    augmented = "augmented" in options or not os.environ.get("PLAIN")
     settings = {"task_evidence": 2.0} if name == "l2p" and not options else {}
     if strategies:
         settings["train_mask"] = False
@@ -132,7 +133,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         ),
         (task_free if stream else class_incremental)((examples(6, 0), examples(3, 1)), 3, seed=1),
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
-        augmentation=None if os.environ.get("PLAIN") else RandomResizedCropFlip(size=16),
+        augmentation=RandomResizedCropFlip(size=16) if augmented else None,
         strategy=strategies,
     )
     if os.environ.get("EVALUATE_FIRST"):

@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 PROCESS = Path(__file__).with_name("sequence_process.py")
 
 
-@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda", "probe+finetuning+ewc", "l2p+augmented"])
 def test_two_processes_equal_one(method, tmp_path):
+    """Measured once before anything is trained, which would switch DDP off; growth between tasks included.
+
+    The third has parameters that most steps leave without a gradient, the last one augmented images.
+    """
     words = [str(PROCESS), str(tmp_path / "one"), method, "0", "anew"]
-    environment = {**os.environ, "PLAIN": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PLAIN": "1", "EVALUATE_FIRST": "1", "OMP_NUM_THREADS": "1"}
     one = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
     assert one.stdout.splitlines()[-1:] == ["processes 1"], one.stderr
     words[1] = str(tmp_path / "two")

@@ -68,8 +68,8 @@ def check_stream_arguments(args: ContinualTrainingArguments) -> None:
         )
     if args.lr_scheduler_type != "constant" or args.warmup_steps:
         raise ValueError(
-            f"lr_scheduler_type is {args.lr_scheduler_type.value!r} with warmup_steps={args.warmup_steps}, but the end "
-            "of a stream is not known. Set lr_scheduler_type='constant' and no warm-up."
+            f"lr_scheduler_type is {args.lr_scheduler_type.value!r} with warmup_steps={args.warmup_steps}, but the "
+            "end of a stream is not known. Set lr_scheduler_type='constant' and no warm-up."
         )
 
 

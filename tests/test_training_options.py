@@ -1,0 +1,128 @@
+"""What `TrainingArguments` and the Trainer offer, task by task."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from trainer_cases import CONFIGS
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from peft_cl import RunResults
+
+
+class Note(TrainerCallback):
+    """Keeps the learning rate at each step's end, and what was logged."""
+
+    def __init__(self):
+        self.rates, self.logs, self.steps = [], [], []
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.steps.append(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
+def test_warm_up_and_schedule_begin_anew_with_each_task(make_trainer):
+    note = Note()
+    make_trainer(
+        CONFIGS["coda"](), callbacks=[note], max_steps=6, warmup_steps=2, lr_scheduler_type="cosine", num_tasks=2
+    ).train()
+    assert note.steps == [*range(1, 7)] * 2
+    assert note.rates[:6] == note.rates[6:] and max(note.rates) == note.rates[1] == 1e-2
+    assert note.rates[5] < 1e-3
+
+
+def test_evaluation_within_a_task_and_early_stopping(make_trainer):
+    note = Note()
+    trainer = make_trainer(
+        CONFIGS["linear-probe"](),
+        callbacks=[note, EarlyStoppingCallback(early_stopping_patience=1)],
+        num_train_epochs=20,
+        num_tasks=2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="average_accuracy",
+    )
+    trainer.train()
+    accuracies = [log["eval_average_accuracy"] for log in note.logs if "eval_average_accuracy" in log]
+    assert len(accuracies) < 2 * 20  # it stopped
+    assert trainer.finished_tasks == 2
+    # What was kept is the best of the last task's epochs.
+    last = [log for log in note.logs if "eval_accuracy_task_1" in log]
+    assert trainer.metrics["average_accuracy"] == max(log["eval_average_accuracy"] for log in last)
+
+
+def test_the_best_checkpoint_of_a_trained_pool_comes_back(make_trainer, tmp_path):
+    trainer = make_trainer(
+        CONFIGS["coda"](),
+        num_tasks=1,
+        num_train_epochs=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the first epoch is the best
+    )
+    trainer.train()
+    (state,) = (tmp_path / "run" / "_state" / "task_0").glob("checkpoint-36/trainer_state.json") or [None]
+    best = json.loads(state.read_text())["best_model_checkpoint"]
+    assert best.endswith("checkpoint-12")
+    kept = torch.load(f"{best}/optimizer.pt", weights_only=True)  # a checkpoint like any other
+    assert kept["param_groups"]
+    from safetensors.torch import load_file
+
+    weights = load_file(f"{best}/adapter_model.safetensors")
+    final = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"dataloader_drop_last": True},
+        {"optim": "adafactor"},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"auto_find_batch_size": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_trainer_work(options, make_trainer):
+    trainer = make_trainer(CONFIGS["coda"](), num_tasks=2, **options)
+    trainer.train()
+    assert trainer.metrics["average_accuracy"] > 0.5 and trainer.finished_tasks == 2
+
+
+def test_batches_are_augmented_on_their_device_in_training_alone(make_trainer):
+    seen = []
+
+    def flip(pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.ndim == 4 and not torch.is_grad_enabled()
+        seen.append(len(pixels))
+        return pixels.flip(-1)
+
+    trainer = make_trainer(CONFIGS["coda"](), num_train_epochs=1, num_tasks=2, batch_augmentation=flip)
+    trainer.train()
+    assert sum(seen) == 96
+    assert not any(id(task.train) in trainer.queries._queries for task in trainer.scenario)  # they differ each time
+    assert "flip" in RunResults.load(trainer.folder).hyperparameters["batch_augmentation"]
+
+
+def test_prompt_usage_is_on_record(make_trainer):
+    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=2)
+    trainer.train()
+    usage = np.array(RunResults.load(trainer.folder).prompt_usage)
+    # 24 test images of each task choose 2 of 6 rows each.
+    assert usage.shape == (2, 6) and usage.sum(axis=1).tolist() == [48, 48]
+    linear = make_trainer(CONFIGS["linear-probe"](), num_tasks=2, folder="probe", num_train_epochs=1)
+    linear.train()
+    assert linear.results.prompt_usage is None
