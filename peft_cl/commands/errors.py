@@ -32,7 +32,7 @@ def explained(what: str) -> Iterator[None]:
         raise
     except INPUT_FAULTS as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise CommandError(f"{what}: {text.strip() or type(error).__name__}") from error
+        raise CommandError(f"{what}: {' '.join(text.split()) or type(error).__name__}") from error
 
 
 def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> CommandError:

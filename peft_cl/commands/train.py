@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     apply_overrides(config, overrides, SECTIONS)
     earlier = config.get("continue_from")
     settings = make_settings(config, None if earlier is None else load_config(adapter_folder(str(earlier))))
+    if settings.training.hub_token:  # the record and the card name the command, and are shared
+        command = command.replace(settings.training.hub_token, "***")
     if not (arguments.overwrite or arguments.resume):
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)

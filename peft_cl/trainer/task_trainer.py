@@ -250,6 +250,14 @@ class TaskTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def _save(self, output_dir=None, state_dict=None):
+        # The Trainer writes its arguments beside the adapter, in `training_args.bin`, and both are shared.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def _get_output_dir(self, trial):
         """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
         return os.path.join(self.args.output_dir, STATE_FOLDER, self.task.name if self.task else "")

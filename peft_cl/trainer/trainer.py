@@ -369,7 +369,7 @@ class ContinualTrainer(TaskTrainer):
         if self.is_world_process_zero():
             record = self.folder / FILE_NAME
             results = RunResults.load(record) if record.is_file() else self.results
-            write_model_card(self.folder, results, limits=self.strategy.limits)
+            write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
 
     @property
     def results(self) -> RunResults:
