@@ -1,11 +1,8 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
-METHOD is a method's name, followed by `+checkpoints` (within a task too), `+stream`, `+augmented`, `+er`, `+ewc`,
-`+finetuning`. In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
+METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+er`,
+`+ewc`, `+finetuning`. In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
-
-It counts what happens (batches, steps, files written), and sends itself SIGKILL at event number KILL_AT (0: never).
-It prints the number of events, and then of processes.
 """
 
 from __future__ import annotations
@@ -108,6 +105,8 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         training = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "num_train_epochs": 2}
     else:
         training = {"num_train_epochs": 1}
+    if "short" in options:
+        training["max_steps"] = 4
     if stream:
         training["lr_scheduler_type"] = "constant"
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from peft_cl import RunResults
 from peft_cl.cli import main
 
 
-ANEW = ("--method", "null", "--adapter", "null")
+ANEW = ("--adapter", "null")
 
 
 @pytest.fixture
@@ -39,9 +39,13 @@ def test_a_saved_adapter_learns_on(first, train, place, tmp_path, capsys):
 def test_settings_beside_those_of_the_adapter_are_refused(first, train, capsys):
     more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
     assert train(*more) == 2
-    assert "method and adapter are given too. Take them out, for instance by --method null --adapter null" in (
-        capsys.readouterr().err
-    )
+    assert "adapter are given too. Take them out, for instance by --adapter null" in (capsys.readouterr().err)
+
+
+def test_the_method_must_fit_the_adapter(first, train, capsys):
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
+    assert train(*more, *ANEW, "--method", "l2p") == 2
+    assert "The adapter is one of coda, and method is 'l2p'" in capsys.readouterr().err
 
 
 def test_an_adapter_that_is_not_there(train, capsys):
@@ -77,6 +81,7 @@ def test_a_comparison_method_is_added(strategy, name, train, tmp_path):
         (["--strategy", "ers"], ["strategy.ers", "er"]),
         (["--strategy", "{er: {memory: 3}}"], ["strategy.er.memory", "memory_size"]),
         (["--strategy", "{er: {memory_size: 0}}"], ["memory_size is 0"]),
+        (["--strategy", "{ewc: 10}"], ["strategy.ewc is 10", "a mapping"]),
         (["--strategy", "joint"], ["train_mask is True", "Set train_mask=False"]),
         (["--scenario.blur", "0.5"], ["blur does not go with the kind class-incremental"]),
         (["--scenario", "{kind: task-free, num_tasks: 2, blur: -1}"], ["blur is -1"]),

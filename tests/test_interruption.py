@@ -92,6 +92,17 @@ def test_a_task_goes_on_from_its_last_whole_checkpoint(whole, tmp_path):
     assert steps == 6 and resumed.stdout.splitlines()[-3] == "training steps 2"
 
 
+def test_nothing_is_left_after_the_last_step(whole, tmp_path):
+    """Killed between the last step's checkpoint and the task's end, with `max_steps` inside an epoch."""
+    folder, _ = whole("coda+checkpoints+short")
+    shutil.copytree(folder, tmp_path / "run")
+    state = tmp_path / "run" / "_state"
+    os.replace(state / PREVIOUS, state / FILE)
+    resumed = run(tmp_path / "run", "coda+checkpoints+short", resume=True)
+    assert resumed.stdout.splitlines()[-3] == "training steps 0", resumed.stderr
+    assert same(tmp_path / "run", folder)
+
+
 def test_a_full_disk_keeps_what_was_saved(whole, tmp_path):
     """The second task's snapshot is larger than a file may be: one error, one remedy, and nothing lost."""
     folder, _ = whole("coda")
@@ -100,7 +111,7 @@ def test_a_full_disk_keeps_what_was_saved(whole, tmp_path):
     environment = {**os.environ, "LARGEST_FILE": str(limit)}
     full = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert full.returncode == 1
-    assert "File too large. The first 1 tasks are kept: make room on the disk and call train(resume" in full.stderr
+    assert "File too large. The first 1 tasks are kept: make room on the disk, make model and trainer" in full.stderr
     assert load_snapshot(tmp_path / "_state")["finished_tasks"] == 1
     assert run(tmp_path, "coda", resume=True).returncode == 0
     assert same(tmp_path, folder)

@@ -37,6 +37,11 @@ def test_data_sets_with_other_columns_and_labels_make_one_sequence(halves, make_
     trainer = make_trainer(CONFIGS["coda"](), scenario=scenario)
     trainer.train()
     assert trainer.accuracy_matrix[0, 0] == 1.0 and trainer.metrics["average_accuracy"] > 0.6
+    for place, task in enumerate(scenario):  # with the labels that the task gives its examples
+        for examples in (task, task.test):
+            assert trainer.evaluate(examples)["eval_accuracy"] == trainer.accuracy_matrix[1, place]
+    with pytest.raises(ValueError, match="number their classes differently.*Give a Task"):
+        trainer.evaluate(halves["ids"]["test"].select(range(4)))
     assert list(trainer.model.config.id2label.values()) == list(scenario.classes)
 
 
@@ -78,10 +83,40 @@ def test_a_saved_adapter_learns_on_weeks_later(halves, make_trainer, tiny_vit, t
     assert model.peft_config["default"].tasks == [[0, 1], [2, 3]] and trainer.accuracy_matrix[0, 0] > 0.9
 
 
-def test_only_the_next_task_can_be_learnt(make_trainer):
-    trainer = make_trainer(CONFIGS["linear-probe"]())
+def test_only_the_next_task_can_be_learnt(make_trainer, data):
+    trainer = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
+    with pytest.raises(ValueError, match="0 of 3 tasks are learnt, and a task is added to the end"):
+        trainer.train_task(data)
+    assert len(trainer.scenario) == 3
     with pytest.raises(ValueError, match="task_2 is not the next task: 0 of 3 are learnt"):
         trainer.train_task(trainer.scenario[2])
+    trainer.train()
+    with pytest.raises(ValueError, match="task_0 is not the next task: 3 of 3 are learnt"):
+        trainer.train_task(trainer.scenario[0])
+
+
+def test_classes_that_are_never_trained_are_not_measured(data):
+    train = data["train"].select(np.flatnonzero(np.isin(data["train"]["label"], [0, 1])))
+    with pytest.warns(UserWarning, match="'blue'.*have no training examples, and their test examples are left out"):
+        scenario = dataset_sequence({"a": (train, data["test"])})
+    assert len(scenario[0].test) == 16 and scenario.classes == ("a/red", "a/green")
+
+
+def test_numbers_are_no_names(data):
+    def numbered(split):
+        return split.cast_column("label", Value("int64"))
+
+    numbers = {split: numbered(part) for split, part in data.items()}
+    with pytest.warns(UserWarning, match="numbers without names"):
+        class_incremental(numbers, 2).with_task(numbers)
+
+
+def test_a_name_is_no_path(data, make_trainer, tmp_path):
+    away = str(tmp_path / "away")
+    scenario = dataset_sequence({away: data})
+    make_trainer(CONFIGS["linear-probe"](), scenario=scenario, save_strategy="epoch", num_train_epochs=1).train()
+    assert not (tmp_path / "away").exists()
+    assert list((tmp_path / "run" / "_state" / "task_0").glob("checkpoint-*"))
 
 
 def test_a_pool_too_small_for_an_added_task_is_refused(halves, make_trainer):

@@ -75,6 +75,7 @@ def test_scenario_is_a_sequence_that_describes_itself():
         "name": "class-incremental",
         "num_tasks": 2,
         "boundaries": True,
+        "settings": {},
         "seed": 3,
         "class_order": list(scenario.classes),
         "task_names": ["task_0", "task_1"],

@@ -7,8 +7,8 @@ import pytest
 import torch
 from trainer_cases import CONFIGS
 
-from peft_cl import DualPromptConfig, L2PConfig, LinearProbeConfig, Strategy
-from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, JointTraining
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, Strategy
+from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
 
 
 def unmasked(name: str):
@@ -148,12 +148,36 @@ def test_bad_settings():
 
 
 def test_two_ways_of_learning_cannot_be_combined(make_trainer):
-    with pytest.raises(ValueError, match=r"joint training and joint training each have a way of their own \(tasks\)"):
+    with pytest.raises(ValueError, match="JointTraining, JointTraining, but each kind may be there once"):
         make_trainer(unmasked("l2p"), strategy=[JointTraining(), JointTraining()])
+    with pytest.raises(ValueError, match=r"cannot be combined: Nearest class mean has a way of its own .*\(learn\)"):
+        make_trainer(unmasked("linear-probe"), strategy=[JointTraining(), NearestClassMean()])
+
+
+@pytest.mark.parametrize("strategy", [ExperienceReplay(10), JointTraining(), EWC()], ids=lambda each: each.name)
+def test_task_evidence_needs_batches_of_one_task(strategy, make_trainer):
+    with pytest.raises(ValueError, match=f"task_evidence is 6, but {strategy.name} has no use for it"):
+        make_trainer(L2PConfig(train_mask=False, task_evidence=6), strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CodaPromptConfig(attention=False, components_per_task=2, prompt_length=4),
+        DualPromptConfig(g_layers=[], prompt_length=2),
+        CodaPromptConfig.from_preset("textbook", components_per_task=2, prompt_length=4),
+    ],
+)
+def test_ewc_on_adapters_without_some_parts(config, make_trainer):
+    trainer = make_trainer(config, strategy=EWC(10.0, 8), num_tasks=2, num_train_epochs=1)
+    trainer.train()
+    assert trainer.finished_tasks == 2
+    assert all("pool" not in name or value.any() for name, value in trainer.strategy.strategies[0].curvature.items())
 
 
 def test_names_in_tables(make_trainer):
     assert make_trainer(DualPromptConfig(train_mask=False), strategy=[ExperienceReplay(), EWC()]).results.method == (
         "DualPrompt + ER + EWC"
     )
-    assert make_trainer(unmasked("linear-probe"), strategy=[FineTuning(), EWC()]).results.method == "Fine-tuning + EWC"
+    for order in ([FineTuning(), EWC()], [EWC(), FineTuning()]):
+        assert make_trainer(unmasked("linear-probe"), strategy=order).results.method == "Fine-tuning + EWC"

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from trainer_cases import CONFIGS
+from transformers import TrainerCallback
 
-from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, task_free
-from peft_cl.strategies import NearestClassMean
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, task_free
+from peft_cl.strategies import JointTraining, NearestClassMean
 
 
 STREAMING = {
@@ -44,6 +45,26 @@ def test_the_blur_is_the_spread_of_a_group(data):
     assert (np.diff(hard) >= 0).all()  # one group after the other
     seeds = [groups(task_free(data, 3, stream_seed=seed)) for seed in (0, 0, 1)]
     assert (seeds[0] == seeds[1]).all() and (seeds[0] != seeds[2]).any()
+
+
+def test_a_stretch_is_as_long_as_its_group(data):
+    stream = task_free(data, classes_per_task=[4, 1, 1], blur=0.0, passes=2)
+    assert [len(task.train) for task in stream] == [128, 32, 32]
+    assert [set(task.train["label"]) for task in stream] == [{0, 1, 2, 3}, {4}, {5}]
+
+
+def test_an_interrupted_stream_is_not_gone_on_with_in_the_same_process(make_trainer, data):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    words = {"scenario": task_free(data, 3), "num_train_epochs": 1, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(CONFIGS["l2p"](), callbacks=[Stop()], **words)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for resume in (None, True):
+        with pytest.raises(RuntimeError, match="task_0 was begun and interrupted.*Make model and trainer anew"):
+            trainer.train(resume_from_checkpoint=resume)
 
 
 def test_classes_may_be_left_out(data):
@@ -98,6 +119,21 @@ def test_dualprompt_chooses_and_trains_any_row_by_its_key(tiny_vit):
     assert pool.keys.grad[0].abs().sum(-1).nonzero().flatten().tolist() == chosen
 
 
+def test_the_loss_of_a_stream_is_over_the_classes_in_the_batch(tiny_vit):
+    losses = []
+    for train_mask in (True, False):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_vit(), LinearProbeConfig(train_mask=train_mask, head_init="zeros"))
+        model.begin_stream(["a", "b", "c", "d"])
+        images, labels = torch.rand(4, 3, 32, 32), torch.tensor([1, 3, 3, 1])
+        losses.append(model.train()(pixel_values=images, labels=labels).loss.item())
+        with pytest.raises(ValueError, match="labels reach from 1 to 9"):
+            model(pixel_values=images, labels=torch.tensor([1, 9, 1, 1]))
+        assert torch.isfinite(model.eval()(pixel_values=images).logits).all()
+    # A head of zeros is undecided between 2 classes, or between 4.
+    assert losses == pytest.approx([np.log(2), np.log(4)])
+
+
 def test_nearest_class_means_of_a_stream_know_what_they_have_seen(make_trainer, data):
     trainer = make_trainer(
         CONFIGS["linear-probe"](),
@@ -127,6 +163,7 @@ class TestBadInput:
         ("config", "message"),
         [
             (L2PConfig(use_prompt_mask=True, pool_size=30), "use_prompt_mask is True.*a stream has no tasks"),
+            (L2PConfig(frequency_penalty=True), "frequency_penalty is True.*a stream has none"),
             (DualPromptConfig(pool_size=None), "pool_size is None.*a stream has no tasks"),
             (L2PConfig(task_evidence=6), "task_evidence is 6, but a stream has no tasks"),
         ],
@@ -148,6 +185,11 @@ class TestBadInput:
         settings = {"num_train_epochs": 1, "lr_scheduler_type": "constant", **training}
         with pytest.raises(ValueError, match=message):
             make_trainer(CONFIGS["l2p"](), scenario=task_free(data, 3), **settings)
+
+    def test_of_strategies_that_need_tasks(self, make_trainer, data):
+        settings = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "scenario": task_free(data, 3)}
+        with pytest.raises(ValueError, match="joint training needs tasks with an end"):
+            make_trainer(LinearProbeConfig(train_mask=False), strategy=JointTraining(), **settings)
 
     def test_tasks_and_streams_do_not_mix(self, tiny_vit, data):
         model = get_peft_model(tiny_vit(), CONFIGS["l2p"]())

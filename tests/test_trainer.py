@@ -293,7 +293,9 @@ def test_a_fine_tuned_model_comes_back(make_trainer, data, tmp_path):
 def test_each_task_has_its_own_folder_for_checkpoints(make_trainer, tmp_path):
     trainer = make_trainer(CONFIGS["dualprompt"](), save_strategy="epoch", num_train_epochs=1)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "run").glob("_state/task_*/checkpoint-4")) == ["checkpoint-4"] * 3
+    # Those of finished tasks go when the next snapshot holds what they held.
+    (checkpoint,) = (tmp_path / "run").glob("_state/task_*/checkpoint-*")
+    assert checkpoint.parts[-2:] == ("task_2", "checkpoint-4")
 
 
 def test_evaluate_on_other_examples(make_trainer, data):

@@ -250,26 +250,29 @@ def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, Prom
 
 
 def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, Method, str | None, PromptPoolConfig]:
-    given = [name for name in ("method", "preset", "adapter") if config.get(name) is not None]
+    given = [name for name in ("preset", "adapter") if config.get(name) is not None]
     if given:
         raise CommandError(
-            f"continue_from takes method and settings from the adapter, but {' and '.join(given)} are given too. Take "
-            f"them out, for instance by {' '.join(f'--{name} null' for name in given)}."
+            f"continue_from takes the settings from the adapter, but {' and '.join(given)} are given too. Take them "
+            f"out, for instance by {' '.join(f'--{name} null' for name in given)}."
         )
-    for name, method in METHODS.items():
-        if method.config_class is type(earlier):
-            return name, method, None, earlier
-    raise CommandError(f"The adapter is of the type {earlier.peft_type}, which the command does not know.")
+    fitting = [name for name, method in METHODS.items() if method.config_class is type(earlier)]
+    name = config.get("method") or (fitting[0] if len(fitting) == 1 else None)
+    if name not in fitting:
+        raise CommandError(
+            f"The adapter is one of {', '.join(fitting)}, and method is {name!r}. Set method to how it is to learn on."
+        )
+    return name, METHODS[name], None, earlier
 
 
 def _make_strategies(values: Any) -> list[Strategy]:
     """The section `strategy`: a name, or a mapping of names and their settings."""
     strategies = []
     for name, settings in check_names("strategy", _expand(values, values) or {}, STRATEGIES).items():
-        given = settings if isinstance(settings, dict) else {}
-        known = list(inspect.signature(STRATEGIES[name]).parameters)
+        known = [each for each in inspect.signature(STRATEGIES[name]).parameters if each not in ("args", "kwargs")]
+        given = check_names(f"strategy.{name}", None if settings == name else settings, known)
         with explained("strategy is wrong"):
-            strategies.append(STRATEGIES[name](**check_names(f"strategy.{name}", given, known)))
+            strategies.append(STRATEGIES[name](**given))
     return strategies
 
 

@@ -20,6 +20,7 @@ from ..metrics import RunResults, results_table
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
+from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .pictures import PICTURE_FILES, write_pictures
@@ -88,7 +89,7 @@ def refuse_existing(folder: Path) -> None:
     """Refuse to write over the results or the adapter of an earlier run."""
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"output_dir is {str(folder)!r}, but that is a file. Give another name.")
-    found = [name for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
+    found = [name for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, STATE_FOLDER) if (folder / name).exists()]
     if found:
         raise CommandError(
             f"The output folder {str(folder)!r} holds a run already ({', '.join(found)}). Give another output_dir, "
@@ -98,6 +99,7 @@ def refuse_existing(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
+    forget_state(folder)
     for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,29 @@ def read_labels(train: Dataset, test: Dataset, label_column: str) -> Labels:
         return Labels(tuple(names.tolist()), train_ids.astype(np.int64), test_ids.astype(np.int64), declared=False)
     names = tuple(str(label) for label in range(int(train_values.max()) + 1))
     return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
+
+
+def only_trained(test: Dataset, labels: Labels) -> Dataset:
+    """Returns the test examples of classes that have training examples, with a warning if others are left out.
+
+    Raises:
+        ValueError: None is left.
+    """
+    rows = np.flatnonzero(np.isin(labels.test, np.unique(labels.train)))
+    if len(rows) == len(test):
+        return test
+    unused = [labels.names[label] for label in np.setdiff1d(labels.test, labels.train)]
+    if not len(rows):
+        raise ValueError(
+            f"The test split has examples of {unused} alone, of which there are no training examples; give a "
+            "split with the classes that are learnt."
+        )
+    warnings.warn(
+        f"The classes {unused} have no training examples, and their test examples are left out; remove them by "
+        "filter() to say so yourself.",
+        stacklevel=4,
+    )
+    return test.select(rows)
 
 
 def read_label_ids(split: Dataset, label_column: str, names: tuple[str, ...], split_name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, read_labels, train_and_test
+from .columns import find_image_column, only_trained, read_labels, train_and_test
 from .task import Scenario, Task
 
 
@@ -17,6 +17,7 @@ IMAGE, LABEL = "image", "label"
 def dataset_sequence(
     datasets: Mapping[str, Mapping[str, Dataset] | tuple[Dataset, Dataset]],
     label_columns: str | Mapping[str, str] = "label",
+    image_columns: str | Mapping[str, str] | None = None,
     *,
     shared_classes: bool = False,
     train_split: str = "train",
@@ -29,7 +30,9 @@ def dataset_sequence(
     Args:
         datasets: Name -> data set with a train and a test split. They may differ in columns, kind of labels and
             sizes of images.
-        label_columns: Column of the labels in all of them, or name -> column where they differ.
+        label_columns: Column of the labels in all of them, or name -> column where it is not `"label"`.
+        image_columns: Column of the images likewise; `None` or not named: the only one with an `Image` feature. (What
+            a message about one data set calls `label_column=` and `image_column=` is its entry here.)
         shared_classes: Whether classes of the same name in two data sets are the same class (as domains of one set).
             Otherwise `"5"` of one and `"5"` of the other are two classes, and a class is named
             `"<data set>/<class>"`.
@@ -52,15 +55,18 @@ def dataset_sequence(
             f"datasets is {type(datasets).__name__} of {len(datasets) if isinstance(datasets, Mapping) else '?'}, but "
             'must be a dict of at least one data set by name, {"mnist": load_dataset(...), ...}.'
         )
-    if not isinstance(label_columns, str):
-        unknown = sorted(set(label_columns) - set(datasets))
+    for argument, columns in (("label_columns", label_columns), ("image_columns", image_columns)):
+        unknown = sorted(set(columns) - set(datasets)) if isinstance(columns, Mapping) else []
         if unknown:
-            raise ValueError(f"label_columns names {unknown}, but the data sets are {list(datasets)}.")
+            raise ValueError(f"{argument} names {unknown}, but the data sets are {list(datasets)}.")
     tasks = []
     for index, (name, dataset) in enumerate(datasets.items()):
-        column = label_columns if isinstance(label_columns, str) else label_columns.get(name, "label")
+        label, image = (
+            columns.get(name) if isinstance(columns, Mapping) else columns
+            for columns in (label_columns, image_columns)
+        )
         try:
-            tasks.append(_task(index, name, dataset, column, shared_classes, train_split, test_split))
+            tasks.append(_task(index, name, dataset, label or LABEL, image, shared_classes, train_split, test_split))
         except (ValueError, TypeError) as error:
             raise type(error)(f"Data set {name!r}: {error}") from error
     names = [task.label_prefix + label_name for task in tasks for label_name in task.label_names]
@@ -78,13 +84,15 @@ def _task(
     name: str,
     dataset: Mapping[str, Dataset] | tuple[Dataset, Dataset],
     label_column: str,
+    image_column: str | None,
     shared_classes: bool,
     train_split: str,
     test_split: str,
 ) -> Task:
     train, test = train_and_test(dataset, train_split, test_split)
     labels = read_labels(train, test, label_column)
-    image_column = find_image_column(train, test, None)
+    image_column = find_image_column(train, test, image_column)
+    test = only_trained(test, labels)
     prefix = "" if shared_classes else f"{name}/"
     classes = tuple(prefix + labels.names[label] for label in np.unique(labels.train))
     columns = {image_column: IMAGE, label_column: LABEL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -9,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, read_label_ids, read_labels, train_and_test
+from .columns import find_image_column, only_trained, read_label_ids, read_labels, train_and_test
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Scenario(Sequence[Task]):
         task_known: Whether a test image comes with the number of its task, so that only its classes are in question.
         boundaries: Whether tasks are learnt as such. Without, they are the stretches of one stream, which is learnt in
             the order of the data, and measured after each stretch.
+        settings: What else made the sequence what it is, in types that JSON knows.
 
     Raises:
         ValueError: No tasks, indices out of order, a task's name twice, or a class that is not in the label names.
@@ -78,6 +80,7 @@ class Scenario(Sequence[Task]):
         seed: int | None = None,
         task_known: bool = False,
         boundaries: bool = True,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._tasks = tuple(tasks)
         self.name = name
@@ -87,6 +90,7 @@ class Scenario(Sequence[Task]):
         self.seed = seed
         self.task_known = task_known
         self.boundaries = boundaries
+        self.settings = dict(settings or {})
         if not self._tasks:
             raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
         indices = [task.index for task in self._tasks]
@@ -182,6 +186,14 @@ class Scenario(Sequence[Task]):
         columns = {image_column: self.image_column, label_column: self.label_column}
         columns = {old: new for old, new in columns.items() if old != new}
         train, test = (split.select_columns([image_column, label_column]) for split in (train, test))
+        test = only_trained(test, labels)
+        numbers = not labels.declared and all(name.isdigit() for name in labels.names)
+        if numbers and set(labels.names) & set(self.classes):
+            warnings.warn(
+                "The classes of the added data are numbers without names, and some are numbers of earlier classes: "
+                "they are taken for the same classes. Cast the label column to a ClassLabel with other names if not.",
+                stacklevel=2,
+            )
         classes = tuple(labels.names[label] for label in np.unique(labels.train))
         task = Task(
             len(self),
@@ -205,13 +217,14 @@ class Scenario(Sequence[Task]):
         """Returns what identifies the sequence, in types that JSON knows (it goes into `results.json`).
 
         Returns:
-            `name`, `num_tasks`, `boundaries`, `seed`, `class_order` (all classes), and one entry per task in
-            `task_names`, `classes_per_task` (counts), `train_sizes` and `test_sizes` (numbers of examples).
+            `name`, `num_tasks`, `boundaries`, `settings`, `seed`, `class_order` (all classes), and one entry per task
+            in `task_names`, `classes_per_task` (counts), `train_sizes` and `test_sizes` (numbers of examples).
         """
         return {
             "name": self.name,
             "num_tasks": len(self),
             "boundaries": self.boundaries,
+            "settings": self.settings,
             "seed": self.seed,
             "class_order": list(self.classes),
             "task_names": [task.name for task in self],

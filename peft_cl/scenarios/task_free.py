@@ -25,15 +25,15 @@ def task_free(
 ) -> Scenario:
     """Makes one stream of a data set, in which groups of classes come and go on a Gaussian schedule.
 
-    The classes are divided as by `class_incremental`. The group k of K is most frequent around the moment
-    (k + 1/2) / K of the stream: each of its training images comes at a moment drawn from a normal distribution about
-    it, and the stream is all images in the order of their moments (after the Gaussian schedule of Shanahan et al.
-    2021, arXiv 2105.13327). No image is copied. The stream is cut into `num_tasks` stretches of equal length, after
-    each of which the groups begun so far are measured; the model is told neither groups nor cuts.
+    The classes are divided as by `class_incremental`. Each group is most frequent in the middle of its stretch, which
+    is as long as the group has images: each of its training images comes at a moment drawn from a normal distribution
+    about that, and the stream is all images in the order of their moments (after the Gaussian schedule of Shanahan et
+    al. 2021, arXiv 2105.13327). No image is copied. After each stretch the groups so far are measured; the model is
+    told neither groups nor stretches.
 
     Args:
         dataset, num_tasks, label_column, **settings: As for `class_incremental`.
-        blur: Standard deviation of a group's moments, in widths of a stretch (1 / K); 0: one group after the other.
+        blur: Standard deviation of a group's moments, in widths of its stretch; 0: one group after the other.
         passes: How often each image comes, each time at another moment.
         stream_seed: Draws the moments.
 
@@ -59,17 +59,21 @@ def task_free(
     group_of_class = np.concatenate([np.full(len(task.classes), task.index) for task in groups])
     position = groups.model_labels(labels, "train")
     rows = np.flatnonzero(position >= 0)
-    peaks = (group_of_class[position[rows]] + 0.5) / len(groups)
+    group = group_of_class[position[rows]]
+    # A group has the share of the stream that it has of the images.
+    sizes = np.bincount(group, minlength=len(groups))
+    ends = np.cumsum(sizes)
+    peaks, widths = (ends - sizes / 2) / len(rows), sizes / len(rows)
     generator = np.random.default_rng(stream_seed)
     # Noise of its own for each pass; with blur 0 the images of a group still come in random order.
     noise = generator.normal(size=(passes, len(rows)))
-    moments = peaks + (blur / len(groups)) * noise
+    moments = peaks[group] + blur * widths[group] * noise
     order = np.lexsort((generator.random(moments.size), moments.ravel()))
     stream = np.tile(rows, passes)[order]
     return Scenario(
         [
             replace(task, train=train.select(stretch))
-            for task, stretch in zip(groups, np.array_split(stream, len(groups)), strict=True)
+            for task, stretch in zip(groups, np.split(stream, passes * ends[:-1]), strict=True)
         ],
         name="task-free",
         image_column=groups.image_column,
@@ -77,4 +81,5 @@ def task_free(
         label_names=groups.label_names,
         seed=groups.seed,
         boundaries=False,
+        settings={"blur": blur, "passes": int(passes), "stream_seed": stream_seed},
     )

@@ -18,7 +18,8 @@ class EWC(Strategy):
     The loss gets strength / 2 * sum over earlier tasks k and weights i of F_ki (w_i - w*_ki)^2, F_k the diagonal of
     the empirical Fisher information of task k at its end. The sum of parabolas is one parabola, so its curvature and
     centre are all that is kept, however many tasks there are. On an adapter it holds what lasts from task to task:
-    head, keys and prompts of L2P, DualPrompt's general prompt; rows of one task are never changed by another.
+    head, L2P's prompts, DualPrompt's general prompt; rows of one task are never changed by another. Keys are not held:
+    which rows are nearest has no gradient, so the likelihood knows nothing of them.
 
     Args:
         strength: lambda; 0 or more.
@@ -29,6 +30,8 @@ class EWC(Strategy):
     """
 
     name = "EWC"
+    has_task_evidence = False
+    learns_streams = False
 
     def __init__(self, strength: float = 1000.0, fisher_samples: int = 256):
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
@@ -50,6 +53,7 @@ class EWC(Strategy):
         penalty = 0.0
         for name, value in trainer.tuner.lasting_parameters().items():
             if name in self.curvature:
+                self._move(name, value.device)
                 # A head has grown since: its first rows are those of the classes then.
                 held = value[: len(self.centre[name])]
                 penalty = penalty + (self.curvature[name] * (held - self.centre[name]).square()).sum()
@@ -59,6 +63,8 @@ class EWC(Strategy):
         parameters = trainer.tuner.lasting_parameters()
         for name, fisher in self._fisher(trainer, task, parameters).items():
             value = parameters[name].detach()
+            if name in self.curvature:
+                self._move(name, value.device)
             known = self.curvature.get(name)
             if known is None:
                 self.curvature[name], self.centre[name] = fisher, value.clone()
@@ -71,25 +77,34 @@ class EWC(Strategy):
             centre[:rows] = torch.where(total[:rows] > 0, weighted / total[:rows].clamp_min(1e-38), value[:rows])
             self.curvature[name], self.centre[name] = total, centre
 
+    def _move(self, name: str, device: torch.device) -> None:
+        """After an interruption they come back on the CPU."""
+        self.curvature[name] = self.curvature[name].to(device)
+        self.centre[name] = self.centre[name].to(device)
+
     def _fisher(
         self, trainer: ContinualTrainer, task: Task, parameters: dict[str, torch.nn.Parameter]
     ) -> dict[str, torch.Tensor]:
-        """Mean of the squared gradients of log p(label | image), image by image; the same on every process."""
+        """Mean of the squared gradients of log p(label | image), image by image; the same on every process. Parameters
+        that the prediction does not depend on are left out."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         fisher = {name: torch.zeros_like(value) for name, value in parameters.items()}
         rows = torch.linspace(0, len(task.train) - 1, min(self.fisher_samples, len(task.train))).long()
         rows = torch.unique(rows).tolist()
         images = trainer.plain_batches(replace(task, train=task.train.select(rows)), batch_size=1)
         model.eval()  # no dropout, and nothing is counted
+        used = set()
         for batch in images:
-            logits = model(pixel_values=batch["pixel_values"]).logits
+            with torch.autocast(trainer.args.device.type, enabled=False):  # squares of small gradients
+                logits = model(pixel_values=batch["pixel_values"]).logits
             # Over the classes that the training loss is over.
             loss = F.cross_entropy(trainer.tuner.head.mask(logits.float(), None, training=True), batch["labels"])
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
+                    used.add(name)
                     fisher[name] += gradient.square() / len(rows)
-        return fisher
+        return {name: value for name, value in fisher.items() if name in used}
 
     def state_dict(self) -> dict[str, Any]:
         return {"curvature": self.curvature, "centre": self.centre}

@@ -17,8 +17,9 @@ class ExperienceReplay(Strategy):
     """ER with a reservoir (Chaudhry et al. 2019, arXiv 1902.10486; reservoir sampling: Vitter 1985).
 
     Each step trains on the batch and as many images drawn from the memory. The memory is a uniform sample of all
-    training images seen, brought up to date at the end of each task; it holds places in the data sets, not copies. The
-    adapter needs `train_mask=False`.
+    training images seen, brought up to date at the end of each task; it holds places in the data sets, not copies.
+    The adapter needs `train_mask=False`. DualPrompt's key of a task is pulled to the replayed queries too, so that
+    rows are told apart less well at test.
 
     Args:
         memory_size: Images that the memory holds.
@@ -30,6 +31,8 @@ class ExperienceReplay(Strategy):
 
     name = "ER"
     trains_earlier_classes = True
+    has_task_evidence = False
+    learns_streams = False
 
     def __init__(self, memory_size: int = 500, replay_batch_size: int | None = None):
         for label, size in (("memory_size", memory_size), ("replay_batch_size", replay_batch_size)):

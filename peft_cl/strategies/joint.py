@@ -17,6 +17,8 @@ class JointTraining(Strategy):
 
     name = "joint training"
     trains_earlier_classes = True
+    has_task_evidence = False
+    learns_streams = False
 
     def tasks(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
         return trainer.scenario[: task.index + 1]

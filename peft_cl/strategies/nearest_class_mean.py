@@ -50,10 +50,10 @@ class NearestClassMean(Strategy):
             counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
         for row, name in enumerate(head.config.classes):
             if counts[row]:
-                self.sums[name] = self.sums.get(name, 0) + sums[row]
+                self.sums[name] = sums[row] + (self.sums[name].to(sums) if name in self.sums else 0)
                 self.counts[name] = self.counts.get(name, 0) + int(counts[row])
             if name in self.counts:
-                mean = self.sums[name] / self.counts[name]
+                mean = self.sums[name].to(sums) / self.counts[name]
                 head.weight[row] = F.normalize(mean, dim=-1) if self.cosine else mean
                 head.bias[row] = 0.0 if self.cosine else -mean.square().sum() / 2
             elif name in trainer.scenario.classes:  # of a stream, and not seen yet: out of the question

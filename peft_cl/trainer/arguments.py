@@ -77,6 +77,11 @@ class ContinualTrainingArguments(TrainingArguments):
                     f"{name} is True, but accuracies are counted from the predictions of all test images. Leave it at "
                     "False."
                 )
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model is True, but a task can only go on from a checkpoint with its optimizer. Leave it at "
+                "False; the adapter is saved after each task anyway."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "

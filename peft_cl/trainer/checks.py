@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..scenarios import Scenario
+from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .learning_rates import check_parts
@@ -40,23 +41,43 @@ def check_fit(
             "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     config = model.peft_config[model.active_adapter]
+    check_scenario(config, args, scenario, strategy, finished_tasks)
+    check_parts(args.learning_rates or {}, model)
+
+
+def check_scenario(
+    config: PromptPoolConfig, args: ContinualTrainingArguments, scenario: Scenario, strategy: Strategy, finished: int
+) -> None:
+    """Refuse a scenario that the adapter, the arguments or the strategy cannot go through."""
+    if config.stream:
+        raise ValueError(
+            "The adapter is learnt from a stream, which has an end, and cannot learn more. Start with a new adapter."
+        )
     if scenario.boundaries:
-        for index in range(len(scenario) - finished_tasks):
+        for index in range(len(scenario) - finished):
             config.check_next_task(config.num_tasks + index)
     else:
+        if config.tasks:
+            raise ValueError(
+                f"The adapter has learnt {config.num_tasks} tasks, but a stream has none. Start with a new adapter."
+            )
         config.check_stream()
         check_stream_arguments(args)
-    if strategy.trains_earlier_classes and config.train_mask:
+        if not strategy.learns_streams:
+            raise ValueError(
+                f"{strategy.name} needs tasks with an end, but the scenario {scenario.name!r} is a stream. Use a "
+                "scenario with boundaries."
+            )
+    if strategy.trains_earlier_classes and config.train_mask and scenario.boundaries:
         raise ValueError(
             f"train_mask is True, but {strategy.name} trains on classes of earlier tasks too, whose loss would be "
             "infinite. Set train_mask=False in the adapter's configuration."
         )
     if config.task_evidence and not strategy.has_task_evidence:
         raise ValueError(
-            f"task_evidence is {config.task_evidence}, but {strategy.name} has no use for it: it needs training steps "
-            "on a frozen backbone. Leave it at 0."
+            f"task_evidence is {config.task_evidence}, but {strategy.name} has no use for it: a task's mean query "
+            "comes from training steps on its own images alone, with a frozen backbone. Leave it at 0."
         )
-    check_parts(args.learning_rates or {}, model)
 
 
 def check_stream_arguments(args: ContinualTrainingArguments) -> None:

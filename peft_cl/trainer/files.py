@@ -32,12 +32,12 @@ def explained_writes(folder: Path, finished_tasks: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch and safetensors report a full disk as errors of their own kind.
-        if isinstance(error, RuntimeError) and "write" not in str(error):
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         kept = f"The first {finished_tasks} tasks are kept" if finished_tasks else "No task was finished before"
         raise OSError(
-            f"Writing into {str(folder)!r} failed: {error}. {kept}: make room on the disk and call "
-            "train(resume_from_checkpoint=True) with the same settings."
+            f"Writing into {str(folder)!r} failed: {error}. {kept}: make room on the disk, make model and trainer "
+            "anew with the same settings, and call train(resume_from_checkpoint=True)."
         ) from error
 
 

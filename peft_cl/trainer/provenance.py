@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetInfo
 
 from ..scenarios import Scenario
 from ..version import __version__
 
 
-#: Training arguments that shape the result; what differs from the Trainer's default is recorded too.
+#: Training arguments that shape the result.
 RECORDED = (
     "num_train_epochs",
     "max_steps",
@@ -22,11 +24,15 @@ RECORDED = (
     "learning_rate",
     "learning_rates",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
+    "adam_epsilon",
+    "optim_args",
+    "dataloader_drop_last",
     "max_grad_norm",
     "bf16",
     "fp16",
@@ -41,7 +47,7 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
     settings["device"] = args.device.type
     settings["threads"] = torch.get_num_threads()
     settings["backbone_dtype"] = str(model.get_base_model().dtype).removeprefix("torch.")
-    settings["augmentation"] = repr(augmentation) if augmentation is not None else None
+    settings["augmentation"] = described(augmentation)
     written = {
         "classes",
         "tasks",
@@ -57,6 +63,11 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
     return settings
 
 
+def described(function: Any) -> str | None:
+    """What a function is, in words that are the same in every process."""
+    return None if function is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(function))
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
     names = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -70,8 +81,12 @@ def model_name(model: Any) -> str:
 
 
 def dataset_name(scenario: Scenario) -> str:
-    """The Hub id (`owner/name`) of the scenario's data, or the name under which a local data set was built."""
-    info = scenario[0].train.info
+    """The Hub id (`owner/name`) of the scenario's data, or the name under which a local data set was built; of several
+    data sets all names."""
+    return " + ".join(dict.fromkeys(_name_of(task.train.info) for task in scenario))
+
+
+def _name_of(info: DatasetInfo) -> str:
     for source in info.download_checksums or ():
         if source.startswith("hf://datasets/"):
             return source.removeprefix("hf://datasets/").partition("@")[0]

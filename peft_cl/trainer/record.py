@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..metrics import RunResults
-from .provenance import dataset_name, hyperparameters, model_name, versions
+from .provenance import dataset_name, described, hyperparameters, model_name, versions
 
 
 if TYPE_CHECKING:
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 def record_of(trainer: ContinualTrainer) -> RunResults:
     """What the run was and what it has measured so far."""
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    weights = Path(trainer.args.output_dir, SAFETENSORS_WEIGHTS_NAME)
     tuner, scenario, strategy = trainer.tuner, trainer.scenario, trainer.strategy
-    config = tuner.peft_config[tuner.active_adapters[0]]
+    adapter = tuner.active_adapters[0]
+    config = tuner.peft_config[adapter]
+    # PEFT saves adapters of other names into folders of their own.
+    folder = Path(trainer.args.output_dir, "" if adapter == "default" else adapter)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
     if trainer.batch_augmentation is not None:
-        settings["batch_augmentation"] = repr(trainer.batch_augmentation)
+        settings["batch_augmentation"] = described(trainer.batch_augmentation)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
     return RunResults(

@@ -42,7 +42,10 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         if path.exists():
             (folder / PREVIOUS).unlink(missing_ok=True)
-            os.link(path, folder / PREVIOUS)
+            try:
+                os.link(path, folder / PREVIOUS)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, folder / PREVIOUS)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -66,7 +69,8 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
         if hashlib.sha256(content).digest() == digest:
             if damaged:
                 warnings.warn(f"{damaged[0]} is damaged; {path.name}, one task before it, is used.", stacklevel=2)
-            return torch.load(io.BytesIO(content), weights_only=True)
+            # Loading into modules and optimizers puts everything where they are.
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         damaged.append(path)
     if damaged:
         raise ValueError(
@@ -76,9 +80,14 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def forget_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def forget_state(folder: Path) -> None:
     """Remove snapshots and checkpoints of the run in `folder`."""
-    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
+    forget_folder(folder / STATE_FOLDER)
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
@@ -101,6 +110,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
         if wrong is None:
             return checkpoint
         warnings.warn(f"{checkpoint} {wrong}, so the one before it is used, if there is one.", stacklevel=2)
+        forget_folder(checkpoint)  # or rotation would keep it and remove whole ones
     return None
 
 
@@ -128,7 +138,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's device
     }
 
 
@@ -140,7 +150,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

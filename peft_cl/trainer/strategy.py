@@ -31,8 +31,12 @@ class Strategy:
     #: What users of the saved adapter must know, for its card.
     limits: tuple[str, ...] = ()
 
-    #: Whether a task is learnt by training steps on frozen features, from which task evidence takes its means.
+    #: Whether a task is learnt by training steps on frozen features of its own images alone, of which task evidence
+    #: takes the means.
     has_task_evidence = True
+
+    #: Whether it makes sense on a stream, whose stretches are no tasks.
+    learns_streams = True
 
     #: Whether batches hold classes of earlier tasks, so that their logits must not be masked.
     trains_earlier_classes = False
@@ -68,7 +72,8 @@ class Strategy:
         return {}
 
     def after_backward(self, trainer: ContinualTrainer) -> None:
-        """Called with all gradients of an optimizer's step in place, before they are clipped."""
+        """Called with all gradients of an optimizer's step in place, before they are clipped (with fp16 they are
+        still multiplied by the loss scale)."""
 
     def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Called after the last step of a task, before it is measured."""
@@ -98,22 +103,29 @@ class Combined(Strategy):
     """Several strategies as one; each hook is called for all of them, in order.
 
     Raises:
-        ValueError: more than one of them has a way of its own to learn a task or to choose its tasks.
+        ValueError: two of one kind, or more than one with a way of its own to learn a task or to choose its tasks.
     """
 
     def __init__(self, strategies: Sequence[Strategy]):
-        self.strategies = list(strategies)
-        self.name = " + ".join(each.name for each in strategies if each.name) or None
+        strategies = [each for each in strategies if type(each) is not Strategy]
+        kinds = [type(each).__name__ for each in strategies]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once.")
+        # What stands for the whole method comes first, in names and in what is done.
+        self.strategies = sorted(strategies, key=lambda each: each.title("") != each.name)
+        self.name = " + ".join(each.name for each in self.strategies if each.name) or None
+        self.learns_streams = all(each.learns_streams for each in strategies)
         self.limits = tuple(limit for each in strategies for limit in each.limits)
         self.has_task_evidence = all(each.has_task_evidence for each in strategies)
         self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
         self.own = {}
         for hook in ("learn", "tasks"):
-            owners = [each for each in strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
-            if len(owners) > 1:
+            owners = [each for each in self.strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
+            if len(owners) > 1 or (hook == "learn" and owners and len(strategies) > 1):
+                names = " and ".join(str(each.name) for each in self.strategies)
                 raise ValueError(
-                    f"{' and '.join(str(each.name) for each in owners)} each have a way of their own ({hook}), so "
-                    "they cannot be combined. Give one of them."
+                    f"{names} cannot be combined: {owners[0].name} has a way of its own to learn a task ({hook}). "
+                    "Give one of them."
                 )
             self.own[hook] = owners[0] if owners else Strategy()
 
@@ -123,7 +135,7 @@ class Combined(Strategy):
         return adapter
 
     def settings(self):
-        return {each.name or type(each).__name__: each.settings() for each in self.strategies}
+        return {each.name or type(each).__name__: each.settings() for each in self.strategies if each.settings()}
 
     def prepare(self, model):
         for each in self.strategies:

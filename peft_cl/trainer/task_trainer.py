@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from .examples import TaskExamples, rows_by_image
 from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .query_cache import QueryCache
-from .snapshot import STATE_FOLDER
 from .strategy import Strategy
 
 
@@ -65,18 +63,12 @@ class TaskTrainer(Trainer):
         # An adapter that has learnt tasks before goes on: the rows of its head come first.
         self.tasks_before = config.num_tasks
         self.classes_before = tuple(config.classes if config.tasks else ())
-        label_index = scenario.label_index(self.classes_before)
-        self._collators = {
-            training: ContinualCollator(
-                ImageTransform(processing_class, augmentation if training else None),
-                label_index,
-                scenario.image_column,
-                scenario.label_column,
-                label_names=scenario.label_names,
-            )
+        self._transforms = {
+            training: ImageTransform(processing_class, augmentation if training else None)
             for training in (True, False)
         }
-        check_image_size(model, self._collators[False].transform.output_size)
+        check_image_size(model, self._transforms[False].output_size)
+        self.make_collators()
         if args.eval_strategy != "no":  # the Trainer asks for it; `evaluate` knows what to measure
             kwargs.setdefault("eval_dataset", scenario[0].test)
         super().__init__(
@@ -101,6 +93,21 @@ class TaskTrainer(Trainer):
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
 
+    def make_collators(self) -> None:
+        """Collators that know the labels of the scenario's classes."""
+        scenario = self.scenario
+        self._collators = {
+            training: ContinualCollator(
+                transform,
+                scenario.label_index(self.classes_before),
+                scenario.image_column,
+                scenario.label_column,
+                label_names=scenario.label_names,
+            )
+            for training, transform in self._transforms.items()
+        }
+        self.data_collator = self._collators[False]
+
     @property
     def tuner(self) -> PromptPoolModel:
         """The tuner inside the model, however the model is wrapped."""
@@ -111,7 +118,7 @@ class TaskTrainer(Trainer):
     @property
     def augmentation(self) -> Callable | None:
         """What is applied to each training image."""
-        return self._collators[True].transform.augmentation
+        return self._transforms[True].augmentation
 
     def fit(self, tasks: Sequence[Task]) -> TrainOutput:
         """The Trainer's own loop over the training examples of `tasks`; everything that belongs to a task is new."""
@@ -133,6 +140,13 @@ class TaskTrainer(Trainer):
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
                 self.queries.forget(tasks)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _checkpoint(self) -> str | None:
         """The checkpoint that this task goes on from, if it was interrupted."""
@@ -257,7 +271,3 @@ class TaskTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-
-    def _get_output_dir(self, trial):
-        """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
-        return os.path.join(self.args.output_dir, STATE_FOLDER, self.task.name if self.task else "")

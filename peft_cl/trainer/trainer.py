@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
@@ -19,23 +19,13 @@ from .arguments import ContinualTrainingArguments
 from .checks import check_fit
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
-from .record import record_of, usage_of_finished_tasks
-from .snapshot import (
-    STATE_FOLDER,
-    differences,
-    forget_state,
-    load_snapshot,
-    random_state,
-    save_snapshot,
-    seal_checkpoint,
-    set_random_state,
-    whole_checkpoint,
-)
+from .record import record_of
+from .resuming import ResumableTrainer
+from .snapshot import STATE_FOLDER, forget_state, save_snapshot
 from .strategy import Combined, Strategy
-from .task_trainer import TaskTrainer
 
 
-class ContinualTrainer(TaskTrainer):
+class ContinualTrainer(ResumableTrainer):
     """A `transformers.Trainer` that learns the tasks of a scenario one after the other and measures as it goes.
 
     For each task the model's head and pool start the task, optimizer and schedule are new, and the arguments hold as
@@ -80,8 +70,14 @@ class ContinualTrainer(TaskTrainer):
         strategy: Strategy | Sequence[Strategy] | None = None,
         **kwargs: Any,
     ):
-        strategy = Combined(strategy) if isinstance(strategy, (list, tuple)) else strategy or Strategy()
+        strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_fit(model, args, scenario, processing_class, strategy)
+        for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, but each task has its own, which scenario and arguments say. Leave it out"
+                    + (", and set optim, optim_args and learning_rates." if name == "optimizers" else ".")
+                )
         if args.process_index == 0:
             check_writable(Path(args.output_dir))
         strategy.prepare(model)
@@ -96,14 +92,7 @@ class ContinualTrainer(TaskTrainer):
             compute_metrics=self._accuracies,
             **kwargs,
         )
-        tasks = len(scenario)
-        self.accuracy_matrix = np.full((tasks, tasks), np.nan)
-        self.finished_tasks = 0
-        self.train_seconds = 0.0
-        self._began: float | None = None
         self._measured: list[Task] = []
-        self.prompt_usage: np.ndarray | None = None
-        self._resuming = False
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
@@ -125,9 +114,10 @@ class ContinualTrainer(TaskTrainer):
                 f"train() got {kwargs}, but a task sequence is trained as a whole. Call train() with "
                 "resume_from_checkpoint or without arguments."
             )
+        self.check_not_interrupted()
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
-        elif self.is_world_process_zero() and not (self.finished_tasks or self._resuming):
+        elif self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
             forget_state(self.folder)  # of an earlier run
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -149,161 +139,48 @@ class ContinualTrainer(TaskTrainer):
                 as its next task, with classes that are new or known.
             **columns: for a data set, as `Scenario.with_task` has them (`name`, `label_column`, ...).
         """
+        self.check_not_interrupted()
         if not isinstance(task, Task):
-            longer = self.scenario.with_task(task, **columns)
-            check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
-            self.scenario = longer
-            matrix = np.full((len(self.scenario), len(self.scenario)), np.nan)
-            matrix[:-1, :-1] = self.accuracy_matrix
-            self.accuracy_matrix, task = matrix, self.scenario[-1]
-        if task is not self.scenario[self.finished_tasks]:
+            task = self._add(task, **columns)
+        if self.finished_tasks >= len(self.scenario) or task is not self.scenario[self.finished_tasks]:
             raise ValueError(
                 f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
                 "are learnt in the scenario's order."
             )
         self._begin(task)
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
             self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
         self.strategy.end_task(self, task)
-        self.train_seconds, self._began = self._seconds(), None
+        self.train_seconds, self.began = self.seconds(), None
         self.evaluate()
-        self.finished_tasks += 1
+        self.finished_tasks, self.under_way = self.finished_tasks + 1, False
         with explained_writes(self.folder, self.finished_tasks - 1):
             self.save()
             if self.is_world_process_zero():
                 save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
+                self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
         self.progress.end_task(self._summary(task))
         return output
 
-    def _begin(self, task: Task) -> None:
-        begun = self.tuner.peft_config[self.model.active_adapter].num_tasks - self.tasks_before
-        if self.scenario.boundaries and begun > self.finished_tasks:
-            raise RuntimeError(
-                f"{task.name} was begun and interrupted: its prompts are half trained. Make model and trainer anew, "
-                "and call train(resume_from_checkpoint=True) to go on with this task."
+    def _add(self, data: Mapping[str, Any], **columns: Any) -> Task:
+        """Add a data set to the scenario as its next task."""
+        if self.finished_tasks < len(self.scenario):
+            raise ValueError(
+                f"{self.finished_tasks} of {len(self.scenario)} tasks are learnt, and a task is added to the end. "
+                "Call train() first."
             )
-        self.task = task
+        longer = self.scenario.with_task(data, **columns)
+        check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
+        self.take_scenario(longer)
+        return longer[-1]
+
+    def _begin(self, task: Task) -> None:
+        self.task, self.under_way = task, True
         self.progress.begin_task(task.name, task.index)
         self._start(task)
         self.strategy.begin_task(self, task)
-
-    def _seconds(self) -> float:
-        """Seconds of training so far, those of the task under way included."""
-        return self.train_seconds + (time.perf_counter() - self._began if self._began else 0.0)
-
-    def _start(self, task: Task) -> None:
-        """Head and pool start the task; a stream is started once, with all its classes."""
-        if self.scenario.boundaries:
-            self.tuner.begin_task(task.classes)
-        elif task.index == 0:
-            self.tuner.begin_stream(self.scenario.classes)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.args.output_dir)
-
-    # ----------------------------------------------------------------------------------------------- interruption
-
-    def sequence_state(self) -> dict[str, Any]:
-        """All that the tasks to come depend on."""
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        prefix = f".{self.tuner.prefix}"
-        weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
-        return {
-            "settings": self.settings(),
-            "accuracy_matrix": self.accuracy_matrix.tolist(),
-            "finished_tasks": self.finished_tasks,
-            "prompt_usage": usage_of_finished_tasks(self),
-            "train_seconds": self._seconds(),
-            "weights": weights,
-            "strategy": self.strategy.state_dict(),
-            "random": random_state(),
-            # A task has an optimizer of its own, a stream one for all.
-            "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
-        }
-
-    def resume(self, folder: Path) -> None:
-        """Go to where the run in `folder` last finished a task, or nowhere if it finished none."""
-        self._resuming = True
-        state = load_snapshot(folder / STATE_FOLDER)
-        if state is None:
-            return
-        self._check_settings(state, folder)
-        self.accuracy_matrix = np.array(state["accuracy_matrix"])
-        self.finished_tasks = state["finished_tasks"]
-        self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
-        self.train_seconds = state["train_seconds"]
-        for task in self.scenario[: self.finished_tasks]:
-            self._start(task)  # for the shapes
-            self.task = task
-        self._take(state)
-        self.optimizer_state = state["optimizer"]
-        if self.is_world_process_zero():
-            set_random_state(state["random"])
-
-    def settings(self) -> dict[str, Any]:
-        """What must not change while a sequence is under way."""
-        settings = {**self.results.hyperparameters}
-        for name in ("threads", "device", "devices"):  # where it runs, not what
-            settings.pop(name)
-        return {"scenario": self.scenario.describe(), "method": self.results.method, **settings}
-
-    def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
-        changed = differences(state["settings"], self.settings())
-        if changed:
-            raise ValueError(
-                f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
-                "them back, or train anew without resume_from_checkpoint."
-            )
-
-    def _take(self, state: Mapping[str, Any]) -> None:
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["weights"], strict=False)
-        self.strategy.load_state_dict(state["strategy"])
-
-    def _checkpoint(self) -> str | None:
-        """The last whole checkpoint of the task that was interrupted."""
-        resuming, self._resuming = self._resuming, False
-        checkpoint = whole_checkpoint(Path(self._get_output_dir(None))) if resuming else None
-        return None if checkpoint is None else str(checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self._get_output_dir(trial))
-        try:
-            with explained_writes(self.folder, self.finished_tasks):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()  # each process writes its random state
-                if self.is_world_process_zero():
-                    checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                    save_snapshot(checkpoint, self.sequence_state())
-                    seal_checkpoint(checkpoint)
-                    best = self.state.best_model_checkpoint
-                    rotate_checkpoints(str(folder), limit, best_model_checkpoint=best)
-        finally:
-            self.args.save_total_limit = limit
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Not the adapter alone, as the Trainer would: all that is trained, and what the strategy keeps."""
-        state = load_snapshot(Path(resume_from_checkpoint))
-        self._check_settings(state, Path(resume_from_checkpoint))
-        self.train_seconds = state["train_seconds"]
-        self._take(state)
-
-    def _nothing_left(self, checkpoint: str) -> None:
-        """The Trainer takes up the random state with the first step only."""
-        if self.is_world_process_zero():
-            set_random_state(load_snapshot(Path(checkpoint))["random"])
-
-    def _load_best_model(self) -> None:
-        weights = load_snapshot(Path(self.state.best_model_checkpoint))["weights"]
-        self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What is shared is the adapter after a task, not one in the middle of it."""
 
     # ----------------------------------------------------------------------------------------------- measuring
 
@@ -313,7 +190,8 @@ class ContinualTrainer(TaskTrainer):
         """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix.
 
         Args:
-            eval_dataset: other examples of the scenario's classes; None: the tasks seen.
+            eval_dataset: a `Task`, for its test examples; other examples of the scenario's classes; None: the tasks
+                seen.
 
         Returns:
             dict with `eval_loss`, `eval_average_accuracy` (mean over tasks) and `eval_accuracy_<task name>`; for other
@@ -325,6 +203,9 @@ class ContinualTrainer(TaskTrainer):
             self._measured = list(self.scenario[: self.task.index + 1])
             self.selected_rows = []
             eval_dataset = self.examples(self._measured, "test")
+        else:
+            eval_dataset = self._own_examples(eval_dataset)
+        began = time.perf_counter()
         try:
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if self.selected_rows:
@@ -333,9 +214,26 @@ class ContinualTrainer(TaskTrainer):
                 self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
         finally:
             measured, self._measured, self.selected_rows = self._measured, [], None
+            if self.began is not None:  # in the middle of a task, whose time of training this is not
+                self.began += time.perf_counter() - began
         for task in measured:
             self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
         return metrics
+
+    def _own_examples(self, data: Any) -> Any:
+        """Examples with the labels that their task gives them."""
+        if isinstance(data, Task):
+            return self.examples([data], "test")
+        for task in self.scenario:
+            for split in ("train", "test"):
+                if data is getattr(task, split):
+                    return self.examples([task], split)
+        if any(task.label_names is not None for task in self.scenario):
+            raise ValueError(
+                "The tasks come from data sets that number their classes differently, so what the labels of "
+                "eval_dataset mean is not known. Give a Task, or a task's own train or test data."
+            )
+        return data
 
     def _accuracies(self, prediction: Any) -> dict[str, float]:
         correct = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)

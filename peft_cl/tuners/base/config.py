@@ -38,7 +38,8 @@ class PromptPoolConfig(PeftConfig):
         default=True,
         metadata={
             "help": "In training, take the cross-entropy over the classes of the current task only (the others' "
-            "logits are -inf), as all three papers do. False: over all classes seen."
+            "logits are -inf), as all three papers do; from a stream, over the classes in the batch. False: over all "
+            "classes seen."
         },
     )
     task_evidence: float = field(

@@ -189,7 +189,7 @@ class ClassifierHead(AdapterLayer):
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.weigh_evidence(logits, call, training=model.training)
-        logits = self.mask(logits, call.task_ids, training=model.training)
+        logits = self.mask(logits, call.task_ids, training=model.training, labels=call.labels)
         self.last_selected = call.prompts.selected
         loss = None
         if call.labels is not None:
@@ -224,13 +224,21 @@ class ClassifierHead(AdapterLayer):
                 return logits.float() + evidence(call.query).float()
         return logits
 
-    def mask(self, logits: torch.Tensor, task_ids: torch.Tensor | None, *, training: bool) -> torch.Tensor:
+    def mask(
+        self,
+        logits: torch.Tensor,
+        task_ids: torch.Tensor | None,
+        *,
+        training: bool,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Set the logits of classes that are out of the question to -inf.
 
         Args:
             logits: (B, classes) of the active head.
             task_ids: (B,), the task of each sample (task-incremental evaluation): its own task's classes are kept.
             training: without `task_ids`, keep the classes of the current task (`train_mask`).
+            labels: (B,), of a stream, which has no current task: the classes in the batch are kept.
         """
         config = self.active.config
         if task_ids is not None:
@@ -241,6 +249,11 @@ class ClassifierHead(AdapterLayer):
                     "count from 0."
                 )
             allowed = rows_of_tasks(config.tasks, logits.shape[-1], logits.device)[task_ids.to(logits.device)]
+        elif training and config.train_mask and config.stream and labels is not None:
+            present = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            # Labels out of range are told of by the loss, in words.
+            rows = labels.to(logits.device).long().flatten().clamp(0, logits.shape[-1] - 1)
+            allowed = present.scatter(0, rows, True)
         elif training and config.train_mask and config.tasks:
             allowed = rows_of_tasks(config.tasks[-1:], logits.shape[-1], logits.device)
         else:

@@ -114,7 +114,8 @@ class PromptPoolModel(BaseTuner):
         Those that a pool makes anew for each task (DualPrompt's row, CODA-Prompt's components) are not among them.
         """
         pool = self.pool
-        renewed = {id(getattr(pool, name)) for name in pool.row_axes}
+        stream = self._active_config()[1].stream  # has one task for all
+        renewed = set() if stream else {id(getattr(pool, name)) for name in pool.row_axes if hasattr(pool, name)}
         trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         return {name: value for name, value in trained if id(value) not in renewed}
 

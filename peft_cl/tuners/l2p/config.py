@@ -152,6 +152,11 @@ class L2PConfig(KeyPoolConfig):
 
     def check_stream(self) -> None:
         super().check_stream()
+        if self.frequency_penalty:
+            raise ValueError(
+                "frequency_penalty is True, which counts the choices of earlier tasks, but a stream has none. Set it "
+                "to False."
+            )
         if self.use_prompt_mask:
             raise ValueError(
                 "use_prompt_mask is True, which gives each task rows of its own, but a stream has no tasks. Set it to "

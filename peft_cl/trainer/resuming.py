@@ -1,0 +1,218 @@
+"""The state of a sequence: kept between tasks and within them, and taken up after an interruption."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..scenarios import Scenario, Task
+from .files import explained_writes
+from .record import usage_of_finished_tasks
+from .snapshot import (
+    STATE_FOLDER,
+    differences,
+    forget_folder,
+    load_snapshot,
+    random_state,
+    save_snapshot,
+    seal_checkpoint,
+    set_random_state,
+    whole_checkpoint,
+)
+from .task_trainer import TaskTrainer
+
+
+class ResumableTrainer(TaskTrainer):
+    """A `TaskTrainer` that knows how far a sequence is, and goes on where an interrupted run stopped.
+
+    Attributes:
+        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
+        finished_tasks: tasks learnt and measured.
+        prompt_usage: (tasks seen, rows) counts of the last measurement, None where no rows are chosen.
+        train_seconds: of the finished tasks, without evaluations.
+        under_way: whether a task has begun and is not finished.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        tasks = len(self.scenario)
+        self.accuracy_matrix = np.full((tasks, tasks), np.nan)
+        self.finished_tasks = 0
+        self.prompt_usage: np.ndarray | None = None
+        self.train_seconds = 0.0
+        self.began: float | None = None
+        self.under_way = False
+        self._resumed_from: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def take_scenario(self, scenario: Scenario) -> None:
+        """Go on with a longer scenario, whose first tasks are those of the present one."""
+        tasks = len(self.scenario)
+        matrix = np.full((len(scenario), len(scenario)), np.nan)
+        matrix[:tasks, :tasks] = self.accuracy_matrix
+        self.accuracy_matrix, self.scenario = matrix, scenario
+        self.make_collators()
+
+    def check_not_interrupted(self) -> None:
+        """Refuse to go on with a task that was interrupted in this process: its parameters are half trained."""
+        if self.under_way:
+            raise RuntimeError(
+                f"{self.task.name} was begun and interrupted: its prompts are half trained. Make model and trainer "
+                "anew, and call train(resume_from_checkpoint=True) to go on with this task."
+            )
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those of the task under way included."""
+        return self.train_seconds + (time.perf_counter() - self.began if self.began else 0.0)
+
+    def _start(self, task: Task) -> None:
+        """Head and pool start the task; a stream is started once, with all its classes."""
+        if self.scenario.boundaries:
+            self.tuner.begin_task(task.classes)
+        elif task.index == 0:
+            self.tuner.begin_stream(self.scenario.classes)
+
+    def sequence_state(self) -> dict[str, Any]:
+        """All that the tasks to come depend on."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prefix = f".{self.tuner.prefix}"
+        weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
+        return {
+            "settings": self.settings(),
+            "accuracy_matrix": self.accuracy_matrix.tolist(),
+            "finished_tasks": self.finished_tasks,
+            "prompt_usage": usage_of_finished_tasks(self),
+            "train_seconds": self.seconds(),
+            "weights": weights,
+            "strategy": self.strategy.state_dict(),
+            "random": random_state(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+            # A task has an optimizer of its own, a stream one for all.
+            "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Go to where the run in `folder` last finished a task, or nowhere if it finished none."""
+        if self.task is not None:
+            raise RuntimeError(
+                f"This trainer has trained {self.task.name} already, and a run is resumed by a new one. Make model "
+                "and trainer anew."
+            )
+        self._resumed_from = folder
+        state = load_snapshot(folder / STATE_FOLDER)
+        if state is None:
+            if folder != self.folder and not (folder / STATE_FOLDER).is_dir():
+                raise ValueError(
+                    f"resume_from_checkpoint is {str(folder)!r}, but no run was interrupted there. Give the output "
+                    "folder of the run to go on with."
+                )
+            return
+        self._check_settings(state, folder)
+        self.accuracy_matrix = np.array(state["accuracy_matrix"])
+        self.finished_tasks = state["finished_tasks"]
+        self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
+        self.train_seconds = state["train_seconds"]
+        for task in self.scenario[: self.finished_tasks]:
+            self._start(task)  # for the shapes
+            self.task = task
+        self._take(state)
+        self.optimizer_state = state["optimizer"]
+        if self.is_world_process_zero():
+            set_random_state(state["random"])
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change while a sequence is under way."""
+        results = self.results
+        settings = {**results.hyperparameters}
+        for name in ("threads", "device"):  # where it runs, not what
+            settings.pop(name)
+        what = {name: getattr(results, name) for name in ("method", "base_model", "dataset", "scenario")}
+        return {**what, **settings, "processor": json.loads(self.processing_class.to_json_string())}
+
+    def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
+        changed = differences(state["settings"], self.settings())
+        if changed:
+            raise ValueError(
+                f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
+                "them back, or train anew without resume_from_checkpoint."
+            )
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self._take_weights(state["weights"])
+        self.strategy.load_state_dict(state["strategy"])
+        scaler = self.accelerator.scaler
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+
+    def _take_weights(self, weights: Mapping[str, Any]) -> None:
+        surplus = self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False).unexpected_keys
+        if surplus:
+            raise ValueError(
+                f"The interrupted run has weights that this model lacks ({', '.join(surplus[:3])}, ...). Make the "
+                "model as it was, with the same adapter name."
+            )
+
+    def _checkpoint(self) -> str | None:
+        """The last whole checkpoint of the task that was interrupted."""
+        folder, self._resumed_from = self._resumed_from, None
+        checkpoint = whole_checkpoint(checkpoint_folder(folder, self.task)) if folder else None
+        return None if checkpoint is None else str(checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self._get_output_dir(trial))
+        try:
+            with explained_writes(self.folder, self.finished_tasks):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process writes its random state
+                if self.is_world_process_zero():
+                    checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                    save_snapshot(checkpoint, self.sequence_state())
+                    seal_checkpoint(checkpoint)
+                    best = self.state.best_model_checkpoint
+                    rotate_checkpoints(str(folder), limit, best_model_checkpoint=best)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Not the adapter alone, as the Trainer would: all that is trained, and what the strategy keeps."""
+        state = load_snapshot(Path(resume_from_checkpoint))
+        self._check_settings(state, Path(resume_from_checkpoint))
+        self.train_seconds = state["train_seconds"]
+        self._take(state)
+
+    def _nothing_left(self, checkpoint: str) -> None:
+        """The Trainer takes up the random state with the first step only."""
+        if self.is_world_process_zero():
+            set_random_state(load_snapshot(Path(checkpoint))["random"])
+
+    def _load_best_model(self) -> None:
+        self._take_weights(load_snapshot(Path(self.state.best_model_checkpoint))["weights"])
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What is shared is the adapter after a task, not one in the middle of it."""
+
+    def forget_checkpoints(self, finished: int) -> None:
+        """Remove the checkpoints of the first `finished` tasks: a snapshot after them holds what they held."""
+        for task in self.scenario[:finished]:
+            forget_folder(checkpoint_folder(self.folder, task))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are named by steps, which start anew with every task: each task has its own folder."""
+        return str(checkpoint_folder(self.folder, self.task) if self.task else self.folder / STATE_FOLDER)
+
+
+def checkpoint_folder(run: Path, task: Task) -> Path:
+    """Where the checkpoints of a task are; by its number, as its name may be anything."""
+    return run / STATE_FOLDER / f"task_{task.index}"

@@ -1,0 +1,81 @@
+"""What may not differ between an interrupted run and the one that goes on with it."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from trainer_cases import CONFIGS
+from transformers import ViTImageProcessorPil
+
+from peft_cl import task_free
+from peft_cl.trainer.snapshot import differences
+
+
+def augment(image):
+    return image
+
+
+@pytest.fixture
+def settings(make_trainer):
+    """`settings(...)`: what a trainer made so would compare."""
+
+    def get(config=None, processor=None, **words):
+        trainer = make_trainer(config or CONFIGS["coda"](), **words)
+        if processor is not None:
+            trainer.processing_class = processor
+        return trainer.settings()
+
+    return get
+
+
+def test_the_same_run_has_the_same_settings(settings):
+    for augmentation in (None, augment, functools.partial(augment)):
+        assert not differences(settings(augmentation=augmentation), settings(augmentation=augmentation))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate"),
+        ({"adam_epsilon": 1e-3}, "adam_epsilon"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type"),
+        ({"num_tasks": 2}, "scenario.num_tasks"),
+        ({"processor": ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False)}, "processor."),
+        ({"config": CONFIGS["l2p"]()}, "method"),
+    ],
+)
+def test_a_change_is_found_and_named(settings, change, name):
+    found = differences(settings(), settings(**change))
+    assert any(entry.startswith(name) for entry in found), found
+
+
+def test_another_stream_is_another_scenario(settings, data):
+    words = {"config": CONFIGS["l2p"](), "num_train_epochs": 1, "lr_scheduler_type": "constant"}
+    streams = [settings(scenario=task_free(data, 3, **change), **words) for change in ({}, {"blur": 2.0})]
+    assert differences(*streams) == ["scenario.settings.blur: was 0.5, is 2.0"]
+
+
+def test_a_folder_without_a_run(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="nowhere', but no run was interrupted there"):
+        make_trainer(CONFIGS["coda"]()).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["optimizers", "eval_dataset"])
+def test_what_each_task_has_of_its_own_is_refused(name, make_trainer, data, tiny_vit, processor, tmp_path):
+    from peft import get_peft_model
+
+    from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+
+    arguments = ContinualTrainingArguments(str(tmp_path / "run"), use_cpu=True)
+    model = get_peft_model(tiny_vit(), CONFIGS["coda"]())
+    with pytest.raises(ValueError, match=f"{name} is given, but each task has its own"):
+        ContinualTrainer(
+            model, arguments, class_incremental(data, 3), processing_class=processor, **{name: data["test"]}
+        )
+
+
+def test_checkpoints_without_their_optimizer_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="save_only_model is True.*Leave it at False"):
+        make_trainer(CONFIGS["coda"](), save_strategy="epoch", save_only_model=True)
