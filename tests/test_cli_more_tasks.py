@@ -7,7 +7,7 @@ import pytest
 from cli_fixtures import COLOURS
 from peft import PeftConfig
 
-from peft_cl import RunResults
+from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main
 
 
@@ -90,3 +90,26 @@ def test_a_comparison_method_is_added(strategy, name, train, tmp_path):
 def test_bad_settings_are_refused_before_training(refused, words, expected):
     message = refused(*words)
     assert all(part in message for part in expected), message
+
+
+def test_a_run_interrupted_in_its_first_task_is_resumed_from_its_checkpoint(train, tmp_path, monkeypatch, capsys):
+    saving = ("--training.save_strategy", "steps", "--training.save_steps", "1")
+    assert train(*saving, "--output_dir", str(tmp_path / "whole")) == 0
+    steps, step = [], ContinualTrainer.training_step
+
+    def counted(self, *words):
+        steps.append(self.task.index)
+        return step(self, *words) if len(steps) <= 3 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualTrainer, "training_step", counted)
+        with pytest.raises(ZeroDivisionError):
+            train(*saving)
+    assert train(*saving) == 2
+    assert "holds a run already (_state)" in (error := capsys.readouterr().err) and "--resume" in error
+    del steps[:]
+    monkeypatch.setattr(ContinualTrainer, "training_step", lambda self, *words: steps.append(0) or step(self, *words))
+    assert train(*saving, "--resume") == 0
+    assert len(steps) == 8 - 3  # 2 tasks, 2 epochs, 2 steps an epoch
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
