@@ -16,10 +16,13 @@ from peft_cl import (
     CodaPromptConfig,
     ContinualTrainer,
     ContinualTrainingArguments,
+    DualPromptConfig,
     LinearProbeConfig,
     class_incremental,
+    domain_incremental,
 )
 from peft_cl.assets import default_backbone
+from peft_cl.metrics import usage_shares
 from peft_cl.strategies import NearestClassMean
 
 
@@ -64,6 +67,26 @@ def test_nearest_class_means_of_unseen_classes(tiny_imagenet, tmp_path):
     trainer = trainer_of(LinearProbeConfig(), scenario, tmp_path, NearestClassMean())
     trainer.train()
     assert trainer.metrics["average_accuracy"] > 0.35
+
+
+def test_domains_of_real_images(tmp_path):
+    """Photographs, paintings, cartoons and sketches of the same seven things; rows are chosen by domain, mostly."""
+    data = load_dataset(str(Path(os.environ["PEFT_CL_DATA"], "pacs")))
+    data = {split: part.shuffle(seed=0).select(range(700)) for split, part in data.items()}
+    scenario = domain_incremental(data, domain_order=["photo", "sketch"])
+    trainer = trainer_of(
+        DualPromptConfig(head_init="zeros"),
+        scenario,
+        tmp_path,
+        num_train_epochs=2,
+        per_device_train_batch_size=25,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    assert trainer.accuracy_matrix[0, 0] > 0.4  # of seven classes
+    usage = usage_shares(trainer.results.prompt_usage)
+    assert usage[0, 0] > 0.6 and usage[1, 1] > 0.8
 
 
 def test_prompts_learn_real_classes_and_the_adapter_carries_them(tiny_imagenet, tmp_path):

@@ -264,6 +264,21 @@ def test_nearest_class_mean_is_the_nearest_mean(make_trainer, data):
     assert trainer.results.method == "Nearest class mean"
 
 
+def test_class_means_are_over_all_domains(make_trainer, data):
+    """A class that comes again keeps what it had: two halves of the images, as two domains, make the means of all."""
+    halves = Features({**data["train"].features, "domain": ClassLabel(names=["odd", "even"])})
+    split = {
+        name: Dataset.from_list([{**row, "domain": place % 2} for place, row in enumerate(part)], features=halves)
+        for name, part in data.items()
+    }
+    both = make_trainer(LinearProbeConfig(), strategy=NearestClassMean(), scenario=domain_incremental(split))
+    both.train()
+    whole = make_trainer(LinearProbeConfig(), strategy=NearestClassMean(), num_tasks=1, folder="whole")
+    whole.train()
+    torch.testing.assert_close(both.tuner.head.active.weight, whole.tuner.head.active.weight)
+    torch.testing.assert_close(both.tuner.head.active.bias, whole.tuner.head.active.bias)
+
+
 def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
     trainer = make_trainer(LinearProbeConfig(train_mask=False), strategy=FineTuning(), learning_rate=1e-3)
     trainer.train()

@@ -102,6 +102,17 @@ def test_options_of_the_trainer_work(options, make_trainer):
     assert trainer.metrics["average_accuracy"] > 0.5 and trainer.finished_tasks == 2
 
 
+def test_workers_that_live_on_serve_no_stale_examples(make_trainer):
+    """Each evaluation is of more tasks than the one before; a kept loader would serve the first one's."""
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    matrices = []
+    for settings in ({}, workers):
+        trainer = make_trainer(CONFIGS["coda"](), folder=f"run {settings}", num_train_epochs=1, **settings)
+        trainer.train()
+        matrices.append(trainer.accuracy_matrix)
+    np.testing.assert_array_equal(*matrices)
+
+
 def test_batches_are_augmented_on_their_device_in_training_alone(make_trainer):
     seen = []
 
