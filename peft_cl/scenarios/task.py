@@ -203,15 +203,12 @@ class Scenario(Sequence[Task]):
             test.rename_columns(columns),
             labels.names,
         )
-        return Scenario(
-            [*self, task],
-            name=self.name,
-            image_column=self.image_column,
-            label_column=self.label_column,
-            label_names=self.label_names,
-            seed=self.seed,
-            task_known=self.task_known,
-        )
+        return self.changed([*self, task])
+
+    def changed(self, tasks: Iterable[Task], **changes: Any) -> Scenario:
+        """Returns a scenario of these tasks which is like this one but for `changes`, as `Scenario` takes them."""
+        same = ("name", "image_column", "label_column", "label_names", "seed", "task_known", "boundaries", "settings")
+        return Scenario(tasks, **{**{name: getattr(self, name) for name in same}, **changes})
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the sequence, in types that JSON knows (it goes into `results.json`).

@@ -70,16 +70,10 @@ def task_free(
     moments = peaks[group] + blur * widths[group] * noise
     order = np.lexsort((generator.random(moments.size), moments.ravel()))
     stream = np.tile(rows, passes)[order]
-    return Scenario(
-        [
-            replace(task, train=train.select(stretch))
-            for task, stretch in zip(groups, np.split(stream, passes * ends[:-1]), strict=True)
-        ],
+    stretches = np.split(stream, passes * ends[:-1])
+    return groups.changed(
+        [replace(task, train=train.select(stretch)) for task, stretch in zip(groups, stretches, strict=True)],
         name="task-free",
-        image_column=groups.image_column,
-        label_column=groups.label_column,
-        label_names=groups.label_names,
-        seed=groups.seed,
         boundaries=False,
         settings={"blur": blur, "passes": int(passes), "stream_seed": stream_seed},
     )

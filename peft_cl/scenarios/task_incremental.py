@@ -37,12 +37,4 @@ def task_incremental(
         True
     """
     scenario = class_incremental(dataset, num_tasks, label_column, **settings)
-    return Scenario(
-        scenario,
-        name="task-incremental",
-        image_column=scenario.image_column,
-        label_column=scenario.label_column,
-        label_names=scenario.label_names,
-        seed=scenario.seed,
-        task_known=True,
-    )
+    return scenario.changed(scenario, name="task-incremental", task_known=True)
