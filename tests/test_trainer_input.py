@@ -58,6 +58,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="remove_unused_columns is True.*Leave it at False"):
             ContinualTrainingArguments(str(tmp_path), remove_unused_columns=True)
 
+    def test_the_rate_is_scaled_by_the_images_of_a_step(self, tmp_path):
+        words = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "use_cpu": True}
+        arguments = ContinualTrainingArguments(str(tmp_path), learning_rate_per_256=0.03, **words)
+        assert arguments.learning_rate == pytest.approx(0.03 * 64 / 256)
+        with pytest.raises(ValueError, match="learning_rate_per_256 is -1, but must be a number above 0"):
+            ContinualTrainingArguments(str(tmp_path), learning_rate_per_256=-1)
+
     def test_learning_rates(self, tmp_path):
         with pytest.raises(ValueError, match="learning_rates names 'prompt', but the parts are prompts"):
             ContinualTrainingArguments(str(tmp_path), learning_rates={"prompt": 0.1})

@@ -21,7 +21,7 @@ from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError, explained, unknown
 from .methods import METHODS, STRATEGIES, Method
-from .options import check_names, convert, fill
+from .options import check_names, fill
 
 
 SECTIONS = (
@@ -38,7 +38,6 @@ SECTIONS = (
     "training",
     "output_dir",
 )
-#: Learning rate of a batch of 256 images, which the JAX protocols scale by the batch; ours, not the Trainer's.
 SCALED_RATE = "learning_rate_per_256"
 
 
@@ -284,22 +283,20 @@ def _make_augmentation(values: Any) -> RandomResizedCropFlip | None:
 
 def _make_arguments(values: Any, output_dir: str) -> tuple[ContinualTrainingArguments, str]:
     """Returns the arguments, and how the learning rate came about."""
-    values = check_names("training", values, [*_settable_arguments(), SCALED_RATE])
+    values = check_names("training", values, _settable_arguments())
     values = {name: value for name, value in values.items() if value is not None}  # null: the default
-    per_256 = convert(f"training.{SCALED_RATE}", values.pop(SCALED_RATE, None), float | None)
-    if per_256 is not None and "learning_rate" in values:
+    if SCALED_RATE in values and "learning_rate" in values:
         raise CommandError(
-            f"training has both learning_rate ({values['learning_rate']}) and {SCALED_RATE} ({per_256}). Keep one; "
-            f"on the command line `--training.{SCALED_RATE} null` takes the other out."
+            f"training has both learning_rate ({values['learning_rate']}) and {SCALED_RATE} ({values[SCALED_RATE]}). "
+            f"Keep one; on the command line `--training.{SCALED_RATE} null` takes the other out."
         )
     arguments = fill("training", ContinualTrainingArguments, values, output_dir=output_dir)
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
-    if per_256 is None:
-        return arguments, f"{arguments.learning_rate:g}"
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    arguments.learning_rate = per_256 * batch / 256
-    return arguments, f"{arguments.learning_rate:g} = {per_256:g} x {batch} images in a step / 256"
+    note = f"{arguments.learning_rate:g}"
+    if arguments.learning_rate_per_256 is not None:
+        note += f" = {arguments.learning_rate_per_256:g} x {arguments.images_per_step} images in a step / 256"
+    return arguments, note
 
 
 def _settable_arguments() -> list[str]:

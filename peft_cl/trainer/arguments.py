@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -21,6 +22,9 @@ class ContinualTrainingArguments(TrainingArguments):
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
             `"attention"`, `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the
             schedule holds for all.
+        learning_rate_per_256: the rate of a step on 256 images, in place of `learning_rate`, which becomes this times
+            the images of a step (batch x accumulation x processes) / 256, as the JAX protocols of L2P and DualPrompt
+            have it. Rates in `learning_rates` are taken as they are.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
 
@@ -47,6 +51,10 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Rates by part that differ from learning_rate, for instance {'prompts': 0.005}."},
     )
+    learning_rate_per_256: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of a step on 256 images, scaled by those of a step; sets learning_rate."},
+    )
     cache_queries: bool = field(
         default=True,
         metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
@@ -65,6 +73,10 @@ class ContinualTrainingArguments(TrainingArguments):
                 "at False."
             )
         check_rates(self.learning_rates or {})
+        self._scale_rate()
+        self._check_evaluation_and_saving()
+
+    def _check_evaluation_and_saving(self) -> None:
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
@@ -87,3 +99,17 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "
                 "-inf in training, which makes a smoothed loss infinite. Set it to 0."
             )
+
+    def _scale_rate(self) -> None:
+        if self.learning_rate_per_256 is not None:
+            if not 0 < self.learning_rate_per_256 < math.inf:
+                raise ValueError(
+                    f"learning_rate_per_256 is {self.learning_rate_per_256}, but must be a number above 0, "
+                    "such as 0.03."
+                )
+            self.learning_rate = self.learning_rate_per_256 * self.images_per_step / 256
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in a step of the optimizer: batch x accumulation x processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
