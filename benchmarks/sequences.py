@@ -89,7 +89,10 @@ class TwofoldTrainer(ContinualTrainer):
             config.task_evidence, self.accuracy_matrix = weight, matrix
 
 
-LIMITS = "Backbone and images derive from Tiny-ImageNet, and so from ImageNet, whose terms allow research use."
+LIMITS = (
+    "The backbone derives from Tiny-ImageNet, and so from ImageNet, whose terms allow research use; the images have terms "
+    "of their own."
+)
 
 # One head for all: rows begin at zero, rate 1e-3 (the best of 5e-4 to 5e-3 for the linear probe alone). The pools have
 # the published rates: 1e-3 for CODA-Prompt, 0.03 x batch / 256 for the others. The same masked loss, batch, epochs and
