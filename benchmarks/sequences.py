@@ -90,8 +90,8 @@ class TwofoldTrainer(ContinualTrainer):
 
 
 LIMITS = (
-    "The backbone derives from Tiny-ImageNet, and so from ImageNet, whose terms allow research use; the images have terms "
-    "of their own."
+    "The backbone derives from Tiny-ImageNet, and so from ImageNet, whose terms allow research use; the images have "
+    "terms of their own."
 )
 
 # One head for all: rows begin at zero, rate 1e-3 (the best of 5e-4 to 5e-3 for the linear probe alone). The pools have
