@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from datasets import Dataset
 
-from .columns import Labels, find_image_column, read_labels, train_and_test
+from .columns import Labels, find_image_column, is_count, read_labels, train_and_test
 from .order import given_order
 from .task import Scenario, Task
 
@@ -110,19 +110,15 @@ def _check_sizes(
                 "classes_per_task sets the size of every task; leave num_tasks and first_task_classes out, or it."
             )
         sizes = list(classes_per_task)
-        if not sizes or not all(_is_count(size) for size in sizes):
+        if not sizes or not all(is_count(size) for size in sizes):
             raise ValueError(f"classes_per_task must be whole numbers of at least 1, got {sizes}.")
-    elif not _is_count(num_tasks):
+    elif not is_count(num_tasks):
         raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
-    elif first_task_classes is not None and not (_is_count(first_task_classes) and num_tasks > 1):
+    elif first_task_classes is not None and not (is_count(first_task_classes) and num_tasks > 1):
         raise ValueError(
             f"first_task_classes is {first_task_classes!r} with num_tasks={num_tasks}, but must be a whole number "
             "of at least 1, followed by at least one more task."
         )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
 
 
 def _divide(

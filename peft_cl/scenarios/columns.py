@@ -32,6 +32,10 @@ class Labels:
     test: np.ndarray
     declared: bool
 
+    def trained(self) -> tuple[str, ...]:
+        """Returns the names of the classes with training examples."""
+        return tuple(self.names[label] for label in np.unique(self.train))
+
 
 def train_and_test(dataset: Any, train_split: str, test_split: str) -> tuple[Dataset, Dataset]:
     """Returns the train and the test split of a `DatasetDict`, a dict of splits or a (train, test) pair.
@@ -124,6 +128,37 @@ def read_labels(train: Dataset, test: Dataset, label_column: str) -> Labels:
     return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
 
 
+def whole_data(
+    dataset: Any,
+    label_column: str,
+    image_column: str | None,
+    columns: tuple[str, str],
+    train_split: str,
+    test_split: str,
+) -> tuple[Labels, Dataset, Dataset]:
+    """Returns the labels of a data set that becomes one task, and its splits with the image and label column alone.
+
+    Args:
+        dataset, train_split, test_split: As for `train_and_test`.
+        label_column, image_column: The data set's, as for `read_labels` and `find_image_column`.
+        columns: What the image and the label column are called from now on.
+    """
+    train, test = train_and_test(dataset, train_split, test_split)
+    labels = read_labels(train, test, label_column)
+    image_column = find_image_column(train, test, image_column)
+    test = only_trained(test, labels)
+    renamed = {old: new for old, new in zip((image_column, label_column), columns, strict=True) if old != new}
+    train, test = (
+        split.select_columns([image_column, label_column]).rename_columns(renamed) for split in (train, test)
+    )
+    return labels, train, test
+
+
+def is_count(value: object) -> bool:
+    """Returns whether the value is a whole number of at least 1."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+
+
 def only_trained(test: Dataset, labels: Labels) -> Dataset:
     """Returns the test examples of classes that have training examples, with a warning if others are left out.
 
@@ -142,7 +177,7 @@ def only_trained(test: Dataset, labels: Labels) -> Dataset:
     warnings.warn(
         f"The classes {unused} have no training examples, and their test examples are left out; remove them by "
         "filter() to say so yourself.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return test.select(rows)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, only_trained, read_labels, train_and_test
+from .columns import whole_data
 from .task import Scenario, Task
 
 
@@ -89,13 +88,7 @@ def _task(
     train_split: str,
     test_split: str,
 ) -> Task:
-    train, test = train_and_test(dataset, train_split, test_split)
-    labels = read_labels(train, test, label_column)
-    image_column = find_image_column(train, test, image_column)
-    test = only_trained(test, labels)
+    labels, train, test = whole_data(dataset, label_column, image_column, (IMAGE, LABEL), train_split, test_split)
     prefix = "" if shared_classes else f"{name}/"
-    classes = tuple(prefix + labels.names[label] for label in np.unique(labels.train))
-    columns = {image_column: IMAGE, label_column: LABEL}
-    renamed = {old: new for old, new in columns.items() if old != new}
-    train, test = (split.select_columns(list(columns)).rename_columns(renamed) for split in (train, test))
+    classes = tuple(prefix + each for each in labels.trained())
     return Task(index, name, classes, train, test, labels.names, prefix)

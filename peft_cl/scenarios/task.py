@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, only_trained, read_label_ids, read_labels, train_and_test
+from .columns import read_label_ids, whole_data
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ class Scenario(Sequence[Task]):
         """
         if not self.boundaries:
             raise ValueError(f"The scenario {self.name!r} is one stream, to which no task can be added.")
-        train, test = train_and_test(dataset, train_split, test_split)
-        label_column = label_column or self.label_column
-        labels = read_labels(train, test, label_column)
-        image_column = find_image_column(train, test, image_column)
-        columns = {image_column: self.image_column, label_column: self.label_column}
-        columns = {old: new for old, new in columns.items() if old != new}
-        train, test = (split.select_columns([image_column, label_column]) for split in (train, test))
-        test = only_trained(test, labels)
+        labels, train, test = whole_data(
+            dataset,
+            label_column or self.label_column,
+            image_column,
+            (self.image_column, self.label_column),
+            train_split,
+            test_split,
+        )
         numbers = not labels.declared and all(name.isdigit() for name in labels.names)
         if numbers and set(labels.names) & set(self.classes):
             warnings.warn(
@@ -194,15 +194,7 @@ class Scenario(Sequence[Task]):
                 "they are taken for the same classes. Cast the label column to a ClassLabel with other names if not.",
                 stacklevel=2,
             )
-        classes = tuple(labels.names[label] for label in np.unique(labels.train))
-        task = Task(
-            len(self),
-            name or f"task_{len(self)}",
-            classes,
-            train.rename_columns(columns),
-            test.rename_columns(columns),
-            labels.names,
-        )
+        task = Task(len(self), name or f"task_{len(self)}", labels.trained(), train, test, labels.names)
         return self.changed([*self, task])
 
     def changed(self, tasks: Iterable[Task], **changes: Any) -> Scenario:

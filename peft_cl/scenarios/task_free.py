@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from .class_incremental import class_incremental
+from .columns import is_count
 from .task import Scenario, Task
 
 
@@ -51,7 +52,7 @@ def task_free(
     """
     if isinstance(blur, bool) or not isinstance(blur, (int, float)) or not 0 <= blur < np.inf:
         raise ValueError(f"blur is {blur!r}, but must be a number of at least 0, in widths of a stretch.")
-    if isinstance(passes, bool) or not isinstance(passes, (int, np.integer)) or passes < 1:
+    if not is_count(passes):
         raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1.")
     groups = class_incremental(dataset, num_tasks, label_column, **settings)
     train = dataset[settings.get("train_split", "train")] if isinstance(dataset, Mapping) else dataset[0]

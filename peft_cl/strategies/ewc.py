@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scenarios import Task
+from ..scenarios.columns import is_count
 from ..trainer import ContinualTrainer, Strategy
 
 
@@ -36,7 +37,7 @@ class EWC(Strategy):
     def __init__(self, strength: float = 1000.0, fisher_samples: int = 256):
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
             raise ValueError(f"strength is {strength!r}, but must be a number of at least 0.")
-        if isinstance(fisher_samples, bool) or not isinstance(fisher_samples, int) or fisher_samples < 1:
+        if not is_count(fisher_samples):
             raise ValueError(f"fisher_samples is {fisher_samples!r}, but must be a whole number of at least 1.")
         self.strength = strength
         self.fisher_samples = fisher_samples

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..scenarios import Task
+from ..scenarios.columns import is_count
 from ..trainer import ContinualTrainer, Strategy
 from ..trainer.examples import TaskExamples
 
@@ -36,7 +37,7 @@ class ExperienceReplay(Strategy):
 
     def __init__(self, memory_size: int = 500, replay_batch_size: int | None = None):
         for label, size in (("memory_size", memory_size), ("replay_batch_size", replay_batch_size)):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if size is not None and not is_count(size):
                 raise ValueError(f"{label} is {size!r}, but must be a whole number of at least 1.")
         self.memory_size = memory_size
         self.replay_batch_size = replay_batch_size
