@@ -64,7 +64,9 @@ def test_bad_settings_are_refused_before_training(refused, words, expected):
 
 
 def test_a_data_set_with_one_split_names_the_remedy(refused, place):
-    assert "dataset.test_fraction" in refused("--dataset.path", str(place / "single"))
+    assert "has no split 'test'; it has ['train']. Set dataset.test_split, or dataset.test_fraction" in refused(
+        "--dataset.path", str(place / "single")
+    )
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,34 @@ def test_a_run_interrupted_in_its_first_task_is_resumed_from_its_checkpoint(trai
     assert len(steps) == 8 - 3  # 2 tasks, 2 epochs, 2 steps an epoch
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole")]
     assert weights[0] == weights[1]
+
+
+def test_a_data_set_after_the_other(train, place, tmp_path, capsys):
+    two = f"{{first: {place / 'data'}, second: {{path: {place / 'single'}, test_fraction: 0.3}}}}"
+    assert train("--dataset", two, "--scenario", "{kind: dataset-sequence}") == 0
+    out = capsys.readouterr().out
+    assert f"{place / 'data'}, {place / 'single'}, 60 training and 32 test images" in out
+    results = RunResults.load(tmp_path / "out")
+    assert results.task_names == ["first", "second"] and results.scenario["classes_per_task"] == [4, 4]
+    assert results.hyperparameters["data"]["second"]["test_fraction"] == 0.3
+
+
+def test_a_data_set_after_the_other_with_the_same_classes(train, place, tmp_path):
+    two = f"{{first: {place / 'data'}, second: {{path: {place / 'single'}, test_fraction: 0.3}}}}"
+    assert train("--dataset", two, "--scenario", "{kind: dataset-sequence, shared_classes: true}") == 0
+    assert PeftConfig.from_pretrained(str(tmp_path / "out")).classes == list(COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "scenario", "words"),
+    [
+        ("some/where", "{kind: dataset-sequence}", "dataset is 'some/where', but a dataset-sequence has several"),
+        ("{a: {path: x, pth: y}}", "{kind: dataset-sequence}", "dataset.a.pth"),
+        ("{a: ./nowhere}", "{kind: dataset-sequence}", "There is no data set './nowhere'"),
+        ("{}", "{kind: dataset-sequence}", "datasets is dict of 0"),
+        ("{a: x}", "{kind: dataset-sequence, num_tasks: 3}", "num_tasks does not go with the kind dataset-sequence"),
+        ("x", "{num_tasks: 2, shared_classes: true}", "shared_classes does not go with the kind class-incremental"),
+    ],
+)
+def test_bad_sequences_of_data_sets(dataset, scenario, words, refused):
+    assert words in refused("--dataset", dataset, "--scenario", scenario)

@@ -83,6 +83,22 @@ def test_a_saved_adapter_learns_on_weeks_later(halves, make_trainer, tiny_vit, t
     assert model.peft_config["default"].tasks == [[0, 1], [2, 3]] and trainer.accuracy_matrix[0, 0] > 0.9
 
 
+def test_an_added_task_is_part_of_what_is_resumed(halves, make_trainer):
+    def scenario():
+        return class_incremental(halves["ids"], 1)
+
+    trainer = make_trainer(CONFIGS["coda"](), scenario=scenario())
+    trainer.train()
+    trainer.train_task(halves["texts"], name="later", label_column="what")
+    with pytest.raises(ValueError, match=r"If later came by train_task, make the scenario with_task\(data\)"):
+        make_trainer(CONFIGS["coda"](), scenario=scenario()).train(resume_from_checkpoint=True)
+    again = make_trainer(
+        CONFIGS["coda"](), scenario=scenario().with_task(halves["texts"], name="later", label_column="what")
+    )
+    assert again.train(resume_from_checkpoint=True) is None  # nothing is left to learn
+    np.testing.assert_array_equal(again.accuracy_matrix, trainer.accuracy_matrix)
+
+
 def test_only_the_next_task_can_be_learnt(make_trainer, data):
     trainer = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
     with pytest.raises(ValueError, match="0 of 3 tasks are learnt, and a task is added to the end"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
@@ -126,6 +127,18 @@ def test_batches_are_augmented_on_their_device_in_training_alone(make_trainer):
     assert sum(seen) == 96
     assert not any(id(task.train) in trainer.queries._queries for task in trainer.scenario)  # they differ each time
     assert "flip" in RunResults.load(trainer.folder).hyperparameters["batch_augmentation"]
+
+
+def test_kornia_augments_batches(make_trainer):
+    augment = K.AugmentationSequential(K.RandomHorizontalFlip(), K.RandomResizedCrop((32, 32), scale=(0.5, 1.0)))
+    matrices = []
+    for folder in ("one", "two"):
+        trainer = make_trainer(CONFIGS["coda"](), num_tasks=2, batch_augmentation=augment, folder=folder)
+        trainer.train()
+        matrices.append(trainer.accuracy_matrix)
+    np.testing.assert_array_equal(*matrices)  # it draws from the generators that the run's seed sets
+    assert trainer.metrics["average_accuracy"] > 0.5
+    assert "RandomResizedCrop" in trainer.results.hyperparameters["batch_augmentation"]
 
 
 def test_prompt_usage_is_on_record(make_trainer):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from datasets import Dataset
 from transformers.processing_utils import ImagesKwargs
 
 from ..hub.card import NOT_SETTINGS
@@ -13,6 +15,7 @@ from ..scenarios import (
     RandomResizedCropFlip,
     Scenario,
     class_incremental,
+    dataset_sequence,
     domain_incremental,
     task_free,
     task_incremental,
@@ -39,6 +42,8 @@ SECTIONS = (
     "output_dir",
 )
 SCALED_RATE = "learning_rate_per_256"
+#: The kind of scenario that has several data sets, and the name of the one that all other kinds have.
+SEQUENCE, ONLY = "dataset-sequence", ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """The section `dataset`; a text in its place is the path."""
+    """The section `dataset`, a text in its place is the path; or one of several by name, for a dataset-sequence."""
 
     path: str = field(metadata={"help": "Hub name, or a local folder of images or parquet files."})
     name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set that has several."})
@@ -86,12 +91,14 @@ class DatasetSettings:
 class ScenarioSettings:
     """The section `scenario`: how the data becomes a sequence of tasks."""
 
-    kind: Literal["class-incremental", "task-incremental", "domain-incremental", "task-free"] = field(
-        default="class-incremental",
-        metadata={
-            "help": "New classes in each task, the task unknown or known at test; the same classes in new domains; or "
-            "one stream in which classes come and go."
-        },
+    kind: Literal["class-incremental", "task-incremental", "domain-incremental", "dataset-sequence", "task-free"] = (
+        field(
+            default="class-incremental",
+            metadata={
+                "help": "New classes in each task, the task unknown or known at test; the same classes in new "
+                "domains; a data set after the other; or one stream in which classes come and go."
+            },
+        )
     )
     num_tasks: int | None = field(
         default=None, metadata={"help": "Number of tasks that the classes are divided into."}
@@ -114,7 +121,12 @@ class ScenarioSettings:
     seed: int | None = field(
         default=None, metadata={"help": "Draws the order of classes or domains. null: the data's own order."}
     )
-
+    shared_classes: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether classes of one name in two data sets are one class (dataset-sequence only). null: no."
+        },
+    )
     blur: float | None = field(
         default=None,
         metadata={"help": "Spread of a group of classes in the stream, in widths of a stretch (task-free only)."},
@@ -125,32 +137,41 @@ class ScenarioSettings:
     stream_seed: int | None = field(default=None, metadata={"help": "Draws the stream (task-free only). null: 0."})
 
     def __post_init__(self) -> None:
-        of_classes = ("num_tasks", "classes_per_task", "first_task_classes", "class_order")
-        of_domains = ("domain_column", "domain_order")
-        of_streams = ("blur", "passes", "stream_seed")
-        by_domain = self.kind == "domain-incremental"
-        unfit = (of_classes if by_domain else of_domains) + (() if self.kind == "task-free" else of_streams)
-        foreign = [name for name in unfit if getattr(self, name) is not None]
+        known = _arguments_of(self.kind)
+        given = [name for name, value in vars(self).items() if name != "kind" and value is not None]
+        foreign = [name for name in given if name not in known]
         if foreign:
             raise ValueError(f"{', '.join(foreign)} does not go with the kind {self.kind}. Take it out.")
-        if not by_domain and self.num_tasks is None and self.classes_per_task is None:
+        if "num_tasks" in known and self.num_tasks is None and self.classes_per_task is None:
             raise ValueError("num_tasks is missing: the number of tasks that the classes are divided into. Give it.")
-        order = "domain_order" if by_domain else "class_order"
-        if self.seed is not None and getattr(self, order) is not None:
-            raise ValueError(f"seed {self.seed} and {order} both set the order. Give one of them.")
+        for order in ("class_order", "domain_order"):
+            if self.seed is not None and getattr(self, order) is not None:
+                raise ValueError(f"seed {self.seed} and {order} both set the order. Give one of them.")
 
-    def make(self, data: Any, **columns: Any) -> Scenario:
-        """Make the scenario; `columns` are the arguments that all kinds share."""
+    def make(self, data: Mapping[str, tuple[Dataset, Dataset]], settings: Mapping[str, DatasetSettings]) -> Scenario:
+        """Make the scenario from the training and test split of each data set and its settings."""
         given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
-        return KINDS[self.kind](data, **columns, **given)
+        if self.kind == SEQUENCE:
+            labels = {name: each.label_column for name, each in settings.items()}
+            images = {name: each.image_column for name, each in settings.items()}
+            return dataset_sequence(data, labels, images, **given)
+        only = settings[ONLY]
+        return KINDS[self.kind](data[ONLY], label_column=only.label_column, image_column=only.image_column, **given)
 
 
 KINDS = {
     "class-incremental": class_incremental,
     "task-incremental": task_incremental,
     "domain-incremental": domain_incremental,
+    SEQUENCE: dataset_sequence,
     "task-free": task_free,
 }
+
+
+def _arguments_of(kind: str) -> set[str]:
+    names = set(inspect.signature(KINDS[kind]).parameters)
+    # Those that are made of class_incremental pass the rest on to it.
+    return names | set(inspect.signature(class_incremental).parameters) if "settings" in names else names
 
 
 @dataclass(frozen=True)
@@ -165,7 +186,7 @@ class RunSettings:
     continue_from: str | None
     model: ModelSettings
     processor: dict[str, Any]
-    dataset: DatasetSettings
+    datasets: dict[str, DatasetSettings]
     scenario: ScenarioSettings
     augmentation: RandomResizedCropFlip | None
     training: ContinualTrainingArguments
@@ -198,6 +219,7 @@ def make_settings(config: dict[str, Any], earlier: PromptPoolConfig | None = Non
     if not isinstance(output_dir, str) or not output_dir:
         raise CommandError("output_dir is missing: it names the folder for adapter and results. Give one.")
     training, note = _make_arguments(config.get("training"), output_dir)
+    scenario = fill("scenario", ScenarioSettings, config.get("scenario"))
     return RunSettings(
         method_name=method_name,
         method=method,
@@ -207,8 +229,8 @@ def make_settings(config: dict[str, Any], earlier: PromptPoolConfig | None = Non
         continue_from=config.get("continue_from"),
         model=model,
         processor=check_names("processor", config.get("processor"), ImagesKwargs.__annotations__),
-        dataset=fill("dataset", DatasetSettings, _expand(config.get("dataset"), "path")),
-        scenario=fill("scenario", ScenarioSettings, config.get("scenario")),
+        datasets=_make_datasets(config.get("dataset"), scenario.kind),
+        scenario=scenario,
         augmentation=_make_augmentation(config.get("augmentation")),
         training=training,
         learning_rate_note=note,
@@ -230,6 +252,18 @@ def _unknown_section(name: str) -> CommandError:
 
 def _expand(values: Any, name: str) -> Any:
     return {name: values} if isinstance(values, str) else values
+
+
+def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
+    """The section `dataset`: one, or for a sequence of several a mapping of names to what else is the section."""
+    if kind != SEQUENCE:
+        return {ONLY: fill("dataset", DatasetSettings, _expand(values, "path"))}
+    if not isinstance(values, dict) or not all(isinstance(each, (str, dict)) for each in values.values()):
+        raise CommandError(
+            f"dataset is {values!r}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, svhn: "
+            "{path: ufldl-stanford/svhn, name: cropped_digits}}`."
+        )
+    return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
 
 
 def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, PromptPoolConfig]:

@@ -75,6 +75,19 @@ def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     return {settings.train_split: train, settings.test_split: test}
 
 
+def load_pair(settings: DatasetSettings) -> tuple[Dataset, Dataset]:
+    """Load the split to train on and the one to measure on."""
+    splits = load_data(settings)
+    for setting in ("train_split", "test_split"):
+        name = getattr(settings, setting)
+        if name not in splits:
+            raise CommandError(
+                f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. Set dataset.{setting}, "
+                "or dataset.test_fraction, for instance to 0.2, to divide one split."
+            )
+    return splits[settings.train_split], splits[settings.test_split]
+
+
 def load_splits(path: str, name: str | None = None) -> DatasetDict:
     """Load all splits of a Hub data set or a local folder."""
     _require_folder("data set", path)

@@ -24,14 +24,14 @@ from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .pictures import PICTURE_FILES, write_pictures
-from .settings import SECTIONS, RunSettings, make_settings
+from .settings import ONLY, SECTIONS, DatasetSettings, RunSettings, make_settings
 from .sources import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_folder,
     load_backbone,
     load_config,
-    load_data,
+    load_pair,
     load_processor,
 )
 
@@ -134,20 +134,9 @@ def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings) -> PeftMode
 
 
 def make_scenario(settings: RunSettings) -> Scenario:
-    data = load_data(settings.dataset)
-    if len(data) == 1 and settings.dataset.test_split not in data:
-        raise CommandError(
-            f"The data set {settings.dataset.path!r} has one split, {next(iter(data))!r}, and none named "
-            f"{settings.dataset.test_split!r}. Set dataset.test_fraction, for instance to 0.2, to divide it."
-        )
+    data = {name: load_pair(each) for name, each in settings.datasets.items()}
     with explained("The tasks cannot be made"):
-        return settings.scenario.make(
-            data,
-            label_column=settings.dataset.label_column,
-            image_column=settings.dataset.image_column,
-            train_split=settings.dataset.train_split,
-            test_split=settings.dataset.test_split,
-        )
+        return settings.scenario.make(data, settings.datasets)
 
 
 def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
@@ -171,7 +160,8 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "backbone": f"{settings.model.name}, {settings.model.dtype}, "
         f"{trainer.model.config._attn_implementation} attention",
         "parameters": f"{trainable:,} trainable before the first task, {total:,} in all",
-        "data": f"{settings.dataset.path}, {sum(facts['train_sizes']):,} training and "
+        "data": ", ".join(each.path for each in settings.datasets.values())
+        + f", {sum(facts['train_sizes']):,} training and "
         f"{sum(facts['test_sizes']):,} test images",
         "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
         f"{', '.join(map(str, facts['classes_per_task']))}, "
@@ -195,7 +185,7 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     hyperparameters = {
         **results.hyperparameters,
         "backbone_dtype": settings.model.dtype,
-        "data": {name: value for name, value in vars(settings.dataset).items() if value is not None},
+        "data": _given(settings.datasets),
         "processor": settings.processor or None,
     }
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
@@ -207,6 +197,14 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     else:
         written = "No pictures: they need matplotlib, `pip install peft-cl[plots]`.\nAdapter, results and model card"
     return f"\n{summary(results)}\n{written} are in {folder}."
+
+
+def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
+    """The settings of the data set, or of several by name, without those that are null."""
+    given = {
+        name: {key: value for key, value in vars(each).items() if value is not None} for name, each in datasets.items()
+    }
+    return given.get(ONLY, given)
 
 
 def summary(results: RunResults) -> str:

@@ -141,10 +141,12 @@ class ResumableTrainer(TaskTrainer):
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
         changed = differences(state["settings"], self.settings())
+        added = state["settings"]["scenario"]["task_names"][len(self.scenario) :]
+        remedy = f" If {', '.join(added)} came by train_task, make the scenario with_task(data)." if added else ""
         if changed:
             raise ValueError(
                 f"The run in {str(folder)!r} cannot be resumed with other settings: {'; '.join(changed[:5])}. Put "
-                "them back, or train anew without resume_from_checkpoint."
+                f"them back, or train anew without resume_from_checkpoint.{remedy}"
             )
 
     def _take(self, state: Mapping[str, Any]) -> None:
