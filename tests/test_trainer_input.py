@@ -45,6 +45,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
             ContinualTrainingArguments(str(tmp_path), **{name: True})
 
+    @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+    def test_parameters_split_over_processes(self, name, make_trainer, monkeypatch):
+        it = make_trainer(CONFIGS["coda"]())
+        monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")  # as `accelerate launch` does
+        with pytest.raises(ValueError, match=f"{name} is on, which splits parameters.*Start with `accelerate launch"):
+            ContinualTrainer(it.model, it.args, it.scenario, processing_class=it.processing_class)
+
     def test_images_of_another_size(self, make_trainer, tiny_vit):
         model = get_peft_model(tiny_vit(image_size=64), LinearProbeConfig())
         with pytest.raises(ValueError, match="gives images of 32 x 32 pixels, but the backbone reads 64 x 64"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 
 from ..scenarios import Scenario
@@ -40,6 +41,13 @@ def check_fit(
             f"{args.n_gpu} GPUs are visible to one process, which would split batches with DataParallel; prompts are "
             "set up per call and cannot be split so. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
+    for name, given in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise ValueError(
+                f"{name} is on, which splits parameters over processes, but head and pool grow with each task and "
+                "each process needs them whole. Start with `accelerate launch --multi_gpu`: the backbone is frozen, so a "
+                "process holds its weights once and no gradients or optimizer state for them."
+            )
     config = model.peft_config[model.active_adapter]
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
