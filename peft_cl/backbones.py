@@ -18,7 +18,9 @@ class Family:
         encoder: attribute of the classification model that holds the encoder.
         head: attribute of the classification model that holds the classifier.
         embeddings, layers, norm: attributes of the encoder.
-        attention: attribute of a layer.
+        attention, norms, mlp, dropout: attributes of a layer: its attention, the norms before attention and before
+            MLP, the MLP, and what both results go through.
+        projections: attributes of the attention: queries, keys, values, output.
         special_tokens: tokens in front of the patches (CLS, distillation token ...); the first one is the CLS token.
     """
 
@@ -30,6 +32,10 @@ class Family:
     layers: str = "layers"
     attention: str = "attention"
     norm: str = "layernorm"
+    norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
+    mlp: str = "mlp"
+    dropout: str = "dropout"
+    projections: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     special_tokens: int = 1
 
     def embed(self, encoder: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:

@@ -127,7 +127,7 @@ def test_a_probe_before_its_first_task_answers_like_the_base_model(name):
     assert model.config.id2label == tiny().config.id2label
     assert logits(model).shape == (4, 12)
     if name == "linear-probe":
-        assert torch.equal(logits(model), logits(tiny()))
+        torch.testing.assert_close(logits(model), logits(tiny()))  # not to the bit: the last layer is read in part
 
 
 # ----------------------------------------------------------------------------------------------- attention, memory
@@ -257,7 +257,7 @@ def test_larger_images_with_interpolated_positions(family):
     larger = images(size=24)
     expected = logits(tiny(family), larger, interpolate_pos_encoding=True)
     probe = get_peft_model(tiny(family), config("linear-probe"))
-    assert torch.equal(logits(probe, larger, interpolate_pos_encoding=True), expected)
+    torch.testing.assert_close(logits(probe, larger, interpolate_pos_encoding=True), expected)
     assert logits(prompted("l2p", family), larger, interpolate_pos_encoding=True).shape == (4, 6)
 
 
@@ -274,7 +274,7 @@ def test_a_given_query_replaces_the_query_pass(name):
     model = prompted(name)
     expected = logits(model)
     query = model.query(images())
-    assert torch.equal(query, tiny().vit(images()).last_hidden_state[:, 0])
+    torch.testing.assert_close(query, tiny().vit(images()).last_hidden_state[:, 0])
     assert torch.equal(logits(model, query=query), expected)
 
 

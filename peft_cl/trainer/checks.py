@@ -45,8 +45,8 @@ def check_fit(
         if given or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             raise ValueError(
                 f"{name} is on, which splits parameters over processes, but head and pool grow with each task and "
-                "each process needs them whole. Start with `accelerate launch --multi_gpu`: the backbone is frozen, so a "
-                "process holds its weights once and no gradients or optimizer state for them."
+                "each process needs them whole. Start with `accelerate launch --multi_gpu`: the backbone is frozen, "
+                "so a process holds its weights once, without gradients or optimizer state."
             )
     config = model.peft_config[model.active_adapter]
     check_scenario(config, args, scenario, strategy, finished_tasks)

@@ -16,9 +16,12 @@ from .attention import prefixed
 from .layer import AdapterLayer
 from .pool import PromptPool
 from .prompts import Injection, Prompts
+from .reading import can_read, is_watched, read_layer
 
 
 NO_PROMPTS = Prompts()
+#: Head types that read no token behind the CLS token.
+READ_AT_THE_FRONT = ("cls", "prompt", "cls+prompt")
 
 
 @dataclass
@@ -74,6 +77,8 @@ class PromptedEncoder(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.family = family
         self.call: Call | None = None
+        #: Whether the last layer can be run for some of its tokens alone; False runs it whole.
+        self.reads_last_layer = can_read(family, self._layers[-1])
 
     def forward(
         self,
@@ -105,17 +110,22 @@ class PromptedEncoder(AdapterLayer):
         )
         if pool.query_is_feature and call.query is not None and not trace.wanted:
             return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
-        query = call.query if pool.needs_query else None
+        query, start = call.query if pool.needs_query else None, None
         if query is None and pool.needs_query:
-            query = call.query = self.query(pixel_values, interpolate_pos_encoding=interpolate)
+            query, start = self._query(pixel_values, interpolate, pool.first_layer)
+            call.query = query
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
             prompts = pool(query)
-        tokens, num_prompts = self.encode(pixel_values, prompts, interpolate, trace)
+        if start is None or trace.wanted or not self._is_fixed(pixel_values, pool.first_layer):
+            start = self._start(pixel_values, interpolate, pool.first_layer, trace)
+        # The classification model reads what its head reads; who calls the encoder alone gets all tokens.
+        read = pool.head_type if self.call is not None and not trace.wanted else "all"
+        tokens, num_prompts = self._finish(start, pool.first_layer, prompts, read, trace)
         if pool.query_is_feature:
             call.query = tokens[:, 0].detach()
         if prompts.parts:
-            features = self._features_of_parts(pixel_values, prompts, interpolate)
+            features = self._features_of_parts(start, pool.first_layer, prompts)
             with torch.autocast(pixel_values.device.type, enabled=False):
                 prompts.losses.update(pool.compare(features))
         call.prompts = prompts
@@ -135,46 +145,97 @@ class PromptedEncoder(AdapterLayer):
         Returns:
             (B, D): the CLS token after the final norm, in the encoder's dtype.
         """
-        with evaluation_mode(self.base_layer):
-            tokens, _ = self.encode(pixel_values, NO_PROMPTS, interpolate_pos_encoding)
-        return tokens[:, 0]
+        return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
 
-    def encode(
-        self, pixel_values: torch.Tensor, prompts: Prompts, interpolate: bool = False, trace: Trace | None = None
-    ) -> tuple[torch.Tensor, int]:
-        """Run the encoder's modules with `prompts`.
+    def encode(self, pixel_values: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, int]:
+        """The prompted pass alone, with no work left out.
 
         Returns:
             The tokens after the final norm, (B, prompts kept + special tokens + patches, D), and the number of prompt
             tokens in front of the CLS token.
         """
-        trace = trace or Trace()
-        encoder = self.base_layer
-        hidden = self.family.embed(encoder, pixel_values, interpolate)
-        kept = 0
-        for index, layer in enumerate(self.family.layer_list(encoder)):
+        return self._finish(self._start(pixel_values, False, 0, Trace()), 0, prompts, "all", Trace())
+
+    @torch.no_grad()
+    def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The query (B, D), and the input of layer `first` (B, N, D) on the way to it."""
+        with evaluation_mode(self.base_layer):
+            start = self._start(pixel_values, interpolate, first, Trace())
+            tokens, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
+        return tokens[:, 0], start
+
+    def _is_fixed(self, pixel_values: torch.Tensor, first: int) -> bool:
+        """Whether the input of layer `first` is the same in both passes, and needs no graph in either."""
+        below = [getattr(self.base_layer, self.family.embeddings), *self._layers[:first]]
+        modules = [module for part in below for module in part.modules()]
+        if any(module.training and _draws(module) for module in modules):
+            return False
+        learns = pixel_values.requires_grad or any(
+            weight.requires_grad for part in below for weight in part.parameters()
+        )
+        return not (learns and torch.is_grad_enabled())
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self.family.layer_list(self.base_layer)
+
+    def _start(self, pixel_values: torch.Tensor, interpolate: bool, first: int, trace: Trace) -> torch.Tensor:
+        """Embeddings and the layers below `first`, which no prompt enters: (B, special tokens + patches, D)."""
+        hidden = self.family.embed(self.base_layer, pixel_values, interpolate)
+        for layer in self._layers[:first]:
+            if trace.hidden_states is not None:
+                trace.hidden_states.append(hidden)
+            with self._recording(layer, trace.attentions):
+                hidden = self._run_layer(layer, hidden, None)
+        return hidden
+
+    def _finish(
+        self, hidden: torch.Tensor, first: int, prompts: Prompts, read: str, trace: Trace
+    ) -> tuple[torch.Tensor, int]:
+        """Run the layers from `first` on with `prompts`, and the final norm.
+
+        Args:
+            hidden: the input of layer `first`.
+            read: what of the result is wanted: `"all"` tokens, or those that a `PromptPool.head_type` needs.
+
+        Returns:
+            The tokens, (B, prompts kept + special tokens + patches, D) or fewer, and how many prompt tokens are in
+            front of the CLS token.
+        """
+        kept, layers = 0, self._layers
+        for index, layer in enumerate(layers[first:], start=first):
             injection = prompts.at(index, hidden)
             extra = 0
             if injection is not None and injection.tokens is not None:
                 rows = injection.tokens
                 if injection.cls_position:
-                    rows = rows + self.family.cls_position(encoder)
+                    rows = rows + self.family.cls_position(self.base_layer)
                 extra = rows.shape[1]
                 hidden = torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
             if trace.hidden_states is not None:
                 trace.hidden_states.append(hidden)
+            is_kept = injection is None or injection.keep
+            kept += extra if is_kept else 0
+            span = None
+            if layer is layers[-1] and read in READ_AT_THE_FRONT and is_kept and self._can_read(layer):
+                span = (kept if read == "cls" else 0, kept + 1)
+                kept -= span[0]
             with self._recording(layer, trace.attentions):
-                hidden = self._run_layer(layer, hidden, injection)
-            if extra and not injection.keep:
+                hidden = self._run_layer(layer, hidden, injection, span)
+            if not is_kept:
                 hidden = hidden[:, extra:]
-            else:
-                kept += extra
         if trace.hidden_states is not None:
             trace.hidden_states.append(hidden)
-        return self.family.final_norm(encoder)(hidden), kept
+        return self.family.final_norm(self.base_layer)(hidden), kept
 
-    def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, injection: Injection | None) -> torch.Tensor:
-        """One layer with its prefix, checkpointed if the user asked for it.
+    def _can_read(self, layer: nn.Module) -> bool:
+        """Whether the last layer may be run for some of its tokens alone."""
+        return self.reads_last_layer and not is_watched(layer)
+
+    def _run_layer(
+        self, layer: nn.Module, hidden: torch.Tensor, injection: Injection | None, span: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """One layer with its prefix, checkpointed if the user asked for it; with a `span`, for these tokens alone.
 
         The prefix is an argument of the checkpointed function, not an attribute left on the module: the recomputation
         in the backward pass sees the same prefix, and the reentrant mode finds the gradient of its tensors.
@@ -189,6 +250,8 @@ class PromptedEncoder(AdapterLayer):
         )
 
         def run(hidden: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
+            if span is not None:
+                return read_layer(self.family, layer, hidden, *span, *prefix)
             with prefixed(attention, *prefix) if prefix else nullcontext(), without_own_checkpointing(layer):
                 output = layer(hidden)
             return output[0] if isinstance(output, tuple) else output
@@ -204,13 +267,11 @@ class PromptedEncoder(AdapterLayer):
         read = {"prompt": num_prompts, "cls+prompt": num_prompts + 1, "mean": tokens.shape[1]}[head_type]
         return self.family.present(tokens[:, :read].mean(dim=1), tokens[:, num_prompts:])
 
-    def _features_of_parts(
-        self, pixel_values: torch.Tensor, prompts: Prompts, interpolate: bool
-    ) -> dict[str, torch.Tensor]:
+    def _features_of_parts(self, start: torch.Tensor, first: int, prompts: Prompts) -> dict[str, torch.Tensor]:
         """CLS feature (B, D) of the image under each part of the prompts alone."""
         features = {}
         for name, part in prompts.parts.items():
-            tokens, num_prompts = self.encode(pixel_values, part, interpolate)
+            tokens, num_prompts = self._finish(start, first, part, "cls", Trace())
             features[name] = tokens[:, num_prompts].float()
         return features
 
@@ -230,6 +291,12 @@ class PromptedEncoder(AdapterLayer):
             yield
         finally:
             handle.remove()
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether the module draws random numbers in training."""
+    rates = ("p", "attention_dropout", "drop_prob")
+    return any(isinstance(rate, float) and rate > 0 for rate in (getattr(module, name, None) for name in rates))
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class PromptPool(nn.Module):
         return max(self.config.num_tasks - 1, 0)
 
     @property
+    def first_layer(self) -> int:
+        """The lowest encoder layer that prompts enter; what is below is done once for both passes."""
+        return 0
+
+    @property
     def rows_in_use(self) -> int:
         """Rows that take part in a prediction now."""
         raise NotImplementedError(f"{type(self).__name__} must say how many of its rows take part in a prediction")

@@ -40,6 +40,10 @@ class CodaPromptPool(PromptPool):
         return self.config.query_source == "pretrained"
 
     @property
+    def first_layer(self) -> int:
+        return min(self.config.layers)
+
+    @property
     def rows_in_use(self) -> int:
         return self.past_keys.shape[-2] + self.keys.shape[-2]
 

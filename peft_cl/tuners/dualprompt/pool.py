@@ -39,6 +39,10 @@ class DualPromptPool(PromptPool):
         self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
 
     @property
+    def first_layer(self) -> int:
+        return min([*self.config.layers, *self.config.g_layers])
+
+    @property
     def rows_in_use(self) -> int:
         return self.past_keys.shape[-2] + self.keys.shape[-2]
 

@@ -40,6 +40,10 @@ class L2PPool(PromptPool):
         return self.config.head_type
 
     @property
+    def first_layer(self) -> int:
+        return min(self.config.layers)
+
+    @property
     def rows_in_use(self) -> int:
         config = self.config
         return (self.task + 1) * config.top_k if config.use_prompt_mask else config.pool_size

@@ -1,0 +1,90 @@
+"""The last layer, for the tokens that the head reads."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...backbones import Family
+from .attention import prefixed
+
+
+def read_layer(
+    family: Family, layer: nn.Module, hidden: torch.Tensor, start: int, stop: int, *prefix: torch.Tensor
+) -> torch.Tensor:
+    """`layer(hidden)[:, start:stop]` without computing the other tokens.
+
+    All tokens are keys and values, so their projections remain; queries, output projection and MLP, five sixths of a
+    layer's products, are done for the tokens that are read.
+
+    Args:
+        layer: a layer for which `can_read` holds.
+        hidden: (B, N, D), the layer's input.
+        start, stop: the tokens wanted.
+        *prefix: keys and values of the prefix, (B or 1, L, D), or nothing.
+
+    Returns:
+        (B, stop - start, D)
+    """
+    attention = family.attention_of(layer)
+    query, key, value, output = (getattr(attention, name) for name in family.projections)
+    norm_before, norm_after = (getattr(layer, name) for name in family.norms)
+    drop = getattr(layer, family.dropout)
+    read = hidden[:, start:stop]
+    normed = norm_before(hidden)
+
+    def heads(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    with prefixed(attention, *prefix) if prefix else nullcontext():
+        eager = sys.modules[type(attention).__module__].eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+        mixed, _ = attend(
+            attention,
+            heads(query(normed[:, start:stop])),
+            heads(key(normed)),
+            heads(value(normed)),
+            None,
+            dropout=attention.attention_dropout if attention.training else 0.0,
+            scaling=attention.scaling,
+        )
+    read = read + drop(output(mixed.flatten(2)))
+    return read + drop(getattr(layer, family.mlp)(norm_after(read)))
+
+
+def can_read(family: Family, layer: nn.Module) -> bool:
+    """Whether `read_layer` gives what the layer gives: its parts are as the family's row says, and a try agrees.
+
+    A layer of another make, or of another version of transformers, is then simply run whole.
+    """
+    weights = next(layer.parameters(), None)
+    if weights is None or weights.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    attention = family.attention_of(layer)
+    modes = [(module, module.training) for module in layer.modules()]
+    try:
+        layer.eval()
+        with torch.no_grad():
+            hidden = torch.randn(2, 5, getattr(attention, family.projections[0]).in_features, generator=generator).to(
+                weights
+            )
+            expected = layer(hidden)
+            expected = expected[0] if isinstance(expected, tuple) else expected
+            found = read_layer(family, layer, hidden, 1, 3)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    tolerance = 32 * torch.finfo(weights.dtype).eps * expected.abs().max().item()
+    return torch.allclose(found, expected[:, 1:3], rtol=0, atol=tolerance)
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody's hooks sit on the layer or its parts: they are to see all tokens."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())

@@ -1,0 +1,164 @@
+"""What the two passes share or leave out: the same numbers as without, and really left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tuner_cases import CASES, FAMILIES, gradients, images, labels, logits, prompted, step, tiny
+
+from peft_cl.tuners.base.encoder import PromptedEncoder
+
+
+every_case = pytest.mark.parametrize("name", CASES)
+#: Cases whose prompts may begin above the first layer.
+LATE = {"l2p++": [1, 2], "coda": [1, 2], "dualprompt": [2], "dualprompt-coda": [2]}
+
+
+def late(name: str, *arguments, **overrides):
+    """The case, with prompts from layer 1 on."""
+    more = {"g_layers": [1]} if name.startswith("dualprompt") else {}
+    return prompted(name, *arguments, layers=LATE[name], **more, **overrides)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """`plain(model)`: the model as it would be without sharing and leaving out."""
+
+    def call(model):
+        encoder = model.base_model.encoder
+        encoder.reads_last_layer = False
+        monkeypatch.setattr(encoder, "_is_fixed", lambda *arguments: False)
+        return model
+
+    return call
+
+
+def assert_same(model, reference, dtype=torch.float32) -> None:
+    """Logits, loss terms and gradients agree."""
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(logits(model), logits(reference), **tolerance)
+    torch.testing.assert_close(step(model), step(reference), **tolerance)
+    expected = gradients(reference)
+    assert any(value is not None for value in expected.values())
+    for name, gradient in gradients(model).items():
+        if gradient is None or expected[name] is None:
+            assert gradient is expected[name], name
+            continue
+        scale = expected[name].abs().max().clamp_min(1.0)
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, **tolerance, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+@every_case
+def test_the_numbers_are_those_of_two_whole_passes(name, family, attention, plain):
+    settings = {"attn_implementation": attention}
+    assert_same(prompted(name, tiny(family, **settings)), plain(prompted(name, tiny(family, **settings))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", LATE)
+def test_layers_below_the_first_prompt_are_shared(name, family, plain):
+    model = late(name, family)
+    assert_same(model, plain(late(name, family)))
+    calls = []
+    for part in (model.base_model.encoder.base_layer.embeddings, model.base_model.encoder.base_layer.layers[0]):
+        part.register_forward_hook(lambda module, inputs, output: calls.append(type(module).__name__))
+    logits(model)
+    assert len(calls) == 2 and calls[0].endswith("Embeddings")  # once each, for both passes
+    calls.clear()
+    step(model)
+    assert len(calls) == 2
+
+
+@every_case
+def test_a_bfloat16_backbone(name, plain):
+    models = [prompted(name, tiny().to(torch.bfloat16)) for _ in range(2)]
+    assert_same(models[0], plain(models[1]), torch.bfloat16)
+
+
+@every_case
+def test_the_graph_begins_at_the_first_prompt(name):
+    model = prompted(name).train()
+    seen = {}
+    for index, layer in enumerate(model.base_model.encoder.base_layer.layers):
+        layer.register_forward_pre_hook(
+            lambda module, inputs, index=index: seen.update({index: inputs[0].requires_grad})
+        )
+    model(images(), labels=labels(model))
+    first = model.base_model.pool.first_layer
+    assert not any(needs for index, needs in seen.items() if index < first)
+    if name != "linear-probe":
+        assert seen[2]
+    assert all(value.grad is None for value in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["coda", "dualprompt"])
+def test_no_product_is_done_for_tokens_that_nobody_reads(name, plain):
+    """Floating point operations, counted: the last of 3 layers does its products for one of 5 tokens."""
+
+    def operations(model, query=None):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images(), query=query)
+        return counter.get_total_flops()
+
+    eager = {"attn_implementation": "eager"}  # whose products are counted
+    model, reference = prompted(name, tiny(**eager)), plain(prompted(name, tiny(**eager)))
+    query = model.query(images())
+    size, inner, batch, tokens = 24, 48, 4, 5
+    # Per token left out: queries, output projection, the two halves of the MLP; scores and mixing beside them.
+    left_out = 2 * batch * (tokens - 1) * (2 * size * size + 2 * size * inner)
+    attention = operations(reference, query) - operations(model, query) - left_out
+    assert 0 < attention < 0.2 * left_out
+    embedding = 2 * batch * 4 * 3 * 64 * size
+    saved = operations(reference) - operations(model)
+    unprompted = 2 * batch * (tokens - 1) * 2 * tokens * size  # scores and mixing in the query pass
+    assert saved == 2 * left_out + embedding + attention + unprompted
+
+
+def test_dropout_below_the_first_prompt_is_drawn_for_the_prompted_pass(plain):
+    """The query pass is in evaluation mode, so with dropout the hidden states are not the same."""
+    base = tiny(hidden_dropout_prob=0.5)
+    model = late("coda", base).train()
+    encoder: PromptedEncoder = model.base_model.encoder
+    assert not encoder._is_fixed(images(), 1)
+    assert encoder.eval()._is_fixed(images(), 1)
+    assert late("coda", tiny(attention_probs_dropout_prob=0.1)).train().base_model.encoder._is_fixed(images(), 0)
+    assert not late("coda", tiny(attention_probs_dropout_prob=0.1)).train().base_model.encoder._is_fixed(images(), 1)
+
+
+def test_gradients_reach_images_and_an_unfrozen_backbone(plain):
+    for unfrozen in (False, True):
+        models = [late("coda"), plain(late("coda"))]
+        found = []
+        for model in models:
+            model.base_model.encoder.base_layer.requires_grad_(unfrozen)
+            pixels = images().requires_grad_(not unfrozen)
+            model(pixels, labels=labels(model)).loss.backward()
+            weights = [value.grad for value in model.base_model.encoder.base_layer.layers[0].parameters()]
+            found.append(weights if unfrozen else [pixels.grad])
+        torch.testing.assert_close(found[0], found[1])
+
+
+def test_hooks_on_the_last_layer_see_all_tokens():
+    """As Grad-CAM and feature extraction use them."""
+    model, shapes = prompted("coda"), []
+    layer = model.base_model.encoder.base_layer.layers[-1]
+    expected = logits(model)
+    layer.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    torch.testing.assert_close(logits(model), expected)
+    assert shapes == [(4, 5, 24)] * 2
+    assert model.base_model.encoder(images()).last_hidden_state.shape == (4, 5, 24)  # asked for by itself
+
+
+def test_a_layer_of_another_make_is_run_whole(monkeypatch):
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    own = ViTLayer.forward
+    monkeypatch.setattr(
+        ViTLayer, "forward", lambda self, hidden, *args, **more: own(self, hidden, *args, **more) * 1.5
+    )
+    model = prompted("coda")
+    assert not model.base_model.encoder.reads_last_layer
+    torch.testing.assert_close(model.query(images()), tiny().vit(images()).last_hidden_state[:, 0])
