@@ -10,7 +10,7 @@ from tuner_cases import begin, images, labels, prompted, tiny
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
 from peft_cl.tuners.base.attention import prefixed
-from peft_cl.tuners.base.initialisation import draw_rows, orthonormal_rows
+from peft_cl.tuners.base.initialisation import RowSpan, draw_rows
 from peft_cl.tuners.base.pool import Geometry
 from peft_cl.tuners.base.prompts import Injection
 from peft_cl.tuners.base.similarity import (
@@ -128,31 +128,55 @@ def test_normal_rows():
 
 def gram_schmidt(drawn: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
     """The paper's sentence, one row after the other: subtract what the earlier rows explain, then unit norm."""
-    basis = []
-    for row in [*past, *drawn]:
-        for earlier in basis:
-            row = row - (row @ earlier) * earlier
-        basis.append(row / row.norm())
-    return torch.stack(basis[len(past) :])
+    rows = torch.cat([past, drawn])
+    for place, row in enumerate(rows):
+        earlier = rows[:place]
+        for _ in range(2):
+            row = row - (earlier @ row) @ earlier
+        rows[place] = row / row.norm()
+    return rows[len(past) :]
 
 
-@pytest.mark.parametrize("past_rows", [0, 1, 5])
-def test_orthonormal_rows_are_those_of_gram_schmidt(past_rows):
-    past = torch.randn(past_rows, 12, dtype=torch.float64) * torch.arange(1, past_rows + 1)[:, None]
+def span_of(past: torch.Tensor, count: int) -> RowSpan:
+    span = RowSpan(past.shape[1], count)
+    span.follow(past)
+    return span
+
+
+@pytest.mark.parametrize(("past_rows", "size"), [(0, 12), (1, 12), (5, 12), (1000, 1500)])
+def test_new_rows_are_those_of_gram_schmidt(past_rows, size):
+    past = torch.randn(past_rows, size, dtype=torch.float64) * torch.linspace(1, 5, past_rows)[:, None]
     torch.manual_seed(3)
-    rows = orthonormal_rows(4, past.float())
+    rows = span_of(past.float(), 4).new_rows()
     torch.manual_seed(3)
-    expected = gram_schmidt(torch.randn(4, 12, dtype=torch.float64), past)
+    expected = gram_schmidt(torch.randn(4, size, dtype=torch.float64), past)
     torch.testing.assert_close(rows.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_orthonormal_rows_beyond_the_dimensions_avoid_the_latest():
+def test_a_span_does_not_depend_on_when_it_was_made():
+    """An interrupted run makes it anew, and must go on to the bit."""
+    past = torch.randn(40, 24)
+    at_once, step_by_step = span_of(past, 2), RowSpan(24, 2)
+    for end in range(2, 41, 2):
+        step_by_step.follow(past[:end])
+    assert torch.equal(at_once.basis, step_by_step.basis)
+
+
+def test_rows_within_the_span_take_no_room():
+    span = span_of(torch.eye(6)[[0, 1, 0, 1, 1, 0]], 2)
+    assert len(span.basis) == 2 and span.rows_seen == 6
+
+
+def test_new_rows_beyond_the_dimensions_avoid_the_latest():
     past = torch.eye(6)
-    rows = orthonormal_rows(2, past)
+    rows = span_of(past, 2).new_rows()
     torch.testing.assert_close(rows @ rows.T, torch.eye(2))
     torch.testing.assert_close(rows @ past[2:].T, torch.zeros(2, 4), atol=1e-6, rtol=0)
+    for count in (4, 6):
+        rows = span_of(torch.randn(3 * count, 6), count).new_rows()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(count))
     with pytest.raises(ValueError, match="7 new rows of 6 numbers cannot be orthogonal.*Lower components_per_task"):
-        orthonormal_rows(7, past)
+        RowSpan(6, 7)
 
 
 @pytest.mark.parametrize("name", ["coda", "coda-textbook"])

@@ -16,31 +16,75 @@ def draw_rows(kind: str, *shape: int) -> torch.Tensor:
     return torch.empty(*shape).uniform_(*UNIFORM_RANGES[kind])
 
 
-def orthonormal_rows(count: int, past: torch.Tensor) -> torch.Tensor:
-    """New unit rows, orthogonal to each other and to all earlier rows (CODA-Prompt, section 4.2).
+class RowSpan:
+    """The span of the rows so far, which new rows are to avoid (CODA-Prompt, section 4.2).
+
+    Gram-Schmidt by QR, a task's rows at a time: an orthonormal basis is kept and extended, so the start of a task
+    costs a product with the basis, not a factorisation of all rows. The basis is on the CPU, in float32, and as large
+    as the rows. It depends on the rows alone, not on when it was made.
+
+    There are at most D orthogonal rows of D numbers. Where there is no room for more, the basis begins anew with the
+    latest D / 2 rows, so new rows avoid these and those after them.
 
     Args:
-        count: number of new rows.
-        past: (rows, D) earlier rows; they may be trained, that is, neither unit nor orthogonal.
-
-    Returns:
-        (count, D). Gram-Schmidt on random rows, done by QR: same result, and steady for thousands of rows. There are
-        at most D orthogonal rows of D numbers; beyond that the new rows avoid the latest rows for which there is room.
+        size: D.
+        count: number of rows that a task brings.
 
     Raises:
         ValueError: count > D.
+
+    Example:
+        >>> span = RowSpan(size=768, count=10)
+        >>> span.follow(torch.eye(768)[:20])
+        >>> span.new_rows().shape
+        torch.Size([10, 768])
     """
-    size = past.shape[-1]
-    if count > size:
-        raise ValueError(
-            f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Lower components_per_task."
+
+    def __init__(self, size: int, count: int):
+        if count > size:
+            raise ValueError(
+                f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Lower "
+                "components_per_task."
+            )
+        self.size = size
+        self.count = count
+        self.rows_seen = 0
+        self.basis = torch.zeros(0, size)
+
+    def follow(self, past: torch.Tensor) -> None:
+        """Take in what `past`, (rows, D), has beyond the rows seen; they may be neither unit nor orthogonal."""
+        while self.rows_seen < len(past):
+            end = min(self.rows_seen + self.count, len(past))
+            if len(self.basis) + self.count > self.size - self.count:
+                latest = max(0, min(self.size // 2, self.size - 2 * self.count))
+                self.basis = self.basis[:0]
+                self._add(past[max(0, self.rows_seen - latest) : self.rows_seen])
+            self._add(past[self.rows_seen : end])
+            self.rows_seen = end
+
+    def new_rows(self) -> torch.Tensor:
+        """Random unit rows, (count, D), orthogonal to each other and to the span."""
+        room = self.size - self.count
+        drawn = self._outside(
+            torch.randn(self.count, self.size, dtype=torch.float64), self.basis[-room:] if room else None
         )
-    recent = past[max(0, len(past) - (size - count)) :].double()
-    drawn = torch.randn(count, size, dtype=torch.float64)
-    if len(recent):
-        basis, _ = torch.linalg.qr(recent.T)
+        rows, upper = torch.linalg.qr(drawn.double().T)
+        # QR fixes rows up to sign; Gram-Schmidt's sign makes the diagonal positive.
+        return (rows * torch.sign(torch.diagonal(upper))).T.float()
+
+    def _add(self, rows: torch.Tensor) -> None:
+        rows = rows.detach().float().cpu()
+        directions, upper = torch.linalg.qr(self._outside(rows, self.basis).double().T)
+        # Rows within the span add no direction.
+        is_new = torch.diagonal(upper).abs() > 1e-5 * rows.double().norm(dim=1)
+        self.basis = torch.cat([self.basis, directions.T[is_new].float()])
+
+    @staticmethod
+    def _outside(rows: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
+        """The part of `rows` that is orthogonal to `basis`."""
+        if basis is None or not len(basis):
+            return rows
+        rows = rows.to(basis)
         for _ in range(2):  # twice is enough (Kahan): the second pass removes what rounding left
-            drawn = drawn - (drawn @ basis) @ basis.T
-    rows, upper = torch.linalg.qr(drawn.T)
-    # QR fixes rows up to sign; Gram-Schmidt's sign makes the diagonal positive.
-    return (rows * torch.sign(torch.diagonal(upper))).T.float()
+            rows = rows - (rows @ basis.T) @ basis
+        return rows

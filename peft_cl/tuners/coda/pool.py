@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..base.initialisation import orthonormal_rows
+from ..base.initialisation import RowSpan
 from ..base.pool import Geometry, PromptPool
 from ..base.prompts import Injection, Prompts
 from ..base.similarity import gram_penalty, pairwise_penalty, selection_entropy_term
@@ -29,11 +31,13 @@ class CodaPromptPool(PromptPool):
         self.register_buffer("past_prompts", torch.zeros(layers, past, length, size))
         self.register_buffer("past_keys", torch.zeros(layers, past, size))
         self.trained = ["prompts", "keys"]
+        self.spans: dict[str, list[RowSpan]] = {}
         if config.attention:
             self.register_buffer("past_attention", torch.zeros(layers, past, size))
             self.trained.append("attention")
         for name in self.trained:
-            setattr(self, name, nn.Parameter(self._new_rows(getattr(self, f"past_{name}")[:, :0])))
+            setattr(self, name, nn.Parameter(self._new_rows(name, getattr(self, f"past_{name}")[:, :0])))
+        self.spans.clear()
 
     @property
     def needs_query(self) -> bool:
@@ -50,13 +54,19 @@ class CodaPromptPool(PromptPool):
     def begin_task(self, index: int) -> None:
         """Rows [s, f): Gram-Schmidt against all earlier rows, then unit norm, for P, K and A of each layer."""
         for name in self.trained:
-            self._grow(name, self._new_rows(self.rows(name).detach()))
+            self._grow(name, self._new_rows(name, self.rows(name).detach()))
 
-    def _new_rows(self, earlier: torch.Tensor) -> torch.Tensor:
+    def _new_rows(self, name: str, earlier: torch.Tensor) -> torch.Tensor:
         """(layers, earlier rows, ...) -> (layers, new rows, ...); a row is orthogonal as a whole, flattened."""
-        shape = earlier.shape[2:]
-        rows = [orthonormal_rows(self.config.components_per_task, layer.flatten(1).cpu()) for layer in earlier]
-        return torch.stack(rows).unflatten(-1, shape)
+        size, count = earlier.shape[2:].numel(), self.config.components_per_task
+        spans = self.spans.setdefault(name, [RowSpan(size, count) for _ in earlier])
+        for span, layer in zip(spans, earlier, strict=True):
+            span.follow(layer.flatten(1))
+        return torch.stack([span.new_rows() for span in spans]).unflatten(-1, earlier.shape[2:])
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.spans.clear()  # they were of other rows
 
     def forward(self, query: torch.Tensor | None) -> Prompts:
         if not self.needs_query:
@@ -64,12 +74,29 @@ class CodaPromptPool(PromptPool):
         return super().forward(query)
 
     def select(self, query: torch.Tensor) -> Prompts:
-        attention = self.rows("attention") if self.config.attention else None
-        similarity = self.similarity(query, self.rows("keys"), attention)
-        prompts = self.combine(similarity, self.rows("prompts"))
+        similarity, prompts = self.weigh(query)
         layers = {layer: self.injection(prompts[place]) for place, layer in enumerate(self.config.layers)}
         losses = self.losses(similarity) if self.training else {}
         return Prompts(layers, losses, self.selected(similarity))
+
+    def weigh(self, query: torch.Tensor, place: int | slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (..., B, rows) and prompts (..., B, L, D) of the layers at `place`.
+
+        Past and current rows go their own ways: neither is copied, and only the current ones send gradients back.
+        """
+        parts = [
+            [getattr(self, prefix + name)[place] if name in self.trained else None for name in self.row_axes]
+            for prefix in (("past_", "") if self.past_keys.numel() else ("",))
+        ]
+        weights = [self.similarity(query, keys, attention) for _, keys, attention in parts]
+        similarity = torch.cat(weights, dim=-1)
+        if self.config.selection == "top1":
+            chosen = F.one_hot(similarity.argmax(-1), similarity.shape[-1]).to(similarity.dtype)
+            weights = chosen.split([part.shape[-1] for part in weights], dim=-1)
+        prompts = sum(
+            weight @ components.to(weight).flatten(-2) for weight, (components, *_) in zip(weights, parts, strict=True)
+        )
+        return similarity, prompts.unflatten(-1, self.prompts.shape[-2:])
 
     def similarity(self, query: torch.Tensor, keys: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
         """Cosine of q * A with K (eq. 5-6): query (B, D), keys and attention (..., k, D) -> (..., B, k).
@@ -82,12 +109,6 @@ class CodaPromptPool(PromptPool):
         products = query @ (attention * keys).transpose(-1, -2)
         squares = query.square() @ attention.square().transpose(-1, -2)
         return products * squares.clamp_min(1e-24).rsqrt()
-
-    def combine(self, similarity: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """Weights (..., B, k) and components (..., k, L, D) -> prompts (..., B, L, D) (eq. 3)."""
-        if self.config.selection == "top1":
-            similarity = F.one_hot(similarity.argmax(-1), similarity.shape[-1]).to(prompts.dtype)
-        return (similarity @ prompts.flatten(-2)).unflatten(-1, prompts.shape[-2:])
 
     def selected(self, similarity: torch.Tensor) -> torch.Tensor | None:
         return similarity.argmax(-1, keepdim=True) if self.config.selection == "top1" else None
@@ -128,9 +149,7 @@ class LayerwisePrompts(Prompts):
         pool = self.pool
         own = hidden_states[:, 0] if pool.config.query_source == "layer_cls" else hidden_states.mean(dim=1)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            attention = pool.rows("attention")[place] if pool.config.attention else None
-            similarity = pool.similarity(own.to(pool.keys.dtype), pool.rows("keys")[place], attention)
-            prompts = pool.combine(similarity, pool.rows("prompts")[place])
+            similarity, prompts = pool.weigh(own.to(pool.keys.dtype), place)
         self.similarities.append(similarity)
         if len(self.similarities) == len(self.places):
             similarity = torch.stack(self.similarities)
