@@ -75,9 +75,8 @@ class DualPromptPool(PromptPool):
             selected = cosine(query, self.rows("keys")).argmax(-1, keepdim=True)  # (sets, B, 1)
             if config.batchwise_prompt_at_test:
                 selected = batch_vote(selected, self.rows_in_use)
-            prompts = self.rows("prompts")
             experts = {
-                layer: prompts[place][:, selected[place if config.keys_per_layer else 0, :, 0]]
+                layer: self._chosen(place, selected[place if config.keys_per_layer else 0, :, 0])
                 for place, layer in enumerate(config.layers)
             }
         general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(config.g_layers)}
@@ -95,6 +94,15 @@ class DualPromptPool(PromptPool):
         # As an embedding, whose gradient is summed in the same order in every run.
         picked = F.embedding(rows, prompts.transpose(0, 1).flatten(1))
         return picked.unflatten(-1, (len(prompts), *prompts.shape[2:])).transpose(0, 1)
+
+    def _chosen(self, place: int, rows: torch.Tensor) -> torch.Tensor:
+        """Past and current rows (2 or 1, B, L, D) of a layer, without a copy of all of them."""
+        past, current = self.past_prompts[place], self.prompts[place]
+        count = past.shape[1]
+        now = current[:, (rows - count).clamp_min(0)]
+        if not count:
+            return now
+        return torch.where((rows < count)[:, None, None], past[:, rows.clamp_max(count - 1)].to(now), now)
 
     def _inject(
         self, general: Mapping[int, torch.Tensor], experts: Mapping[int, torch.Tensor]
