@@ -1,7 +1,9 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
-METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+er`,
-`+ewc`, `+finetuning`. In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
+METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
+(queries in files), `+er`, `+ewc`, `+finetuning`.
+
+In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
 """
 
@@ -126,6 +128,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
             per_device_train_batch_size=4 // trainer_processes(),
             per_device_eval_batch_size=6,
             learning_rate=0.01,
+            query_cache_dir=f"{folder}-queries" if "cached" in options else None,
             use_cpu=True,
             disable_tqdm=True,
             report_to="none",

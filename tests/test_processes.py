@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 PROCESS = Path(__file__).with_name("sequence_process.py")
 
 
-@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda", "probe+finetuning+ewc", "l2p+augmented"])
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda+cached", "probe+finetuning+ewc", "l2p+augmented"])
 def test_two_processes_equal_one(method, tmp_path):
     """Measured once before anything is trained, which would switch DDP off; growth between tasks included.
 
-    The third has parameters that most steps leave without a gradient, the last one augmented images.
+    The third has parameters that most steps leave without a gradient and processes that write the same files of
+    queries, the last one augmented images.
     """
     words = [str(PROCESS), str(tmp_path / "one"), method, "0", "anew"]
     environment = {**os.environ, "PLAIN": "1", "EVALUATE_FIRST": "1", "OMP_NUM_THREADS": "1"}

@@ -27,6 +27,9 @@ class ContinualTrainingArguments(TrainingArguments):
             have it. Rates in `learning_rates` are taken as they are.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
+        query_cache_dir: a folder in which these are kept for later runs too; several runs and processes may share it,
+            and whatever has changed (data, image processor, a weight of the backbone, ...) is computed anew. None: not
+            kept. Files that are not needed any more may be deleted.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -59,6 +62,10 @@ class ContinualTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
     )
+    query_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which these queries are kept for later runs; null: in memory, for this run."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +78,11 @@ class ContinualTrainingArguments(TrainingArguments):
             raise ValueError(
                 "ddp_broadcast_buffers is True, but the first process's counts would overwrite the others'. Leave it "
                 "at False."
+            )
+        if self.query_cache_dir is not None and not self.cache_queries:
+            raise ValueError(
+                f"query_cache_dir is {self.query_cache_dir!r}, but cache_queries is False, so nothing would be kept. "
+                "Take one of them out."
             )
         check_rates(self.learning_rates or {})
         self._scale_rate()

@@ -85,7 +85,13 @@ class TaskTrainer(Trainer):
             self.add_callback(self.progress)
         self.pop_callback(PrinterCallback)
         self.add_callback(EpochDraws(self))
-        self.queries = QueryCache(training_images=augmentation is None and batch_augmentation is None)
+        self.queries = QueryCache(
+            augmentation is None and batch_augmentation is None,
+            args.query_cache_dir,
+            processor=[type(processing_class).__name__, processing_class.to_json_string()],
+            image_column=scenario.image_column,
+            batch=args.eval_batch_size,
+        )
         self.task: Task | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None

@@ -1,0 +1,128 @@
+"""Queries that are kept in files: never computed twice, never stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from trainer_cases import CONFIGS, images
+from transformers import ViTImageProcessorPil
+
+from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+from peft_cl.tuners.base.model import PromptPoolModel
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Sizes of the batches whose queries the cache has computed."""
+    sizes: list[int] = []
+    query = PromptPoolModel.query
+    monkeypatch.setattr(PromptPoolModel, "query", lambda self, x: sizes.append(len(x)) or query(self, x))
+    return sizes
+
+
+@pytest.fixture
+def kept(tmp_path) -> Path:
+    return tmp_path / "queries"
+
+
+@pytest.fixture
+def run(make_trainer, kept):
+    """`run(...)` trains for an epoch with the folder of queries, and returns the trainer."""
+
+    def call(name="coda", **more) -> ContinualTrainer:
+        trainer = make_trainer(CONFIGS[name](), query_cache_dir=str(kept), num_train_epochs=1, **more)
+        trainer.train()
+        return trainer
+
+    return call
+
+
+def weights(trainer: ContinualTrainer) -> torch.Tensor:
+    trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    return torch.cat([parameter.detach().flatten() for parameter in trained])
+
+
+def test_a_second_run_computes_no_query(run, passes, kept):
+    first = run()
+    assert sum(passes) == 96 + 48  # every training and test image once
+    assert len(list(kept.iterdir())) == 6  # of 3 tasks
+    passes.clear()
+    second = run(folder="again")
+    assert passes == []
+    assert torch.equal(weights(first), weights(second))
+    np.testing.assert_array_equal(first.accuracy_matrix, second.accuracy_matrix)
+
+
+def test_methods_with_the_same_backbone_share_them(run, passes):
+    run("coda")
+    passes.clear()
+    for name in ("l2p", "dualprompt", "linear-probe"):
+        run(name, folder=name)
+    assert passes == []
+
+
+def test_whatever_has_changed_is_computed_anew(run, passes, kept, tiny_vit, data, tmp_path):
+    """A weight of the backbone, its attention, its number format, the image processor, an image."""
+    run()
+
+    def again(model=None, data=data, size=None):
+        passes.clear()
+        processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, **(size or {}))
+        arguments = ContinualTrainingArguments(
+            str(tmp_path / "again"), use_cpu=True, disable_tqdm=True, max_steps=1, query_cache_dir=str(kept)
+        )
+        model = get_peft_model(tiny_vit() if model is None else model, CONFIGS["coda"]())
+        ContinualTrainer(model, arguments, class_incremental(data, 3), processing_class=processor).train()
+        return sum(passes)
+
+    assert again() == 0
+    changed = tiny_vit()
+    with torch.no_grad():
+        changed.vit.layers[1].mlp.fc2.bias[0] += 1e-3
+    assert again(changed) == 144
+    assert again(tiny_vit(attn_implementation="eager")) == 144
+    assert again(tiny_vit().to(torch.bfloat16)) == 144
+    assert again(size={"image_mean": [0.4, 0.5, 0.5]}) == 144
+    assert again(data={**data, "test": images(8, 7)}) == 48
+    assert again() == 0
+
+
+@pytest.mark.parametrize("harm", [lambda content: content[:-9], lambda content: content[:-9] + b"\x00" * 9])
+def test_a_damaged_file_is_made_anew(harm, run, passes, kept):
+    trainer = run()
+    whole = {path: path.read_bytes() for path in kept.iterdir()}
+    harmed = sorted(whole)[0]
+    harmed.write_bytes(harm(whole[harmed]))
+    passes.clear()
+    with pytest.warns(UserWarning, match=f"cached queries in .*{harmed.name}.* made anew"):
+        again = run(folder="again")
+    assert sum(passes) in (16, 32)  # of one task
+    assert {path: path.read_bytes() for path in kept.iterdir()} == whole
+    assert torch.equal(weights(trainer), weights(again))
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(run, kept):
+    kept.write_text("a file")
+    with pytest.warns(UserWarning, match="Queries cannot be kept in .*queries.*the run goes on"):
+        assert run().finished_tasks == 3
+
+
+def test_a_backbone_that_is_written_into_has_no_queries(make_trainer, passes):
+    """In memory too: who changes the backbone between two tasks gets its new features."""
+    trainer = make_trainer(CONFIGS["coda"](), num_train_epochs=1)
+    trainer.train_task(trainer.scenario[0])
+    assert sum(passes) == 32 + 16
+    with torch.no_grad():
+        trainer.model.base_model.encoder.base_layer.layers[0].mlp.fc1.weight.mul_(1.1)
+    passes.clear()
+    trainer.train_task(trainer.scenario[1])
+    assert sum(passes) == 32 + 2 * 16  # the first task's test images again
+
+
+def test_a_folder_without_a_cache_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="query_cache_dir is 'q', but cache_queries is False"):
+        ContinualTrainingArguments(str(tmp_path), cache_queries=False, query_cache_dir="q")
