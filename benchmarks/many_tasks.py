@@ -3,7 +3,7 @@
     python benchmarks/many_tasks.py --data DATA/tiny-imagenet-cl --tasks 100
 
 Each task is an equal share of the classes. Printed for every method: the median time of a training step over the first
-and over the last tenth of the tasks, their ratio, and the resident memory after the first tenth and at the end.
+and over the last tenth of the tasks, their ratio, and the memory in use after the first tenth and at the end.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ METHODS = {
 }
 
 
-def resident_megabytes() -> float:
-    """Memory of this process that is in use now, in MB (Linux); what is free, but kept by glibc, is given back first."""
+def memory_in_use() -> float:
+    """Memory of this process, in MB (Linux), without files mapped into it (the images) and what glibc keeps free."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024 / 1e6
 
 
 class Watch(TrainerCallback):
@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
         self.steps[-1].append(time.perf_counter() - self.began)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.memory.append(resident_megabytes())
+        self.memory.append(memory_in_use())
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:

@@ -149,7 +149,8 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
     entry = METHODS[name]
     set_seed(seed)
     backbone = default_backbone()
-    model = AutoModelForImageClassification.from_pretrained(backbone, dtype=entry.dtype, attn_implementation="eager")
+    dtype = getattr(torch, options.dtype) if entry.dtype == torch.bfloat16 else entry.dtype
+    model = AutoModelForImageClassification.from_pretrained(backbone, dtype=dtype, attn_implementation="eager")
     folders = folders_of(name, seed, options)
     scenario = make_scenario(data, seed, options)
     arguments = ContinualTrainingArguments(
@@ -214,6 +215,7 @@ def check_same_settings(results: RunResults, name: str, options: argparse.Namesp
         "per_device_train_batch_size": options.batch_size,
         "learning_rate": entry.training.get("learning_rate", LEARNING_RATE),
         "learning_rates": entry.training.get("learning_rates"),
+        "backbone_dtype": options.dtype if entry.dtype == torch.bfloat16 else "float32",
     }
     differ = [key for key, value in wanted.items() if found.get(key) != value]
     differ += [key for key, value in entry.adapter.items() if found["adapter"].get(key) != value]
@@ -245,6 +247,12 @@ def main() -> None:
         help="to choose settings: measure on this share of the training images, held back, and leave the test alone",
     )
     parser.add_argument("--evidence", type=float, default=6.0, help="weight of the task evidence")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float32"],
+        help="of a frozen backbone; a trained one is float32",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is an accelerator")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

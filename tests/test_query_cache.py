@@ -98,7 +98,7 @@ def test_a_damaged_file_is_made_anew(harm, run, passes, kept):
     harmed = sorted(whole)[0]
     harmed.write_bytes(harm(whole[harmed]))
     passes.clear()
-    with pytest.warns(UserWarning, match=f"cached queries in .*{harmed.name}.* made anew"):
+    with pytest.warns(UserWarning, match=f"queries in .*{harmed.name}.* made anew"):
         again = run(folder="again")
     assert sum(passes) in (16, 32)  # of one task
     assert {path: path.read_bytes() for path in kept.iterdir()} == whole
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_made_anew(harm, run, passes, kept):
 
 def test_a_folder_that_cannot_be_written_stops_nothing(run, kept):
     kept.write_text("a file")
-    with pytest.warns(UserWarning, match="Queries cannot be kept in .*queries.*the run goes on"):
+    with pytest.warns(UserWarning, match="queries cannot be kept in .*queries.*the run goes on"):
         assert run().finished_tasks == 3
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .class_incremental import class_incremental
+from .collator import ContinualCollator
 from .dataset_sequence import dataset_sequence
 from .domain_incremental import domain_incremental
 from .task import Scenario, Task
 from .task_free import task_free
 from .task_incremental import task_incremental
-from .transforms import ContinualCollator, ImageTransform, RandomResizedCropFlip
+from .transforms import ImageTransform, RandomResizedCropFlip
 
 
 __all__ = [

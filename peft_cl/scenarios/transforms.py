@@ -1,11 +1,11 @@
-"""From the examples of a data set to model input: augmentation, image processor, labels. Needs no torchvision."""
+"""From images to model input: augmentation and image processor. Needs no torchvision."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ CROP_ATTEMPTS = 10
 
 # Steps of an image processor that move pixels; the others work on each pixel value by itself.
 GEOMETRY_SWITCHES = ("do_resize", "do_center_crop", "do_pad")
+VALUE_SWITCHES = ("do_rescale", "do_normalize")
 
 
 @dataclass(frozen=True)
@@ -237,118 +238,49 @@ class ImageTransform:
                 random.setstate(python)
                 np.random.set_state(numpy)
 
+    @property
+    def has_bytes(self) -> bool:
+        """Whether what the processor makes of an image is its scaled bytes with a number for each value."""
+        if self._table is None:
+            return False
+        probe = Image.fromarray(np.random.default_rng(1).integers(0, 256, (96, 80, 3), dtype=np.uint8))
+        try:
+            return torch.equal(self.from_bytes(self.to_bytes([probe])), self._process([probe]))
+        except (TypeError, ValueError):
+            return False
+
+    def to_bytes(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Returns the images scaled (and cropped) as the processor does it, un-augmented: (images, 3, height, width)
+        uint8."""
+        images = [_to_rgb(image) for image in images]
+        if self._scaling_is_all:
+            return torch.from_numpy(self._scaled(images))
+        switches = {name: False for name in VALUE_SWITCHES if hasattr(self.processor, name)}
+        return self._process(images, **switches).round().clamp(0, 255).byte()
+
+    def from_bytes(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the `pixel_values` of what `to_bytes` gave, without Python for each image."""
+        return self._mapped(images.numpy(), self._table)
+
     def _look_up(self, images: list[Image.Image], table: np.ndarray) -> torch.Tensor:
+        return self._mapped(self._scaled(images), table)
+
+    def _scaled(self, images: list[Image.Image]) -> np.ndarray:
         height, width = self.output_size
-        values = np.empty((len(images), 3, height, width), dtype=np.float32)
+        scaled = np.empty((len(images), 3, height, width), dtype=np.uint8)
         for index, image in enumerate(images):
             if image.size != (width, height):
                 image = image.resize((width, height), resample=self.processor.resample)
-            pixels = np.asarray(image)
-            for channel in range(3):
-                # "clip" has nothing to clip in 0..255, but writes straight into the result; "raise" makes a copy.
-                np.take(table[channel], pixels[:, :, channel], out=values[index, channel], mode="clip")
+            scaled[index] = np.asarray(image).transpose(2, 0, 1)
+        return scaled
+
+    @staticmethod
+    def _mapped(scaled: np.ndarray, table: np.ndarray) -> torch.Tensor:
+        values = np.empty(scaled.shape, dtype=np.float32)
+        for channel in range(3):
+            # "clip" has nothing to clip in 0..255, but writes straight into the result; "raise" makes a copy.
+            np.take(table[channel], scaled[:, channel], out=values[:, channel], mode="clip")
         return torch.from_numpy(values)
-
-
-class ContinualCollator:
-    """Makes a batch for the model out of a scenario's examples, with the labels in the order of the model's outputs.
-
-    Set `remove_unused_columns=False` in the training arguments: the Trainer would remove the image column otherwise.
-
-    Args:
-        transform: Callable from a list of PIL images to `pixel_values`, such as `ImageTransform`.
-        label_index: `scenario.label_index()`: the model's label of each label id, -1 for classes left out.
-        image_column: Column of the images.
-        label_column: Column of the labels: ids, or class names if `label_names` is given.
-        label_names: `scenario.label_names`, for data sets with class names as labels and for error messages.
-
-    Raises:
-        ValueError: `label_index` and `label_names` differ in length.
-
-    Example:
-        >>> collator = ContinualCollator(transform, scenario.label_index(), "image", "label")
-        >>> batch = collator([scenario[0].train[row] for row in range(8)])
-        >>> batch["pixel_values"].shape, batch["labels"].dtype
-        (torch.Size([8, 3, 224, 224]), torch.int64)
-    """
-
-    def __init__(
-        self,
-        transform: Callable[[list[Image.Image]], torch.Tensor],
-        label_index: np.ndarray | Sequence[int],
-        image_column: str = "image",
-        label_column: str = "label",
-        *,
-        label_names: Sequence[str] | None = None,
-    ) -> None:
-        self.transform = transform
-        self.label_index = [int(position) for position in label_index]
-        self.image_column = image_column
-        self.label_column = label_column
-        if label_names is not None and len(label_names) != len(self.label_index):
-            raise ValueError(
-                f"label_index has {len(self.label_index)} entries but label_names {len(label_names)}; "
-                "take both from the same scenario."
-            )
-        self.label_names = None if label_names is None else tuple(label_names)
-        self._id_of_name = {name: label for label, name in enumerate(self.label_names or ())}
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns the batch.
-
-        Returns:
-            `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), and `query` and
-            `task_ids`, stacked, if the examples bring them. Examples that bring a `model_label` have the model's own;
-            a `draw` is the seed of the example's augmentation.
-
-        Raises:
-            ValueError: A column is missing, or a label is not among the classes of the scenario.
-        """
-        labelled = bool(examples) and "model_label" in examples[0]
-        for column in (self.image_column,) if labelled else (self.image_column, self.label_column):
-            if examples and column not in examples[0]:
-                raise ValueError(
-                    f"The examples have the columns {list(examples[0])}, but not {column!r}; if the data set has it, "
-                    "set remove_unused_columns=False in the training arguments."
-                )
-        labels = [
-            int(example["model_label"]) if labelled else self._label(example[self.label_column])
-            for example in examples
-        ]
-        images = [example[self.image_column] for example in examples]
-        if examples and "draw" in examples[0]:
-            pixel_values = self.transform(images, [example["draw"] for example in examples])
-        else:
-            pixel_values = self.transform(images)
-        batch = {"pixel_values": pixel_values, "labels": torch.tensor(labels, dtype=torch.int64)}
-        for name in ("query", "task_ids"):
-            if examples and name in examples[0]:
-                batch[name] = torch.stack([example[name] for example in examples])
-        return batch
-
-    def _label(self, label: str | int) -> int:
-        if isinstance(label, str):
-            if self.label_names is None:
-                raise ValueError(
-                    f"The example's label is the name {label!r}, but the collator only knows label ids; "
-                    "give ContinualCollator(label_names=scenario.label_names)."
-                )
-            known = self._id_of_name.get(label, -1)
-        else:
-            known = int(label)
-        # A negative id would count from the end of the list: it must not reach it.
-        position = self.label_index[known] if 0 <= known < len(self.label_index) else -1
-        if position < 0:
-            named = "" if isinstance(label, str) or not self.label_names else f" ({self._name(known)})"
-            raise ValueError(
-                f"The label {label!r}{named} in {self.label_column!r} is not among the "
-                f"{sum(position >= 0 for position in self.label_index)} classes of the scenario; "
-                "use the tasks' own data, or make the scenario with this class."
-            )
-        return position
-
-    def _name(self, label: int) -> str:
-        return repr(self.label_names[label]) if 0 <= label < len(self.label_names) else "no such class"
 
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -30,6 +30,9 @@ class ContinualTrainingArguments(TrainingArguments):
         query_cache_dir: a folder in which these are kept for later runs too; several runs and processes may share it,
             and whatever has changed (data, image processor, a weight of the backbone, ...) is computed anew. None: not
             kept. Files that are not needed any more may be deleted.
+        image_cache_dir: a folder in which images are kept decoded and scaled, 3 H W bytes an image, where they are not
+            augmented one by one (`batch_augmentation` works on them): a step then needs no Python for each image.
+            None: images are decoded each time.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -65,6 +68,10 @@ class ContinualTrainingArguments(TrainingArguments):
     query_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Folder in which these queries are kept for later runs; null: in memory, for this run."},
+    )
+    image_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which images are kept decoded and scaled; null: decoded each time."},
     )
 
     def __post_init__(self):

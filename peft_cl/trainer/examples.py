@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ class TaskExamples(TorchDataset):
 
     The data sets are not joined into one: they may differ in their columns and in what a label id means.
 
+    With `images` a batch is not a list of examples but one mapping of tensors, the images under `image_bytes`.
+
     With a `seed` each example also brings a `draw`, the seed of its augmentation: a number of its own in every epoch,
     the same whatever process or worker fetches it, and whatever was fetched before.
 
@@ -23,12 +25,18 @@ class TaskExamples(TorchDataset):
         parts: the data.
         tensors: name -> tensor (examples, ...), in the same order.
         seed: whole numbers of at least 0; None: no draws.
+        images: for each data set, its images (examples, 3, H, W) uint8, which then need not be fetched from it.
     """
 
     def __init__(
-        self, parts: Sequence[Dataset], tensors: Mapping[str, torch.Tensor], seed: Sequence[int] | None = None
+        self,
+        parts: Sequence[Dataset],
+        tensors: Mapping[str, torch.Tensor],
+        seed: Sequence[int] | None = None,
+        images: Sequence[torch.Tensor] | None = None,
     ):
         self.parts = list(parts)
+        self.images = images
         self.tensors = dict(tensors)
         self.seed = seed
         # In shared memory, where workers that live on see it change.
@@ -43,20 +51,35 @@ class TaskExamples(TorchDataset):
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.images is not None:
+            return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        part_of = np.searchsorted(self.starts, indices, side="right") - 1
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]] | dict[str, torch.Tensor]:
+        if self.images is not None:
+            return self._batch(torch.as_tensor(indices))
         examples: list[Any] = [None] * len(indices)
-        for part in np.unique(part_of):
-            places = np.flatnonzero(part_of == part)
-            rows = self.parts[part].__getitems__([int(indices[place] - self.starts[part]) for place in places])
+        for part, places, rows in self._places(indices):
+            rows = self.parts[part].__getitems__(rows.tolist())
             for place, row in zip(places, rows, strict=True):
                 own = {name: tensor[indices[place]] for name, tensor in self.tensors.items()}
                 if self.seed is not None:
                     own["draw"] = self._draw(indices[place])
                 examples[place] = {**row, **own}
         return examples
+
+    def _places(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each data set that examples come from: its number, their places in the batch, and its rows."""
+        part_of = np.searchsorted(self.starts, indices, side="right") - 1
+        for part in np.unique(part_of):
+            places = np.flatnonzero(part_of == part)
+            yield part, places, np.asarray(indices)[places] - self.starts[part]
+
+    def _batch(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        images = torch.empty(len(indices), *self.images[0].shape[1:], dtype=torch.uint8)
+        for part, places, rows in self._places(indices.numpy()):
+            images[torch.from_numpy(places)] = self.images[part][torch.from_numpy(rows)]
+        return {"image_bytes": images, **{name: tensor[indices] for name, tensor in self.tensors.items()}}
 
     def _draw(self, index: int) -> int:
         entropy = [*self.seed, int(self.epoch), int(index)]

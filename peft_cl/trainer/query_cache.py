@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..scenarios import Task
 from ..tuners.base.model import PromptPoolModel
+from .tensor_files import TensorFiles
 
 
-NAME = "query"
 #: Of a backbone's configuration: names of it and of classes, which a task changes, and which no feature depends on.
 NO_PART_OF_IT = ("_name_or_path", "architectures", "id2label", "label2id", "num_labels", "transformers_version")
 
@@ -34,9 +28,8 @@ class QueryCache:
     feature in every epoch and every evaluation. Test images always qualify; training images only without augmentation,
     and nothing does if the backbone is trained or the pool has no use for a query.
 
-    A file is named by a digest of all that its features depend on: the data's fingerprint, the image processor, every
-    weight of the backbone, number formats, device and versions. What has changed in any of them is computed anew. A
-    file is written aside and renamed, so processes may share a folder, and its own digest is checked when it is read.
+    In files, queries depend on the data's fingerprint, the image processor, every weight of the backbone, number
+    formats, device and versions.
 
     Args:
         training_images: whether training images are the same each time.
@@ -46,7 +39,7 @@ class QueryCache:
 
     def __init__(self, training_images: bool, folder: str | Path | None = None, **settings: Any):
         self.training_images = training_images
-        self.folder = None if folder is None else Path(folder)
+        self.files = None if folder is None else TensorFiles(folder, "queries")
         self.settings = settings
         # By identity, with the data set itself, so that no other can take its place while its queries are kept.
         self._queries: dict[int, tuple[Dataset, torch.Tensor]] = {}
@@ -81,30 +74,25 @@ class QueryCache:
         if versions != self._versions:
             self._queries.clear()
             self._versions = versions
-            self._backbone = digest_of_weights(base) if self.folder is not None else ""
+            self._backbone = digest_of_weights(base) if self.files else ""
 
     def _of(self, task: Task, split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]) -> torch.Tensor:
         data = getattr(task, split)
         if id(data) not in self._queries:
-            path = self._path(data, tuner)
-            queries = None if path is None else read_queries(path, len(data))
-            if queries is None:
-                batches = [tuner.query(batch["pixel_values"]).float().cpu() for batch in loader(task, split)]
-                queries = torch.cat(batches)
-                if path is not None:
-                    write_queries(path, queries)
+
+            def compute() -> torch.Tensor:
+                batches = loader(task, split)
+                return torch.cat([tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
+
+            queries = self.files.of(data, self._all_settings(tuner), compute) if self.files else compute()
             self._queries[id(data)] = data, queries
         return self._queries[id(data)][1]
 
-    def _path(self, data: Dataset, tuner: PromptPoolModel) -> Path | None:
-        fingerprint = getattr(data, "_fingerprint", None)
-        if self.folder is None or not fingerprint:
-            return None
+    def _all_settings(self, tuner: PromptPoolModel) -> dict[str, Any]:
         base = tuner.encoder.base_layer
         weight = next(base.parameters())
-        what = {
+        return {
             **self.settings,
-            "data": fingerprint,
             "backbone": self._backbone,
             "config": {name: value for name, value in base.config.to_dict().items() if name not in NO_PART_OF_IT},
             "attention": base.config._attn_implementation,
@@ -113,8 +101,6 @@ class QueryCache:
             "threads": torch.get_num_threads(),
             "versions": [torch.__version__, transformers.__version__],
         }
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-        return self.folder / f"{digest[:32]}.safetensors"
 
 
 def digest_of_weights(module: nn.Module) -> str:
@@ -125,45 +111,3 @@ def digest_of_weights(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
         digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
     return digest.hexdigest()
-
-
-def read_queries(path: Path, examples: int) -> torch.Tensor | None:
-    """The queries in a file, mapped into memory; None if there is none, or none of so many examples that is whole.
-
-    Warns:
-        UserWarning: The file is damaged, and is made anew.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            digest, queries = (file.metadata() or {}).get("sha256"), file.get_tensor(NAME)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(f"The cached queries in {path} cannot be read ({error}) and are made anew.", stacklevel=2)
-        return None
-    if digest != _digest(queries) or len(queries) != examples:
-        warnings.warn(f"The cached queries in {path} are damaged and are made anew.", stacklevel=2)
-        return None
-    return queries
-
-
-def write_queries(path: Path, queries: torch.Tensor) -> None:
-    """Write a file at once or not at all.
-
-    Warns:
-        UserWarning: It cannot be written; the run goes on without it.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({NAME: queries.contiguous()}, aside, metadata={"sha256": _digest(queries)})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        warnings.warn(f"Queries cannot be kept in {path.parent} ({error}); the run goes on.", stacklevel=2)
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _digest(queries: torch.Tensor) -> str:
-    return hashlib.sha256(queries.contiguous().numpy()).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -17,6 +18,7 @@ from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .checks import check_image_size
 from .examples import TaskExamples, rows_by_image
+from .image_cache import ImageCache
 from .learning_rates import set_rates
 from .progress import SequenceProgress
 from .query_cache import QueryCache
@@ -92,6 +94,8 @@ class TaskTrainer(Trainer):
             image_column=scenario.image_column,
             batch=args.eval_batch_size,
         )
+        plain = self._transforms[False]
+        self.images = ImageCache(args.image_cache_dir, plain, scenario.image_column) if args.image_cache_dir else None
         self.task: Task | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
@@ -146,6 +150,8 @@ class TaskTrainer(Trainer):
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
                 self.queries.forget(tasks)
+                if self.images is not None:
+                    self.images.forget(tasks[0].train)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
@@ -226,7 +232,11 @@ class TaskTrainer(Trainer):
         augmented = split == "train" and self.augmentation is not None
         # What is trained on, so that two tasks' draws differ.
         seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
-        return TaskExamples([getattr(task, split) for task in tasks], tensors, seed)
+        parts = [getattr(task, split) for task in tasks]
+        return TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts))
+
+    def _image_bytes(self, parts: Sequence[Dataset]) -> list[torch.Tensor] | None:
+        return None if self.images is None else [self.images.of(part) for part in parts]
 
     def training_batch(self, examples: TaskExamples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Some of the examples as a batch of training, augmented as others are, on the device."""
@@ -238,7 +248,8 @@ class TaskTrainer(Trainer):
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Un-augmented batches of all of a task's examples, in order, on this process alone."""
         labels = torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))
-        examples = TaskExamples([getattr(task, split)], {"model_label": labels})
+        parts = [getattr(task, split)]
+        examples = TaskExamples(parts, {"model_label": labels}, images=self._image_bytes(parts))
         # A generator of its own: the order of the training images must not depend on whether queries are cached.
         loader = DataLoader(
             examples,
