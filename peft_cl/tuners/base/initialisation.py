@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -35,7 +37,8 @@ class RowSpan:
 
     Example:
         >>> span = RowSpan(size=768, count=10)
-        >>> span.follow(torch.eye(768)[:20])
+        >>> rows = torch.eye(768)[:20]
+        >>> span.follow(20, lambda first, last: rows[first:last])
         >>> span.new_rows().shape
         torch.Size([10, 768])
     """
@@ -51,15 +54,20 @@ class RowSpan:
         self.rows_seen = 0
         self.basis = torch.zeros(0, size)
 
-    def follow(self, past: torch.Tensor) -> None:
-        """Take in what `past`, (rows, D), has beyond the rows seen; they may be neither unit nor orthogonal."""
-        while self.rows_seen < len(past):
-            end = min(self.rows_seen + self.count, len(past))
+    def follow(self, total: int, rows: Callable[[int, int], torch.Tensor]) -> None:
+        """Take in what there is beyond the rows seen.
+
+        Args:
+            total: rows there are.
+            rows: gives those from a first to before a last one, (rows, D); they may be neither unit nor orthogonal.
+        """
+        while self.rows_seen < total:
+            end = min(self.rows_seen + self.count, total)
             if len(self.basis) + self.count > self.size - self.count:
                 latest = max(0, min(self.size // 2, self.size - 2 * self.count))
                 self.basis = self.basis[:0]
-                self._add(past[max(0, self.rows_seen - latest) : self.rows_seen])
-            self._add(past[self.rows_seen : end])
+                self._add(rows(max(0, self.rows_seen - latest), self.rows_seen))
+            self._add(rows(self.rows_seen, end))
             self.rows_seen = end
 
     def new_rows(self) -> torch.Tensor:
@@ -86,5 +94,8 @@ class RowSpan:
             return rows
         rows = rows.to(basis)
         for _ in range(2):  # twice is enough (Kahan): the second pass removes what rounding left
+            before = rows.norm(dim=1)
             rows = rows - (rows @ basis.T) @ basis
+            if (rows.norm(dim=1) > 0.5 * before).all():
+                break  # little was cancelled, so little was left
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class CodaPromptPool(PromptPool):
             self.register_buffer("past_attention", torch.zeros(layers, past, size))
             self.trained.append("attention")
         for name in self.trained:
-            setattr(self, name, nn.Parameter(self._new_rows(name, getattr(self, f"past_{name}")[:, :0])))
+            setattr(self, name, nn.Parameter(self._new_rows(name)))
         self.spans.clear()
 
     @property
@@ -53,16 +54,26 @@ class CodaPromptPool(PromptPool):
 
     def begin_task(self, index: int) -> None:
         """Rows [s, f): Gram-Schmidt against all earlier rows, then unit norm, for P, K and A of each layer."""
+        earlier = self.rows_in_use
         for name in self.trained:
-            self._grow(name, self._new_rows(name, self.rows(name).detach()))
+            for place, span in enumerate(self._spans(name)):
+                span.follow(earlier, partial(self._some_rows, name, place))
+            self._grow(name, self._new_rows(name))
 
-    def _new_rows(self, name: str, earlier: torch.Tensor) -> torch.Tensor:
-        """(layers, earlier rows, ...) -> (layers, new rows, ...); a row is orthogonal as a whole, flattened."""
-        size, count = earlier.shape[2:].numel(), self.config.components_per_task
-        spans = self.spans.setdefault(name, [RowSpan(size, count) for _ in earlier])
-        for span, layer in zip(spans, earlier, strict=True):
-            span.follow(layer.flatten(1))
-        return torch.stack([span.new_rows() for span in spans]).unflatten(-1, earlier.shape[2:])
+    def _new_rows(self, name: str) -> torch.Tensor:
+        """(layers, new rows, ...), orthogonal to the earlier ones; a row is orthogonal as a whole, flattened."""
+        rows = torch.stack([span.new_rows() for span in self._spans(name)])
+        return rows.unflatten(-1, getattr(self, f"past_{name}").shape[2:])
+
+    def _spans(self, name: str) -> list[RowSpan]:
+        shape, count = getattr(self, f"past_{name}").shape, self.config.components_per_task
+        return self.spans.setdefault(name, [RowSpan(shape[2:].numel(), count) for _ in range(shape[0])])
+
+    def _some_rows(self, name: str, place: int, first: int, last: int) -> torch.Tensor:
+        """Rows of a layer from `first` to before `last`, of past and current ones."""
+        past, current = getattr(self, f"past_{name}")[place], getattr(self, name)[place].detach()
+        parts = past[first:last], current[max(0, first - len(past)) : max(0, last - len(past))]
+        return torch.cat([part.flatten(1) for part in parts])
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
