@@ -162,3 +162,17 @@ def test_a_layer_of_another_make_is_run_whole(monkeypatch):
     model = prompted("coda")
     assert not model.base_model.encoder.reads_last_layer
     torch.testing.assert_close(model.query(images()), tiny().vit(images()).last_hidden_state[:, 0])
+
+
+def test_the_frozen_layers_can_be_compiled():
+    """One by one and without a break in the graph, so that prompts which change do not compile them anew."""
+    torch._dynamo.reset()
+    model = prompted("coda")
+    for layer in model.base_model.encoder.base_layer.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert_same(model, prompted("coda"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for parameter in model.base_model.pool.parameters():
+        parameter.data.add_(0.1)
+    step(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
