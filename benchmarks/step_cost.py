@@ -32,10 +32,12 @@ from steps import (
     build_backbone,
     build_method,
     check_one_backbone,
+    compile_layers,
     count_extra_tokens,
     method_steps,
     reference_steps,
 )
+from transformers import ViTForImageClassification
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,6 +80,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of the frozen model"
     )
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers of the methods and of the bare model"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, after one that is not timed")
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to measure")
     parser.add_argument("--tasks", type=int, default=NUM_TASKS, help="tasks begun, at least 10")
@@ -101,15 +106,16 @@ def make_steps(options: argparse.Namespace) -> tuple[dict[Key, Step], dict[Key, 
     labels = torch.randint(first, NUM_CLASSES, (options.batch_size,), device=options.device)
     steps: dict[Key, Step] = {}
     facts: dict[Key, dict[str, Any]] = {}
-    for dtype in dict.fromkeys(["float32", *options.dtype]):
-        backbone = build_backbone(
+
+    def backbone_in(dtype: str) -> ViTForImageClassification:
+        return build_backbone(
             options.layers, options.image_size, getattr(torch, dtype), options.attention, options.device
         )
-        if dtype == "float32":
-            names = Key("reference", "train"), Key("reference", "eval")
-            steps.update(zip(names, reference_steps(backbone, pixel_values, labels), strict=True))
-            if dtype not in options.dtype:
-                continue
+
+    names = Key("reference", "train"), Key("reference", "eval")
+    steps.update(zip(names, reference_steps(backbone_in("float32"), pixel_values, labels), strict=True))
+    for dtype in dict.fromkeys(options.dtype):
+        backbone = backbone_in(dtype)
         models = {name: build_method(name, backbone, options.tasks) for name in dict.fromkeys(options.methods)}
         extra = {name: count_extra_tokens(model.eval(), backbone, pixel_values) for name, model in models.items()}
         for count in sorted({0, *extra.values()}):
@@ -126,6 +132,8 @@ def make_steps(options: argparse.Namespace) -> tuple[dict[Key, Step], dict[Key, 
                     key = Key(name, phase, dtype, cached, extra[name])
                     steps[key] = step
                     facts[key] = {"rows_in_use": model.base_model.pool.rows_in_use}
+        if options.compile:
+            compile_layers(backbone, models.values())
     return steps, facts
 
 
@@ -146,6 +154,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     steps, facts = make_steps(options)
     peaks = {key: step.peak_bytes() for key, step in steps.items()}  # also the warm-up
+    if options.compile:  # nothing is compiled while bytes are counted
+        for step in steps.values():
+            step.seconds()
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
     for repeat in range(options.repeats):
         for key, step in steps.items():
@@ -156,6 +167,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "batch": options.batch_size,
         "device": torch.cuda.get_device_name(options.device) if "cuda" in options.device else options.device,
         "attention": options.attention,
+        "compiled": options.compile,
         "threads": options.threads,
         "repeats": options.repeats,
         "layers": options.layers,
@@ -219,10 +231,11 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     tokens = ", ".join(dict.fromkeys(f"{row['method']} {row['extra_tokens']}" for row in rows))
     first = rows[0]
+    compiled = ", compiled layers" if first["compiled"] else ""
     setting = (
         f"ViT-B/16, {first['layers']} layers, {first['image_size']} px, batch {first['batch']}, {first['tasks']} "
-        f"tasks, {first['attention']} attention, {first['device']}, {first['threads']} threads, {first['repeats']} "
-        f"repetitions, torch {first['torch']}; tokens added to the sequence: {tokens}"
+        f"tasks, {first['attention']} attention{compiled}, {first['device']}, {first['threads']} threads, "
+        f"{first['repeats']} repetitions, torch {first['torch']}; tokens added to the sequence: {tokens}"
     )
     return f"{setting}\n\n{table}\n\n{LEGEND}"
 

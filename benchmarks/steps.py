@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,14 @@ def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
 def module_bytes(module: nn.Module) -> int:
     """Bytes of the module's parameters and buffers, each storage counted once."""
     return storage_bytes(iter([*module.parameters(), *module.buffers()]))
+
+
+def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel]) -> None:
+    """Compile the layers of the bare model and of the methods' copies of it."""
+    for layer in backbone.vit.layers:
+        layer.compile()
+    for model in models:
+        model.base_model.encoder.compile_layers()
 
 
 def check_gradients(model: PeftModel) -> None:

@@ -14,6 +14,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from peft_cl.assets import default_backbone
 
 
+def test_backbone_computes_in_float32_unless_told_otherwise() -> None:
+    """Its weights are stored in float16, which CPUs multiply ten times as slowly."""
+    assert AutoModelForImageClassification.from_pretrained(default_backbone()).dtype == torch.float32
+
+
 def test_backbone_classifies_an_image_into_100_named_classes() -> None:
     model = AutoModelForImageClassification.from_pretrained(default_backbone(), dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(default_backbone())

@@ -152,6 +152,20 @@ def test_hooks_on_the_last_layer_see_all_tokens():
     assert model.base_model.encoder(images()).last_hidden_state.shape == (4, 5, 24)  # asked for by itself
 
 
+@every_case
+def test_prefixes_go_through_the_fused_attention_kernel(name):
+    """Forward and backward: sdpa falls back to separate products, and keeps their (N, N) weights, without a word."""
+    model = prompted(name, tiny(attn_implementation="sdpa"))
+    with torch.profiler.profile() as profile:
+        step(model)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    attended = calls["aten::scaled_dot_product_attention"]
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == attended > 0
+    assert "aten::_scaled_dot_product_attention_math" not in calls
+    learns_below = name != "linear-probe"
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu_backward" in calls) == learns_below
+
+
 def test_a_layer_of_another_make_is_run_whole(monkeypatch):
     from transformers.models.vit.modeling_vit import ViTLayer
 
@@ -168,8 +182,7 @@ def test_the_frozen_layers_can_be_compiled():
     """One by one and without a break in the graph, so that prompts which change do not compile them anew."""
     torch._dynamo.reset()
     model = prompted("coda")
-    for layer in model.base_model.encoder.base_layer.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
+    model.base_model.encoder.compile_layers(backend="aot_eager", fullgraph=True)
     assert_same(model, prompted("coda"))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for parameter in model.base_model.pool.parameters():

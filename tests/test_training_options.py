@@ -92,7 +92,6 @@ def test_the_best_checkpoint_of_a_trained_pool_comes_back(make_trainer, tmp_path
         {"bf16": True},
         {"dataloader_drop_last": True},
         {"optim": "adafactor"},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
         {"auto_find_batch_size": True},
     ],
     ids=lambda options: next(iter(options)),
@@ -101,6 +100,21 @@ def test_options_of_the_trainer_work(options, make_trainer):
     trainer = make_trainer(CONFIGS["coda"](), num_tasks=2, **options)
     trainer.train()
     assert trainer.metrics["average_accuracy"] > 0.5 and trainer.finished_tasks == 2
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
+def test_torch_compile_compiles_the_layers_and_not_once_for_each_task(method, make_trainer):
+    """The model as a whole would be compiled anew at each step: prompts, head and pool change."""
+    matrices, graphs = [], torch._dynamo.utils.counters["stats"]
+    for options in ({}, {"torch_compile_backend": "aot_eager"}):
+        torch._dynamo.reset()
+        before = graphs["unique_graphs"]
+        trainer = make_trainer(CONFIGS[method](), folder=f"run {options}", num_train_epochs=1, **options)
+        trainer.train()
+        compiled = graphs["unique_graphs"] - before
+        assert 0 < compiled <= 12 if options else compiled == 0
+        matrices.append(trainer.accuracy_matrix)
+    np.testing.assert_allclose(*matrices, atol=0.02)
 
 
 def test_workers_that_live_on_serve_no_stale_examples(make_trainer):

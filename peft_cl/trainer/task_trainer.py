@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
@@ -102,6 +103,17 @@ class TaskTrainer(Trainer):
         self.key_sets = 1
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Compile the model's layers, each for itself, where `torch_compile` or the launcher asks for compiling.
+
+        The Trainer would compile the model as a whole, anew whenever prompts or head change. The layers never do.
+        """
+        super().create_accelerator_and_postprocess()
+        wanted = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        if wanted.backend != DynamoBackend.NO:
+            self.tuner.encoder.compile_layers(**wanted.to_kwargs())
 
     def make_collators(self) -> None:
         """Collators that know the labels of the scenario's classes."""

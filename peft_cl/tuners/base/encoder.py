@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .reading import can_read, is_watched, read_layer
 NO_PROMPTS = Prompts()
 #: Head types that read no token behind the CLS token.
 READ_AT_THE_FRONT = ("cls", "prompt", "cls+prompt")
+#: Ways to run a layer that `torch.compile` may compile; its own limit, 8, is passed in a sequence of tasks.
+COMPILED_CASES = 16
 
 
 @dataclass
@@ -134,6 +137,18 @@ class PromptedEncoder(AdapterLayer):
             hidden_states=tuple(trace.hidden_states) if trace.hidden_states is not None else None,
             attentions=tuple(trace.attentions) if trace.attentions is not None else None,
         )
+
+    def compile_layers(self, **options: Any) -> None:
+        """`torch.compile` each layer with `options`, as `nn.Module.compile` has them.
+
+        What is around the layers changes with tasks and batches. The layers share their code, which is compiled for
+        few cases: with prefix and without, with gradient and without, for one batch size, for several, and for one
+        image. The last layer is run as it is where it is done for some tokens alone.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options.setdefault("recompile_limit", COMPILED_CASES)
+        for layer in self._layers:
+            layer.compile(**options)
 
     @torch.no_grad()
     def query(self, pixel_values: torch.Tensor, *, interpolate_pos_encoding: bool = False) -> torch.Tensor:
