@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+from peft import PeftModel
 from steps import (
     CLASSES_PER_TASK,
     CONFIGS,
@@ -34,6 +35,7 @@ from steps import (
     check_one_backbone,
     compile_layers,
     count_extra_tokens,
+    matrix_products,
     method_steps,
     reference_steps,
 )
@@ -56,6 +58,8 @@ bare s   the bare model (the same frozen classifier, no adapter) in the same rep
 ratio    median over the repetitions of (seconds / bare seconds) in one repetition; lowest to highest in brackets.
 speed-up of throughput over the reference's float32 step: the plain HF model in the shape of the public CODA-Prompt
          code, two whole passes and a backward with gradients to all weights (eval: two forwards).
+products matrix products a second, as a share of the most (10^12 operations a second), which products of these shapes
+         and nothing else reach in the same run.
 peak     most bytes in tensors at one moment: weights, activations and gradients (bare: the larger of its passes)."""
 
 
@@ -81,7 +85,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--attention", default="sdpa", help="attention implementation of transformers")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the layers of the methods and of the bare model"
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the layers of the methods and of the bare model",
     )
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, after one that is not timed")
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to measure")
@@ -99,13 +107,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def make_steps(options: argparse.Namespace) -> tuple[dict[Key, Step], dict[Key, dict[str, Any]]]:
-    """All steps in the order in which they are timed, and facts of those that become rows."""
+def make_steps(
+    options: argparse.Namespace,
+) -> tuple[dict[Key, Step], dict[Key, dict[str, Any]], list[tuple[ViTForImageClassification, list[PeftModel]]]]:
+    """All steps in the order in which they are timed, facts of those that become rows, and each bare model with the
+    methods on copies of it."""
     pixel_values = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=options.device)
     first = NUM_CLASSES - CLASSES_PER_TASK  # of the last task
     labels = torch.randint(first, NUM_CLASSES, (options.batch_size,), device=options.device)
     steps: dict[Key, Step] = {}
     facts: dict[Key, dict[str, Any]] = {}
+    built: list[tuple[ViTForImageClassification, list[PeftModel]]] = []
 
     def backbone_in(dtype: str) -> ViTForImageClassification:
         return build_backbone(
@@ -116,6 +128,8 @@ def make_steps(options: argparse.Namespace) -> tuple[dict[Key, Step], dict[Key, 
     steps.update(zip(names, reference_steps(backbone_in("float32"), pixel_values, labels), strict=True))
     for dtype in dict.fromkeys(options.dtype):
         backbone = backbone_in(dtype)
+        tokens = options.batch_size * (backbone.vit.embeddings.patch_embeddings.num_patches + 1)
+        steps[Key("products", "forward", dtype)] = matrix_products(backbone.dtype, tokens, options.device)
         models = {name: build_method(name, backbone, options.tasks) for name in dict.fromkeys(options.methods)}
         extra = {name: count_extra_tokens(model.eval(), backbone, pixel_values) for name, model in models.items()}
         for count in sorted({0, *extra.values()}):
@@ -132,9 +146,8 @@ def make_steps(options: argparse.Namespace) -> tuple[dict[Key, Step], dict[Key, 
                     key = Key(name, phase, dtype, cached, extra[name])
                     steps[key] = step
                     facts[key] = {"rows_in_use": model.base_model.pool.rows_in_use}
-        if options.compile:
-            compile_layers(backbone, models.values())
-    return steps, facts
+        built.append((backbone, list(models.values())))
+    return steps, facts, built
 
 
 def floor_of(key: Key) -> Iterator[Key]:
@@ -152,9 +165,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    steps, facts = make_steps(options)
+    steps, facts, built = make_steps(options)
     peaks = {key: step.peak_bytes() for key, step in steps.items()}  # also the warm-up
-    if options.compile:  # nothing is compiled while bytes are counted
+    products = {key: step.products() for key, step in steps.items()}
+    if options.compile:  # nothing can be compiled while bytes and products are counted
+        for backbone, models in built:
+            compile_layers(backbone, models, options.compile)
         for step in steps.values():
             step.seconds()
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
@@ -176,16 +192,24 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
-    return [{**row_of(key, seconds, peaks, options.batch_size), **facts[key], **setting} for key in facts]
+    return [{**row_of(key, seconds, peaks, products, options.batch_size), **facts[key], **setting} for key in facts]
 
 
-def row_of(key: Key, seconds: dict[Key, list[float]], peaks: dict[Key, int], batch_size: int) -> dict[str, Any]:
+def row_of(
+    key: Key,
+    seconds: dict[Key, list[float]],
+    peaks: dict[Key, int],
+    products: dict[Key, int],
+    batch_size: int,
+) -> dict[str, Any]:
     """What was measured of one method's step."""
     floor = list(floor_of(key))
     bare = [sum(passes) for passes in zip(*(seconds[each] for each in floor), strict=True)]
     ratios = [ours / theirs for ours, theirs in zip(seconds[key], bare, strict=True)]
     reference = seconds[Key("reference", key.phase)]
     bare_peak = max(peaks[each] for each in floor)
+    alone = Key("products", "forward", key.dtype)
+    most = products[alone] / statistics.median(seconds[alone])
     return {
         "method": CONFIGS[key.what].method,
         "phase": key.phase,
@@ -199,6 +223,10 @@ def row_of(key: Key, seconds: dict[Key, list[float]], peaks: dict[Key, int], bat
         "ratios": ratios,
         "speedup": statistics.median(b / a for a, b in zip(seconds[key], reference, strict=True)),
         "images_per_second": batch_size / statistics.median(seconds[key]),
+        "products": products[key],
+        "products_per_second": products[key] / statistics.median(seconds[key]),
+        "most_products_per_second": most,
+        "share_of_most": products[key] / statistics.median(seconds[key]) / most,
         "peak_memory_bytes": peaks[key],
         "bare_peak_memory_bytes": bare_peak,
         "memory_ratio": peaks[key] / bare_peak,
@@ -209,7 +237,20 @@ def row_of(key: Key, seconds: dict[Key, list[float]], peaks: dict[Key, int], bat
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, with the legend."""
     lines = [
-        ("method", "phase", "dtype", "cached", "seconds", "images/s", "bare s", "ratio", "speed-up", "peak MB", "bare")
+        (
+            "method",
+            "phase",
+            "dtype",
+            "cached",
+            "seconds",
+            "images/s",
+            "bare s",
+            "ratio",
+            "speed-up",
+            "products",
+            "peak MB",
+            "bare",
+        )
     ]
     for row in rows:
         lines.append(
@@ -223,6 +264,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['bare_seconds']:.3f}",
                 f"{row['ratio']:.3f} ({min(row['ratios']):.3f}-{max(row['ratios']):.3f})",
                 f"{row['speedup']:.2f}",
+                f"{row['share_of_most']:.0%} of {row['most_products_per_second'] / 1e12:.2f}",
                 f"{row['peak_memory_bytes'] / 1e6:.0f}",
                 f"{row['bare_peak_memory_bytes'] / 1e6:.0f}",
             )
@@ -231,7 +273,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     tokens = ", ".join(dict.fromkeys(f"{row['method']} {row['extra_tokens']}" for row in rows))
     first = rows[0]
-    compiled = ", compiled layers" if first["compiled"] else ""
+    compiled = f", layers compiled by {first['compiled']}" if first["compiled"] else ""
     setting = (
         f"ViT-B/16, {first['layers']} layers, {first['image_size']} px, batch {first['batch']}, {first['tasks']} "
         f"tasks, {first['attention']} attention{compiled}, {first['device']}, {first['threads']} threads, "

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
@@ -88,12 +89,12 @@ def module_bytes(module: nn.Module) -> int:
     return storage_bytes(iter([*module.parameters(), *module.buffers()]))
 
 
-def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel]) -> None:
+def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel], backend: str) -> None:
     """Compile the layers of the bare model and of the methods' copies of it."""
     for layer in backbone.vit.layers:
-        layer.compile()
+        layer.compile(backend=backend)
     for model in models:
-        model.base_model.encoder.compile_layers()
+        model.base_model.encoder.compile_layers(backend=backend)
 
 
 def check_gradients(model: PeftModel) -> None:
@@ -164,6 +165,14 @@ class Step:
         self.check()
         return end - start
 
+    def products(self) -> int:
+        """Floating-point operations of its matrix products; it runs once, untimed."""
+        self.prepare()
+        with FlopCounterMode(display=False) as counter:
+            self.run()
+        self.check()
+        return counter.get_total_flops()
+
     def peak_bytes(self) -> int:
         """Most bytes in tensors at one moment of the step; it runs once, untimed."""
         self.prepare()
@@ -171,6 +180,24 @@ class Step:
             self.run()
         self.check()
         return self.weights + memory.peak
+
+
+def matrix_products(dtype: torch.dtype, rows: int, device: str) -> Step:
+    """Products of a ViT-B/16's shapes and nothing else: what the machine gives at most.
+
+    Args:
+        rows: of the matrices, as many as a batch has tokens.
+    """
+    tokens, wide = (torch.randn(rows, width, dtype=dtype, device=device) for width in (768, 3072))
+    up = torch.randn(3072, 768, dtype=dtype, device=device)
+    down = up.t().contiguous()
+
+    def run() -> None:
+        for _ in range(10):
+            F.linear(tokens, up)
+            F.linear(wide, down)
+
+    return Step(run, 0)
 
 
 class TensorMemory(TorchDispatchMode):

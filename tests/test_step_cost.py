@@ -52,6 +52,7 @@ def test_a_run_writes_one_row_for_each_method_and_phase(
     for row in rows:
         assert (row["batch"], row["tasks"], row["attention"], row["device"]) == (2, 10, "sdpa", "cpu")
         assert row["images_per_second"] == 2 / row["seconds"] and row["speedup"] > 0
+        assert row["share_of_most"] == row["products_per_second"] / row["most_products_per_second"] > 0
         assert row["memory_ratio"] == row["peak_memory_bytes"] / row["bare_peak_memory_bytes"]
         assert row["threads"] == 1
         assert row["torch"] == torch.__version__
@@ -60,11 +61,23 @@ def test_a_run_writes_one_row_for_each_method_and_phase(
         assert len(row["ratios"]) == 2
         # One layer of ViT-B/16 has 7 million weights, and a step needs more than them.
         assert row["peak_memory_bytes"] > 7e6 * (4 if row["dtype"] == "float32" else 2)
+    work = {(row["dtype"], row["method"], row["phase"], row["cached"]): row["products"] for row in rows}
+    assert all(work[(*key, True)] < work[(*key, False)] for key in {key[:3] for key in work})
     # Five prompts of five tokens; the other methods prompt attention. CODA-Prompt holds ten components for each task.
     assert {row["method"]: row["extra_tokens"] for row in rows} == {"L2P": 25, "DualPrompt": 0, "CODA-Prompt": 0}
     assert {row["method"]: row["rows_in_use"] for row in rows}["CODA-Prompt"] == 100
     printed = capsys.readouterr().out
     assert all(f"{row['ratio']:.3f}" in printed for row in rows)
+
+
+def test_layers_can_be_compiled(step_cost: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    rows = step_cost.main([*TINY, "--methods", "coda-prompt", "--dtype", "float32", "--compile", "aot_eager"])
+
+    assert {row["compiled"] for row in rows} == {"aot_eager"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert "layers compiled by aot_eager" in capsys.readouterr().out
 
 
 def test_methods_and_dtype_can_be_chosen(step_cost: ModuleType) -> None:
