@@ -105,7 +105,7 @@ def test_options_of_the_trainer_work(options, make_trainer):
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
 def test_torch_compile_compiles_the_layers_and_not_once_for_each_task(method, make_trainer):
-    """The model as a whole would be compiled anew at each step: prompts, head and pool change."""
+    """The model as a whole would be compiled anew at each task: prompts, head and pool change."""
     matrices, graphs = [], torch._dynamo.utils.counters["stats"]
     for options in ({}, {"torch_compile_backend": "aot_eager"}):
         torch._dynamo.reset()

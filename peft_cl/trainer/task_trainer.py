@@ -107,7 +107,7 @@ class TaskTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Compile the model's layers, each for itself, where `torch_compile` or the launcher asks for compiling.
 
-        The Trainer would compile the model as a whole, anew whenever prompts or head change. The layers never do.
+        The Trainer would compile the model as a whole, anew at each task, whose head and prompts are others.
         """
         super().create_accelerator_and_postprocess()
         wanted = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
