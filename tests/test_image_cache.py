@@ -10,9 +10,9 @@ from PIL import Image
 from trainer_cases import CONFIGS
 from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
-from peft_cl import ContinualTrainer, RandomResizedCropFlip
+from peft_cl import ContinualTrainer, RandomResizedCropFlip, class_incremental
 from peft_cl.scenarios import ImageTransform
-from peft_cl.strategies import ExperienceReplay, JointTraining
+from peft_cl.strategies import EWC, ExperienceReplay, JointTraining, NearestClassMean
 
 
 @pytest.fixture
@@ -102,6 +102,42 @@ def test_batches_are_augmented_from_kept_images(make_trainer, tmp_path, decoded)
     )
     trainer.train()
     assert len(decoded) == 96 + 48 and trainer.metrics["average_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held"),
+    [(ExperienceReplay(8), 0), (EWC(1.0, 8), 0), (NearestClassMean(), 0), (JointTraining(), 3)],
+    ids=["er", "ewc", "ncm", "joint"],
+)
+def test_no_more_images_are_held_and_kept_than_there_are(strategy, held, make_trainer, tmp_path):
+    """Beside the test images only those of earlier tasks that are trained on again; a memory has no files."""
+    config = CONFIGS["coda"]()
+    config.train_mask = False
+    folder = tmp_path / "images"
+    trainer = make_trainer(config, num_train_epochs=1, strategy=strategy, image_cache_dir=str(folder))
+    trainer.train()
+    tests = {id(task.test) for task in trainer.scenario}
+    assert len(set(trainer.images._images) - tests) <= held
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_images_in_files_are_mapped_from_the_first_run_on(make_trainer, tmp_path):
+    trainer = make_trainer(CONFIGS["coda"](), image_cache_dir=str(tmp_path / "images"))
+    made = []
+    decode = trainer.images._decoded
+    trainer.images._decoded = lambda data: made.append(decode(data)) or made[-1]
+    images = trainer.images.of(trainer.scenario[0].train)
+    assert torch.equal(images, made[0]) and images.data_ptr() != made[0].data_ptr()
+
+
+def test_a_data_set_with_a_transform_is_refused(make_trainer, tmp_path, data):
+    changed = data["train"].with_transform(lambda rows: rows)
+    with pytest.raises(ValueError, match="image_cache_dir is .*, but the train images of task 'task_0'.*with_transf"):
+        make_trainer(
+            CONFIGS["coda"](),
+            scenario=class_incremental({"train": changed, "test": data["test"]}, 3),
+            image_cache_dir=str(tmp_path / "images"),
+        )
 
 
 def test_a_processor_of_another_kind_is_refused(make_trainer, tmp_path, monkeypatch):

@@ -167,6 +167,14 @@ def test_rows_within_the_span_take_no_room():
     assert len(span.basis) == 2 and span.rows_seen == 6
 
 
+@pytest.mark.parametrize("past", [[[1, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 0, 0], [0, 1, 0]]], ids=str)
+def test_rows_after_one_that_adds_nothing_are_avoided(past):
+    past = torch.nn.functional.pad(torch.tensor(past, dtype=torch.float32), (0, 5))
+    span = span_of(past, 3)
+    assert len(span.basis) == 2
+    torch.testing.assert_close(span.new_rows() @ past.T, torch.zeros(3, 3), atol=1e-6, rtol=0)
+
+
 def test_new_rows_beyond_the_dimensions_avoid_the_latest():
     past = torch.eye(6)
     rows = span_of(past, 2).new_rows()

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
+from PIL import Image
 from trainer_cases import CONFIGS, images
 from transformers import ViTImageProcessorPil
 
 from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+from peft_cl.trainer.tensor_files import images_outside
 from peft_cl.tuners.base.model import PromptPoolModel
 
 
@@ -39,6 +42,16 @@ def run(make_trainer, kept):
         return trainer
 
     return call
+
+
+def on_disk(part: Dataset, folder: Path, suffix: str) -> Dataset:
+    """The data set with its images in files, which it names; files that exist stay as they are."""
+    folder.mkdir(exist_ok=True)
+    paths = [str(folder / f"{row}{suffix}.png") for row in range(len(part))]
+    for path, example in zip(paths, part, strict=True):
+        if not Path(path).exists():
+            example["image"].save(path)
+    return Dataset.from_dict({"image": paths, "label": part["label"]}, features=part.features)
 
 
 def weights(trainer: ContinualTrainer) -> torch.Tensor:
@@ -111,16 +124,65 @@ def test_a_folder_that_cannot_be_written_stops_nothing(run, kept):
         assert run().finished_tasks == 3
 
 
-def test_a_backbone_that_is_written_into_has_no_queries(make_trainer, passes):
-    """In memory too: who changes the backbone between two tasks gets its new features."""
-    trainer = make_trainer(CONFIGS["coda"](), num_train_epochs=1)
+def write_in_place(layer: torch.nn.Linear) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(1.1)
+
+
+def write_data(layer: torch.nn.Linear) -> None:
+    layer.weight.data.mul_(1.1)
+
+
+def put_another_in_its_place(layer: torch.nn.Linear) -> None:
+    layer.load_state_dict({name: 1.1 * value for name, value in layer.state_dict().items()}, assign=True)
+    layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_data, put_another_in_its_place])
+@pytest.mark.parametrize("files", [False, True], ids=["memory", "files"])
+def test_a_backbone_that_is_changed_has_no_queries(write, files, make_trainer, passes, kept):
+    """In memory too: who changes the backbone between two tasks gets its new features, under their own name."""
+    folder = {"query_cache_dir": str(kept)} if files else {}
+    trainer = make_trainer(CONFIGS["coda"](), num_train_epochs=1, **folder)
     trainer.train_task(trainer.scenario[0])
     assert sum(passes) == 32 + 16
-    with torch.no_grad():
-        trainer.model.base_model.encoder.base_layer.layers[0].mlp.fc1.weight.mul_(1.1)
+    write(trainer.model.base_model.encoder.base_layer.layers[0].mlp.fc1)
     passes.clear()
     trainer.train_task(trainer.scenario[1])
     assert sum(passes) == 32 + 2 * 16  # the first task's test images again
+    passes.clear()
+    make_trainer(CONFIGS["coda"](), folder="unchanged", num_train_epochs=1, **folder).train()
+    assert sum(passes) == (2 * (32 + 16) if files else 144)  # of the first backbone only the first task's are kept
+
+
+def test_images_replaced_under_their_names_are_computed_anew(run, passes, tmp_path, data):
+    """A data set made of paths has the same fingerprint whatever the files hold."""
+
+    def named(suffix: str):
+        return {split: on_disk(part, tmp_path / split, suffix) for split, part in data.items()}
+
+    def again(folder: str, part) -> int:
+        passes.clear()
+        run(folder=folder, scenario=class_incremental(part, 3))
+        return sum(passes)
+
+    assert again("first", named("a")) == 144 and again("second", named("a")) == 0
+    for path in (tmp_path / "test").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert again("third", named("a")) == 48
+    assert images_outside(data["test"], "image") == images_outside(data["train"], "image")  # they hold their images
+    part = named("a")["test"]
+    next((tmp_path / "test").iterdir()).unlink()
+    assert images_outside(part, "image") is None
+
+
+def test_a_data_set_with_a_transform_has_no_queries(run, passes, data):
+    """It may give another image each time."""
+    changed = data["train"].with_transform(
+        lambda rows: {**rows, "image": [image.rotate(90) for image in rows["image"]]}
+    )
+    trainer = run(scenario=class_incremental({"train": changed, "test": data["test"]}, 3))
+    assert sum(passes) == 48 and "query" not in trainer.train_dataset.tensors
 
 
 def test_a_folder_without_a_cache_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.utils.flop_counter import FlopCounterMode
 from tuner_cases import CASES, FAMILIES, gradients, images, labels, logits, prompted, step, tiny
 
@@ -78,9 +79,9 @@ def test_a_bfloat16_backbone(name, plain):
     assert_same(models[0], plain(models[1]), torch.bfloat16)
 
 
-@every_case
+@pytest.mark.parametrize("name", LATE)
 def test_the_graph_begins_at_the_first_prompt(name):
-    model = prompted(name).train()
+    model = late(name).train()
     seen = {}
     for index, layer in enumerate(model.base_model.encoder.base_layer.layers):
         layer.register_forward_pre_hook(
@@ -88,10 +89,8 @@ def test_the_graph_begins_at_the_first_prompt(name):
         )
     model(images(), labels=labels(model))
     first = model.base_model.pool.first_layer
-    assert not any(needs for index, needs in seen.items() if index < first)
-    if name != "linear-probe":
-        assert seen[2]
-    assert all(value.grad is None for value in model.parameters())
+    assert first > 0 and not any(needs for index, needs in seen.items() if index < first)
+    assert seen[2] and set(seen) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", ["coda", "dualprompt"])
@@ -150,6 +149,68 @@ def test_hooks_on_the_last_layer_see_all_tokens():
     torch.testing.assert_close(logits(model), expected)
     assert shapes == [(4, 5, 24)] * 2
     assert model.base_model.encoder(images()).last_hidden_state.shape == (4, 5, 24)  # asked for by itself
+
+
+@pytest.mark.parametrize("place", ["norm", "encoder"])
+def test_hooks_behind_the_last_layer_see_all_tokens(place):
+    model, shapes = prompted("coda"), []
+    encoder = model.base_model.encoder
+    module = encoder if place == "encoder" else encoder.base_layer.layernorm
+    module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output[0].shape)))
+    logits(model)
+    assert set(shapes) == ({(4, 5, 24)} if place == "encoder" else {(5, 24)})
+
+
+def test_backward_hooks_on_the_last_layer_see_all_tokens():
+    model, shapes = prompted("coda"), []
+    for module in (model.base_model.encoder.base_layer.layers[-1], model.base_model.encoder.base_layer.layers[-1].mlp):
+        module.register_full_backward_hook(lambda module, before, after: shapes.append(tuple(after[0].shape)))
+    step(model)
+    assert shapes == [(4, 5, 24)] * 2
+
+
+class Squared(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.attention = layer.attention
+
+    def forward(self, hidden):
+        return self.layer(hidden).square()
+
+
+class Squaring(ModelHook):
+    def post_forward(self, module, output):
+        return output.square()
+
+
+@pytest.mark.parametrize("how", ["replaced", "accelerate"])
+def test_a_last_layer_that_was_changed_is_run_as_it_is_now(how, plain):
+    models = [prompted("coda"), plain(prompted("coda"))]
+    before = logits(models[0])
+    for model in models:
+        layers = model.base_model.encoder.base_layer.layers
+        if how == "replaced":
+            layers[-1] = Squared(layers[-1])
+        else:
+            add_hook_to_module(layers[-1], Squaring())
+    torch.testing.assert_close(logits(models[0]), logits(models[1]))
+    assert (logits(models[0]) - before).abs().max() > 1e-3
+
+
+def test_hidden_states_asked_for_once_cost_nothing_later():
+    """transformers leaves hooks on the layers for good."""
+
+    def operations():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images())
+        return counter.get_total_flops()
+
+    model = prompted("coda")
+    before = operations()
+    with model.disable_adapter():
+        assert len(model(images(), output_hidden_states=True).hidden_states) == 4
+    assert operations() == before
 
 
 @every_case

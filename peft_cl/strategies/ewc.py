@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,10 +91,10 @@ class EWC(Strategy):
         fisher = {name: torch.zeros_like(value) for name, value in parameters.items()}
         rows = torch.linspace(0, len(task.train) - 1, min(self.fisher_samples, len(task.train))).long()
         rows = torch.unique(rows).tolist()
-        images = trainer.plain_batches(replace(task, train=task.train.select(rows)), batch_size=1)
+        some = trainer.part_of(task, rows)
         model.eval()  # no dropout, and nothing is counted
         used = set()
-        for batch in images:
+        for batch in trainer.plain_batches(some, batch_size=1):
             with torch.autocast(trainer.args.device.type, enabled=False):  # squares of small gradients
                 logits = model(pixel_values=batch["pixel_values"]).logits
             # Over the classes that the training loss is over.
@@ -105,6 +104,7 @@ class EWC(Strategy):
                 if gradient is not None:
                     used.add(name)
                     fisher[name] += gradient.square() / len(rows)
+        trainer.forget([some, task])
         return {name: value for name, value in fisher.items() if name in used}
 
     def state_dict(self) -> dict[str, Any]:

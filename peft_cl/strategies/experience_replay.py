@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ class ExperienceReplay(Strategy):
     def begin_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Lay out the memory as tasks of a few examples each, with labels and queries of their own."""
         self._kept = [
-            replace(earlier, train=earlier.train.select(np.sort(self.memory[self.memory[:, 0] == earlier.index, 1])))
+            trainer.part_of(earlier, np.sort(self.memory[self.memory[:, 0] == earlier.index, 1]))
             for earlier in trainer.scenario[: task.index]
             if (self.memory[:, 0] == earlier.index).any()
         ]
@@ -81,7 +80,7 @@ class ExperienceReplay(Strategy):
             elif (place := int(generator.integers(self.seen))) < self.memory_size:
                 memory[place] = (task.index, row)
         self.memory = np.array(memory, dtype=np.int64).reshape(-1, 2)
-        trainer.queries.forget(self._kept)
+        trainer.forget(self._kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"memory": torch.from_numpy(self.memory), "seen": self.seen}

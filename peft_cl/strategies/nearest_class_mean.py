@@ -48,6 +48,7 @@ class NearestClassMean(Strategy):
             features = tuner.query(batch["pixel_values"]).float()
             sums.index_add_(0, batch["labels"], features)
             counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
+        trainer.forget([task])
         for row, name in enumerate(head.config.classes):
             if counts[row]:
                 self.sums[name] = sums[row] + (self.sums[name].to(sums) if name in self.sums else 0)

@@ -11,6 +11,7 @@ from ..scenarios import Scenario
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .examples import has_transform
 from .learning_rates import check_parts
 from .strategy import Strategy
 
@@ -48,9 +49,22 @@ def check_fit(
                 "each process needs them whole. Start with `accelerate launch --multi_gpu`: the backbone is frozen, "
                 "so a process holds its weights once, without gradients or optimizer state."
             )
+    check_images(args, scenario)
     config = model.peft_config[model.active_adapter]
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
+
+
+def check_images(args: ContinualTrainingArguments, scenario: Scenario) -> None:
+    """Refuse to keep images that may be others each time."""
+    for task in scenario if args.image_cache_dir else ():
+        for split in ("train", "test"):
+            if has_transform(getattr(task, split)):
+                raise ValueError(
+                    f"image_cache_dir is {args.image_cache_dir!r}, but the {split} images of task {task.name!r} go "
+                    "through a transform of the data set (with_transform), of which one result would be kept. Leave "
+                    "image_cache_dir out, or give the trainer augmentation= or batch_augmentation= in its place."
+                )
 
 
 def check_scenario(

@@ -86,6 +86,11 @@ class TaskExamples(TorchDataset):
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
+def has_transform(data: Dataset) -> bool:
+    """Whether the data set hands its examples through a function (`with_transform`), which may draw at random."""
+    return data.format["type"] == "custom"
+
+
 def rows_by_image(selected: torch.Tensor, rows: int) -> torch.Tensor:
     """Rows chosen for a batch, (B, N) or (sets, B, N), as (B, choices); the sets' rows are counted on, `rows` each."""
     if selected.ndim == 2:

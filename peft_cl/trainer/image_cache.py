@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
 from datasets import Dataset
 
@@ -41,13 +41,11 @@ class ImageCache:
             )
         self.transform = transform
         self.image_column = image_column
-        self.files = TensorFiles(folder, "images")
+        self.files = TensorFiles(folder, "images", image_column)
         settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
         self.settings: dict[str, Any] = {
             "processor": [type(processor).__name__, settings],
-            "column": image_column,
             "size": transform.output_size,
-            "version": PIL.__version__,
         }
         self._images: dict[int, tuple[Dataset, torch.Tensor]] = {}
 
@@ -56,6 +54,13 @@ class ImageCache:
         if id(data) not in self._images:
             self._images[id(data)] = data, self.files.of(data, self.settings, lambda: self._decoded(data))
         return self._images[id(data)][1]
+
+    def take(self, part: Dataset, whole: Dataset, rows: Sequence[int]) -> None:
+        """`part` is `whole.select(rows)`: its images are among those, and need no file of their own."""
+        was_held = id(whole) in self._images
+        self._images[id(part)] = part, self.of(whole)[torch.as_tensor(rows)]
+        if not was_held:
+            self.forget(whole)
 
     def forget(self, data: Dataset) -> None:
         """Let go of the images of `data`; their file stays."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from torch import nn
 
 from ..scenarios import Task
 from ..tuners.base.model import PromptPoolModel
+from .examples import has_transform
 from .tensor_files import TensorFiles
 
 
@@ -25,25 +25,26 @@ class QueryCache:
     """Query features of tasks, kept in memory for the length of a run, and in files for later runs where asked to.
 
     The backbone is frozen and the query pass runs in evaluation mode, so an image that is not augmented has the same
-    feature in every epoch and every evaluation. Test images always qualify; training images only without augmentation,
-    and nothing does if the backbone is trained or the pool has no use for a query.
+    feature in every epoch and every evaluation. Test images qualify; training images only without augmentation, and
+    nothing does if the backbone is trained, the pool has no use for a query, or the data set itself transforms its
+    images (`with_transform`), which may be another way each time.
 
     In files, queries depend on the data's fingerprint, the image processor, every weight of the backbone, number
     formats, device and versions.
 
     Args:
         training_images: whether training images are the same each time.
+        image_column: column of the images.
         folder: where files are kept; None: nowhere.
         **settings: what the features depend on beside data and backbone, in types that JSON knows.
     """
 
-    def __init__(self, training_images: bool, folder: str | Path | None = None, **settings: Any):
+    def __init__(self, training_images: bool, image_column: str, folder: str | Path | None = None, **settings: Any):
         self.training_images = training_images
-        self.files = None if folder is None else TensorFiles(folder, "queries")
+        self.files = None if folder is None else TensorFiles(folder, "queries", image_column)
         self.settings = settings
         # By identity, with the data set itself, so that no other can take its place while its queries are kept.
         self._queries: dict[int, tuple[Dataset, torch.Tensor]] = {}
-        self._versions: list[int] | None = None
         self._backbone = ""
 
     def queries(
@@ -60,6 +61,8 @@ class QueryCache:
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
         if not (useful and frozen) or (split == "train" and not self.training_images):
             return None
+        if any(has_transform(getattr(task, split)) for task in tasks):
+            return None
         self._look_at(base)
         return torch.cat([self._of(task, split, tuner, loader) for task in tasks])
 
@@ -69,12 +72,12 @@ class QueryCache:
             self._queries.pop(id(task.train), None)
 
     def _look_at(self, base: nn.Module) -> None:
-        """Drop everything if somebody has written into the backbone since."""
-        versions = [tensor._version for tensor in base.state_dict(keep_vars=True).values()]
-        if versions != self._versions:
+        """Drop everything if the backbone is another since: its weights are read, as not every way to change them
+        leaves a trace."""
+        backbone = digest_of_weights(base)
+        if backbone != self._backbone:
             self._queries.clear()
-            self._versions = versions
-            self._backbone = digest_of_weights(base) if self.files else ""
+            self._backbone = backbone
 
     def _of(self, task: Task, split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]) -> torch.Tensor:
         data = getattr(task, split)
@@ -99,7 +102,8 @@ class QueryCache:
             "dtype": str(weight.dtype),
             "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
             "threads": torch.get_num_threads(),
-            "versions": [torch.__version__, transformers.__version__],
+            "products": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
+            "compiled": any(module._compiled_call_impl is not None for module in base.modules()),
         }
 
 

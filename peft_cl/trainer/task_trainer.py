@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,9 +91,9 @@ class TaskTrainer(Trainer):
         self.add_callback(EpochDraws(self))
         self.queries = QueryCache(
             augmentation is None and batch_augmentation is None,
+            scenario.image_column,
             args.query_cache_dir,
             processor=[type(processing_class).__name__, processing_class.to_json_string()],
-            image_column=scenario.image_column,
             batch=args.eval_batch_size,
         )
         plain = self._transforms[False]
@@ -161,9 +162,7 @@ class TaskTrainer(Trainer):
             return output
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
-                self.queries.forget(tasks)
-                if self.images is not None:
-                    self.images.forget(tasks[0].train)
+                self.forget(tasks)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
@@ -246,6 +245,20 @@ class TaskTrainer(Trainer):
         seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
         parts = [getattr(task, split) for task in tasks]
         return TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts))
+
+    def part_of(self, task: Task, rows: Sequence[int]) -> Task:
+        """The task with some of its training examples, in the order of `rows`. `forget` it after use."""
+        part = replace(task, train=task.train.select(rows))
+        if self.images is not None:
+            self.images.take(part.train, task.train, rows)
+        return part
+
+    def forget(self, tasks: Sequence[Task]) -> None:
+        """Let go of what is kept of the training examples of `tasks`; files stay."""
+        self.queries.forget(tasks)
+        if self.images is not None:
+            for task in tasks:
+                self.images.forget(task.train)
 
     def _image_bytes(self, parts: Sequence[Dataset]) -> list[torch.Tensor] | None:
         return None if self.images is None else [self.images.of(part) for part in parts]

@@ -8,13 +8,18 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..version import __version__
 
 
 NAME = "kept"
@@ -30,27 +35,32 @@ class TensorFiles:
     Args:
         folder: where the files are.
         what: what is kept, a word that a person knows it by.
+        image_column: column of the images.
     """
 
-    def __init__(self, folder: str | Path, what: str):
+    def __init__(self, folder: str | Path, what: str, image_column: str):
         self.folder = Path(folder)
         self.what = what
+        self.image_column = image_column
 
     def of(self, data: Dataset, settings: dict[str, Any], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor (examples, ...) for `data` under `settings` (types that JSON knows), mapped into memory.
 
-        It is computed where there is no whole file of it.
+        It is computed where there is no whole file of it, and not kept where nothing says what `data` holds.
         """
-        fingerprint = getattr(data, "_fingerprint", None)
-        if not fingerprint:
+        fingerprint, outside = getattr(data, "_fingerprint", None), images_outside(data, self.image_column)
+        if not fingerprint or outside is None:
             return compute()
-        key = json.dumps({"what": self.what, "data": fingerprint, **settings}, sort_keys=True, default=str)
+        content = {"what": self.what, "column": self.image_column, "data": fingerprint, "files": outside}
+        key = json.dumps({**content, "versions": versions(), **settings}, sort_keys=True, default=str)
         path = self.folder / f"{self.what}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         tensor = self._read(path, len(data))
-        if tensor is None:
-            tensor = compute()
-            self._write(path, tensor)
-        return tensor
+        if tensor is not None:
+            return tensor
+        tensor = compute()
+        self._write(path, tensor)
+        kept = self._read(path, len(data)) if path.is_file() else None
+        return tensor if kept is None else kept
 
     def _read(self, path: Path, examples: int) -> torch.Tensor | None:
         """The tensor in a file; None if there is none, or none of so many examples that is whole.
@@ -87,6 +97,35 @@ class TensorFiles:
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
+
+
+def images_outside(data: Dataset, column: str) -> str | None:
+    """A digest of the files that `data` names in place of holding their images; None where one cannot be asked.
+
+    The fingerprint of a data set that was made of paths knows the paths alone.
+    """
+    digest = hashlib.sha256()
+    for rows in data.select_columns([column]).with_format("arrow").iter(1000):
+        images = rows[column]
+        if not pyarrow.types.is_struct(images.type):
+            return None
+        inside, names = (pyarrow.compute.struct_field(images, field) for field in ("bytes", "path"))
+        for name in names.filter(pyarrow.compute.is_null(inside)).to_pylist():
+            try:
+                status = os.stat(name)
+            except (OSError, TypeError):
+                return None
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Of all whose code has a part in what is kept."""
+    found: dict[str, str | None] = {"peft_cl": __version__}
+    for package in ("torch", "transformers", "pillow", "torchvision"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _digest(tensor: torch.Tensor) -> str:

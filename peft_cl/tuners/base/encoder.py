@@ -80,8 +80,9 @@ class PromptedEncoder(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.family = family
         self.call: Call | None = None
-        #: Whether the last layer can be run for some of its tokens alone; False runs it whole.
+        #: Whether a last layer of the kind tried here can be run for some of its tokens alone; False runs it whole.
         self.reads_last_layer = can_read(family, self._layers[-1])
+        self._tried = type(self._layers[-1])
 
     def forward(
         self,
@@ -245,7 +246,10 @@ class PromptedEncoder(AdapterLayer):
 
     def _can_read(self, layer: nn.Module) -> bool:
         """Whether the last layer may be run for some of its tokens alone."""
-        return self.reads_last_layer and not is_watched(layer)
+        if not self.reads_last_layer or type(layer) is not self._tried:
+            return False
+        behind = (self, self.family.final_norm(self.base_layer))
+        return not is_watched([*layer.modules(), *behind])
 
     def _run_layer(
         self, layer: nn.Module, hidden: torch.Tensor, injection: Injection | None, span: tuple[int, int] | None = None

@@ -83,9 +83,14 @@ class RowSpan:
     def _add(self, rows: torch.Tensor) -> None:
         rows = rows.detach().float().cpu()
         directions, upper = torch.linalg.qr(self._outside(rows, self.basis).double().T)
-        # Rows within the span add no direction.
+        # Rows within the span add no direction, and QR's column for such a row is anything: it may hold part of the
+        # rows after it, which are then looked at once more.
         is_new = torch.diagonal(upper).abs() > 1e-5 * rows.double().norm(dim=1)
         self.basis = torch.cat([self.basis, directions.T[is_new].float()])
+        if not is_new.all():
+            missed = self._outside(rows, self.basis).norm(dim=1) > 1e-5 * rows.norm(dim=1)
+            if missed.any():
+                self._add(rows[missed])
 
     @staticmethod
     def _outside(rows: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:

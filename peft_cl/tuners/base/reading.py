@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,6 +87,23 @@ def can_read(family: Family, layer: nn.Module) -> bool:
     return torch.allclose(found, expected[:, 1:3], rtol=0, atol=tolerance)
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether somebody's hooks sit on the layer or its parts: they are to see all tokens."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+def is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody's hooks are on one of the modules: they are to see all tokens.
+
+    Hooks on all modules that there are do not count: who counts operations wants those that are done.
+    """
+    return any(_is_hooked(module) for module in modules)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate's hooks stand in the place of the module's own forward.
+    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    if module._backward_pre_hooks:
+        return True
+    return not all(_is_of_transformers(hook) for hook in module._forward_hooks.values())
+
+
+def _is_of_transformers(hook: Any) -> bool:
+    """Whether it is the hook that transformers leaves on layers for good once hidden states were asked for."""
+    return getattr(hook, "__qualname__", "").endswith(".<locals>.output_capturing_hook")
