@@ -59,7 +59,7 @@ class TensorFiles:
             return tensor
         tensor = compute()
         self._write(path, tensor)
-        kept = self._read(path, len(data)) if path.is_file() else None
+        kept = self._read(path, len(data))
         return tensor if kept is None else kept
 
     def _read(self, path: Path, examples: int) -> torch.Tensor | None:
