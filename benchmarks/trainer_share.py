@@ -30,8 +30,8 @@ from peft_cl import CodaPromptConfig, ContinualTrainer, ContinualTrainingArgumen
 from peft_cl.assets import default_backbone
 
 
-def photographs(count: int, size: int) -> Dataset:
-    """Smooth random images of `size` pixels, as JPEG files in memory, of two classes."""
+def photographs(count: int, size: int, classes: int = 2) -> Dataset:
+    """Smooth random images of `size` pixels, as JPEG files in memory, equally many of each class."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -39,9 +39,10 @@ def photographs(count: int, size: int) -> Dataset:
         buffer = io.BytesIO()
         coarse.resize((size, size), PILImage.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         files.append({"bytes": buffer.getvalue(), "path": None})
-    labels = [index % 2 for index in range(count)]
+    labels = [index % classes for index in range(count)]
     return Dataset.from_dict(
-        {"image": files, "label": labels}, features=Features({"image": Image(), "label": ClassLabel(num_classes=2)})
+        {"image": files, "label": labels},
+        features=Features({"image": Image(), "label": ClassLabel(num_classes=classes)}),
     )
 
 

@@ -1,0 +1,105 @@
+"""The wall time of a whole sequence as large as Split CIFAR-100: 10 tasks of 10 classes, 50,000 + 10,000 images.
+
+    python benchmarks/sequence_time.py --batch-size 128 --workers 8          # ViT-B/16, on a GPU where there is one
+    python benchmarks/sequence_time.py --backbone vit-tiny-64 --images 20    # a trial
+
+The images are random photographs, the weights of ViT-B/16 random too: time does not depend on them. Images are kept
+decoded and queries kept, so later epochs and evaluations pay for neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from trainer_share import backbone_and_size, photographs
+from transformers import ViTImageProcessorPil, set_seed
+
+from peft_cl import (
+    CodaPromptConfig,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    DualPromptConfig,
+    L2PConfig,
+    class_incremental,
+)
+
+
+METHODS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "coda": CodaPromptConfig}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Learn and measure all tasks by one method."""
+    set_seed(0)
+    model, size = backbone_and_size(options.backbone, getattr(torch, options.dtype))
+    classes = 10 * options.tasks
+    train = photographs(options.images * classes, size, classes)
+    test = photographs(max(1, options.images // 5) * classes, size, classes)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ContinualTrainer(
+            get_peft_model(model, METHODS[name].from_preset("paper")),
+            ContinualTrainingArguments(
+                f"{folder}/run",
+                num_train_epochs=options.epochs,
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=options.batch_size,
+                dataloader_num_workers=options.workers,
+                image_cache_dir=f"{folder}/images",
+                torch_compile=options.compile,
+            ),
+            class_incremental((train, test), options.tasks),
+            processing_class=ViTImageProcessorPil(size={"height": size, "width": size}),
+        )
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    device = trainer.args.device
+    return {
+        "method": METHODS[name].method,
+        "backbone": options.backbone,
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "batch": options.batch_size,
+        "epochs": options.epochs,
+        "compiled": options.compile,
+        "images": [len(train), len(test)],
+        "seconds": seconds,
+        "train_seconds": trainer.train_seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--backbone", default="vit-b16", choices=["vit-tiny-64", "vit-b16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--tasks", type=int, default=10, help="of 10 classes each")
+    parser.add_argument("--images", type=int, default=500, help="training images of a class; a fifth of them for test")
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes that fetch images")
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
+    options = parser.parse_args()
+    rows = [measure(name, options) for name in options.methods]
+    print("| Method | Device | Images | Epochs | Training | Whole sequence |")
+    print("|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['method']} | {row['device']} | {row['images'][0]:,} + {row['images'][1]:,} | {row['epochs']:g} | "
+            f"{row['train_seconds']:.0f} s | {row['seconds']:.0f} s |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
