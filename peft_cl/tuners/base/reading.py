@@ -96,10 +96,9 @@ def is_watched(modules: Iterable[nn.Module]) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    before_and_backward = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # accelerate's hooks stand in the place of the module's own forward.
-    if "forward" in module.__dict__ or module._forward_pre_hooks or module._backward_hooks:
-        return True
-    if module._backward_pre_hooks:
+    if "forward" in module.__dict__ or any(before_and_backward):
         return True
     return not all(_is_of_transformers(hook) for hook in module._forward_hooks.values())
 
