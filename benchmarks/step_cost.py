@@ -71,6 +71,7 @@ class Key(NamedTuple):
     dtype: str = "float32"
     cached: bool = False
     extra_tokens: int = 0
+    beside: str = ""  # of a bare pass: the method whose steps it is timed with
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,35 +133,47 @@ def make_steps(
         steps[Key("products", "forward", dtype)] = matrix_products(backbone.dtype, tokens, options.device)
         models = {name: build_method(name, backbone, options.tasks) for name in dict.fromkeys(options.methods)}
         extra = {name: count_extra_tokens(model.eval(), backbone, pixel_values) for name, model in models.items()}
-        for count in sorted({0, *extra.values()}):
-            passes = bare_steps(backbone, pixel_values, labels, count)
-            for phase, step in zip(("forward", "forward-backward"), passes, strict=True):
-                steps[Key("bare", phase, dtype, extra_tokens=count)] = step
         for name, model in models.items():
             check_one_backbone(model, backbone)
-            with torch.no_grad():
-                query = model.base_model.query(pixel_values)
+            steps.update(neighbours(Key(name, "", dtype, False, extra[name]), model, backbone, pixel_values, labels))
             for cached in (False, True):
-                both = method_steps(model, pixel_values, labels, query if cached else None)
-                for phase, step in zip(("train", "eval"), both, strict=True):
+                for phase in ("train", "eval"):
                     key = Key(name, phase, dtype, cached, extra[name])
-                    steps[key] = step
                     facts[key] = {"rows_in_use": model.base_model.pool.rows_in_use}
         built.append((backbone, list(models.values())))
     return steps, facts, built
 
 
+def neighbours(
+    key: Key, model: PeftModel, backbone: ViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor
+) -> dict[Key, Step]:
+    """A method's steps, each beside the bare passes that it is measured by; `key` says what they have in common."""
+    with torch.no_grad():
+        query = model.base_model.query(pixel_values)
+    bare = {count: bare_steps(backbone, pixel_values, labels, count) for count in {0, key.extra_tokens}}
+    own = {cached: method_steps(model, pixel_values, labels, query if cached else None) for cached in (False, True)}
+    floor = Key("bare", "forward", key.dtype, beside=key.what)
+    steps = {floor._replace(extra_tokens=count): forward for count, (forward, _) in bare.items()}
+    steps.update({key._replace(phase="eval", cached=cached): evaluate for cached, (_, evaluate) in own.items()})
+    longer = floor._replace(phase="forward-backward", extra_tokens=key.extra_tokens)
+    steps[longer] = bare[key.extra_tokens][1]
+    steps.update({key._replace(phase="train", cached=cached): train for cached, (train, _) in own.items()})
+    return steps
+
+
 def floor_of(key: Key) -> Iterator[Key]:
     """The bare passes that the step is measured by."""
+    forward = Key("bare", "forward", key.dtype, beside=key.what)
     if not key.cached:
-        yield Key("bare", "forward", key.dtype)
-    yield Key("bare", "forward-backward" if key.phase == "train" else "forward", key.dtype, False, key.extra_tokens)
+        yield forward
+    second = "forward-backward" if key.phase == "train" else "forward"
+    yield forward._replace(phase=second, extra_tokens=key.extra_tokens)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all steps in turn, and return a row for each method, phase, dtype, with and without cached queries.
 
-    One repetition runs every step once: the bare forwards, the bare forwards with backward, then each method. Whatever
+    One repetition runs every step once, a method's steps in turn with the bare passes that they are measured by. What
     slows the machine for a while slows a method and its floor alike, and the ratio is taken within the repetition.
     """
     torch.set_num_threads(options.threads)
