@@ -1,7 +1,7 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
 METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
-(queries in files), `+er`, `+ewc`, `+finetuning`.
+(queries in files), `+stopping` (early, with checkpoints), `+er`, `+ewc`, `+finetuning`.
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -19,7 +19,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from peft import get_peft_model
 from PIL import Image as PILImage
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import EarlyStoppingCallback, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from peft_cl import (
     CodaPromptConfig,
@@ -100,13 +100,15 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     strategies = [STRATEGIES[option]() for option in options if option in STRATEGIES]
     stream = "stream" in options
     augmented = "augmented" in options or not os.environ.get("PLAIN")
-    settings = {"task_evidence": 2.0} if name == "l2p" and not options else {}
+    settings = {"task_evidence": 2.0} if name == "l2p" and not strategies else {}
     if strategies:
         settings["train_mask"] = False
     if "checkpoints" in options:
         training = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "num_train_epochs": 2}
     else:
         training = {"num_train_epochs": 1}
+    if "stopping" in options:  # after the first evaluation and two more: nothing is as much better as that
+        training |= {"num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
     if "short" in options:
         training["max_steps"] = 4
     if stream:
@@ -137,6 +139,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
         augmentation=RandomResizedCropFlip(size=16) if augmented else None,
         strategy=strategies,
+        callbacks=[EarlyStoppingCallback(2, 100.0)] if "stopping" in options else None,
     )
     if os.environ.get("EVALUATE_FIRST"):
         print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])

@@ -103,6 +103,22 @@ def test_nothing_is_left_after_the_last_step(whole, tmp_path):
     assert same(tmp_path / "run", folder)
 
 
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_early_stopping_goes_on_as_it_was(checkpoints, whole, tmp_path):
+    """Killed after the evaluation that stopped the task, and between that and the one before."""
+    folder, _ = whole("probe+checkpoints+stopping")
+    shutil.copytree(folder, tmp_path / "run")
+    state = tmp_path / "run" / "_state"
+    os.replace(state / PREVIOUS, state / FILE)
+    kept = {int(each.name.split("-")[1]): each for each in (state / "task_2").glob("checkpoint-*")}
+    assert set(kept) == {4, 6}  # of 12 steps
+    if checkpoints == 1:
+        shutil.rmtree(kept[6])
+    resumed = run(tmp_path / "run", "probe+checkpoints+stopping", resume=True)
+    assert resumed.stdout.splitlines()[-3] == f"training steps {2 if checkpoints == 1 else 0}", resumed.stderr
+    assert same(tmp_path / "run", folder)
+
+
 def test_a_full_disk_keeps_what_was_saved(whole, tmp_path):
     """The second task's snapshot is larger than a file may be: one error, one remedy, and nothing lost."""
     folder, _ = whole("coda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,29 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from peft_cl.trainer.snapshot import FILE, PREVIOUS
+
 
 PROCESS = Path(__file__).with_name("sequence_process.py")
+
+
+def run(processes: int, folder: Path, method: str, resume: bool = False, **environment: str) -> None:
+    words = [str(PROCESS), str(folder), method, "0", "resume" if resume else "anew"]
+    if processes > 1:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.stdout.splitlines()[-1:] == [f"processes {processes}"], done.stderr
+
+
+def check_same(found: Path, expected: Path, absolute: float, relative: float) -> None:
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (found, expected)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        difference = (tensor - adapters[1][name]).abs().max().item()
+        assert difference <= absolute + relative * adapters[1][name].abs().max().item(), f"{name}: {difference}"
+    records = [json.loads((folder / "results.json").read_text()) for folder in (found, expected)]
+    assert records[0]["accuracy_matrix"] == records[1]["accuracy_matrix"]
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda+cached", "probe+finetuning+ewc", "l2p+augmented"])
@@ -22,18 +44,17 @@ def test_two_processes_equal_one(method, tmp_path):
     The third has parameters that most steps leave without a gradient and processes that write the same files of
     queries, the last one augmented images.
     """
-    words = [str(PROCESS), str(tmp_path / "one"), method, "0", "anew"]
-    environment = {**os.environ, "PLAIN": "1", "EVALUATE_FIRST": "1", "OMP_NUM_THREADS": "1"}
-    one = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment)
-    assert one.stdout.splitlines()[-1:] == ["processes 1"], one.stderr
-    words[1] = str(tmp_path / "two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300, env=environment)
-    assert two.stdout.splitlines()[-1:] == ["processes 2"], two.stderr
-    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        difference = (tensor - expected[name]).abs().max().item()
-        assert difference <= 1e-4 + 1e-3 * expected[name].abs().max().item(), f"{name} differs by {difference}"
-    records = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
-    assert records[0]["accuracy_matrix"] == records[1]["accuracy_matrix"]
+    for processes, folder in ((1, "one"), (2, "two")):
+        run(processes, tmp_path / folder, method, PLAIN="1", EVALUATE_FIRST="1")
+    check_same(tmp_path / "two", tmp_path / "one", 1e-4, 1e-3)
+
+
+def test_two_processes_go_on_from_a_checkpoint_with_the_counts_of_both(tmp_path):
+    """L2P counts the rows it chose, task evidence averages queries, each process for itself until a task's end."""
+    run(2, tmp_path / "whole", "l2p+checkpoints")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    state = tmp_path / "resumed" / "_state"
+    os.replace(state / PREVIOUS, state / FILE)  # two of three tasks are finished
+    shutil.rmtree(state / "task_2" / "checkpoint-6")
+    run(2, tmp_path / "resumed", "l2p+checkpoints", resume=True)
+    check_same(tmp_path / "resumed", tmp_path / "whole", 1e-6, 0)

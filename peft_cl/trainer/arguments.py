@@ -14,9 +14,10 @@ from .learning_rates import check_rates
 class ContinualTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, applied to each task anew: epochs, steps, warm-up and schedule are per task.
 
-    Three defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), no
-    checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task), and
-    processes do not overwrite each other's counts (`ddp_broadcast_buffers=False`).
+    Four defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), no
+    checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task),
+    processes do not overwrite each other's counts (`ddp_broadcast_buffers=False`), and callbacks with a state, such as
+    `EarlyStoppingCallback`, go on with it after an interruption (`restore_callback_states_from_checkpoint=True`).
 
     Args:
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
@@ -52,6 +53,10 @@ class ContinualTrainingArguments(TrainingArguments):
         metadata={
             "help": "Must stay False: each process counts for itself, and the counts are joined at a task's end."
         },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "A task that is resumed goes on with its callbacks' states, such as patience used up."},
     )
     learning_rates: dict[str, float] | None = field(
         default=None,

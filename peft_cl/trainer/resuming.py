@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
@@ -170,6 +172,27 @@ class ResumableTrainer(TaskTrainer):
         checkpoint = whole_checkpoint(checkpoint_folder(folder, self.task)) if folder else None
         return None if checkpoint is None else str(checkpoint)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What is measured and kept within a task is what all processes counted."""
+        joined = self.control.should_evaluate or self.control.should_save
+        with self._joined_counts() if joined and self.args.world_size > 1 else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _joined_counts(self) -> Iterator[None]:
+        """Each process has all processes' counts inside the block, and its own again behind it."""
+        own = {name: buffer.clone() for name, buffer in self.tuner.named_buffers()}
+        self.join_counts()
+        try:
+            yield
+        finally:
+            for name, buffer in self.tuner.named_buffers():
+                buffer.copy_(own[name])
+
+    def join_counts(self) -> None:
+        """Give each process the sum of what the processes counted in this task."""
+        self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -193,6 +216,8 @@ class ResumableTrainer(TaskTrainer):
         self._check_settings(state, Path(resume_from_checkpoint))
         self.train_seconds = state["train_seconds"]
         self._take(state)
+        if not self.is_world_process_zero():  # they are the sum over the processes
+            self.tuner.merge_counts(torch.zeros_like)
 
     def _nothing_left(self, checkpoint: str) -> None:
         """The Trainer takes up the random state with the first step only."""

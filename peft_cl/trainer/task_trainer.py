@@ -104,6 +104,7 @@ class TaskTrainer(Trainer):
         self.key_sets = 1
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
+        self._was_stopped = False
 
     def create_accelerator_and_postprocess(self) -> None:
         """Compile the model's layers, each for itself, where `torch_compile` or the launcher asks for compiling.
@@ -154,7 +155,7 @@ class TaskTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train")
         self._losses, self._losses_counted = {}, 0
-        checkpoint = self._checkpoint()
+        checkpoint, self._was_stopped = self._checkpoint(), False
         try:
             output = super().train(resume_from_checkpoint=checkpoint)
             if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
@@ -166,10 +167,16 @@ class TaskTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._was_stopped:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """The Trainer forgets that a callback had stopped the training when the checkpoint was written."""
+        super()._load_callback_state()
+        control = self.state.stateful_callbacks.get("TrainerControl", {})
+        self._was_stopped = control.get("args", {}).get("should_training_stop", False)
 
     def _checkpoint(self) -> str | None:
         """The checkpoint that this task goes on from, if it was interrupted."""

@@ -151,7 +151,7 @@ class ContinualTrainer(ResumableTrainer):
         self.began = time.perf_counter()
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
-            self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
+            self.join_counts()
         self.strategy.end_task(self, task)
         self.train_seconds, self.began = self.seconds(), None
         self.evaluate()
