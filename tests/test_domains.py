@@ -66,7 +66,13 @@ def test_a_domain_has_the_classes_that_it_trains():
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
-        ({}, {"domain_column": "style"}, "no column 'style'"),
+        ({}, {"domain_column": "style"}, "no column 'style'.*Name the one to use by domain_column="),
+        ({}, {"domain_column": "image"}, "The domain_column 'image' has the feature.*name another by domain_column="),
+        ({}, {"domain_order": 3}, "domain_order is 3, but must be a list of at least one name or id"),
+        ({}, {"domain_order": []}, r"domain_order is \[\], but must be a list.*Leave it out for every domain"),
+        ({}, {"domain_order": [True]}, r"does not have: \[True\]"),
+        ({}, {"seed": -1}, "seed is -1, but must be a whole number of at least 0"),
+        ({}, {"train_split": "test"}, "train_split and test_split are both 'test'"),
         ({}, {"domain_column": "label"}, "domain_column and label_column are both 'label'.*class_incremental"),
         ({}, {"domain_order": ["photo"], "seed": 1}, "domain_order and seed=1"),
         (

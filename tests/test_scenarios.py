@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,7 +57,10 @@ def test_the_first_task_may_be_larger_and_the_sizes_given():
     [
         ({}, "num_tasks must be a whole number of at least 1, got None"),
         ({"num_tasks": 2, "classes_per_task": [1, 1]}, "classes_per_task sets the size of every task"),
-        ({"classes_per_task": [2, 0]}, r"whole numbers of at least 1, got \[2, 0\]"),
+        ({"classes_per_task": [2, 0]}, r"classes_per_task is \[2, 0\], but must be a list of whole numbers"),
+        ({"classes_per_task": []}, r"classes_per_task is \[\], but must be a list of whole numbers of at least 1"),
+        ({"classes_per_task": 5}, "classes_per_task is 5, but must be a list of whole numbers.*num_tasks="),
+        ({"classes_per_task": "abc"}, "classes_per_task is 'abc', but must be a list of whole numbers"),
         ({"classes_per_task": [3, 3]}, "asks for 6 classes, but there are 5"),
         ({"num_tasks": 1, "first_task_classes": 2}, "first_task_classes is 2 with num_tasks=1"),
         ({"num_tasks": 4, "first_task_classes": 3}, "5 classes cannot make 4 tasks with 3 in the first"),
@@ -164,7 +168,16 @@ def test_names_without_training_examples_are_left_out_with_a_warning():
         ({"num_tasks": 2.5}, "whole number.*2.5"),
         ({"class_order": ["ant", "yak"]}, r"does not have: \['yak'\].*'ant'"),
         ({"class_order": [0, 5, -1]}, r"does not have: \[5, -1\].*from 0 to 4"),
-        ({"class_order": "ant"}, "single text 'ant'.*list"),
+        ({"class_order": "ant"}, "class_order is 'ant', but must be a list of at least one name or id"),
+        ({"class_order": 5}, "class_order is 5, but must be a list.*Leave it out for every class"),
+        ({"class_order": []}, r"class_order is \[\], but must be a list"),
+        ({"class_order": {"ant", "bee"}}, "class_order is {.*}, but must be a list"),  # has no order
+        ({"class_order": [True, 2, 3]}, r"does not have: \[True\]"),
+        ({"seed": -1}, "seed is -1, but must be a whole number of at least 0"),
+        ({"seed": "x"}, "seed is 'x', but must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, but must be a whole number"),
+        ({"seed": True}, "seed is True, but must be a whole number"),
+        ({"test_split": "train"}, "train_split and test_split are both 'train'.*trained on.*train_test_split()"),
         ({"class_order": ["ant", "bee", 0]}, r"\['ant'\] more than once"),
         ({"class_order": NAMES, "seed": 0}, "only one of them"),
     ],
@@ -220,5 +233,56 @@ def test_a_scenario_made_by_hand_may_repeat_classes():
         Scenario([], name="empty", **columns)
     with pytest.raises(ValueError, match=r"in order, got \[1, 0\]"):
         Scenario(tasks[::-1], name="reversed", **columns)
-    with pytest.raises(ValueError, match=r"\['yak'\] of task_0 are not in its label_names"):
-        Scenario([Task(0, "task_0", ("yak",), data, data)], name="unknown", **columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"classes": ("yak",)}, ValueError, r"The classes \['yak'\] are not in its label_names"),
+        ({"classes": ()}, ValueError, r"classes is \(\), but must be at least one name, and none twice"),
+        ({"classes": ("cat", "dog", "cat")}, ValueError, r"classes is \('cat', 'dog', 'cat'\), but must be"),
+        ({"classes": ("cat",)}, ValueError, r"The train split has examples of \['dog'\].*classes of the task"),
+        ({"test": split([2, 0])}, ValueError, r"The test split has examples of \['ant'\].*remove them by filter"),
+        ({"train": split([])}, ValueError, "The 'train' split has no examples"),
+        ({"test": split([])}, ValueError, "The 'test' split has no examples"),
+        ({"test": split([2], image="photo")}, ValueError, "no column 'image' in the test split.*image_column="),
+        ({"train": split([2], label="kind")}, ValueError, "no column 'label' in the train split.*label_column="),
+        ({"test": split([2.0], Value("float32"))}, ValueError, "label_column 'label' has the feature.*float32"),
+        ({"train": split([2]).to_iterable_dataset()}, TypeError, "'train' split is a IterableDataset"),
+        ({"label_prefix": "b/"}, ValueError, r"The classes \['cat', 'dog'\] are not in its label_names \['b/ant'"),
+    ],
+)
+def test_a_task_made_by_hand_that_cannot_be_learnt_is_refused(changes, error, message):
+    first = Task(0, "photo", ("ant", "bee"), split([0, 1]), split([0, 1]))
+    second = Task(1, "sketch", ("cat", "dog"), split([2, 3]), split([2, 3]))
+    columns = {"name": "by hand", "image_column": "image", "label_column": "label", "label_names": NAMES}
+    assert len(Scenario([first, second], **columns)) == 2
+    with pytest.raises(error, match=f"^Task 'sketch': .*{message}"):
+        Scenario([first, replace(second, **changes)], **columns)
+
+
+def test_a_transform_may_make_the_images_of_a_task_made_by_hand():
+    data = split([0, 1], image="photo").with_transform(lambda rows: {"image": rows["photo"], "label": rows["label"]})
+    columns = {"image_column": "image", "label_column": "label", "label_names": NAMES}
+    assert len(Scenario([Task(0, "task_0", ("ant", "bee"), data, data)], name="by hand", **columns)) == 1
+
+
+def test_labels_of_text_under_a_prefix_are_classes_of_a_task_made_by_hand():
+    data = split(["ant", "bee"], Value("string"))
+    task = Task(0, "task_0", ("a/bee", "a/ant"), data, data, ("ant", "bee"), "a/")
+    columns = {"image_column": "image", "label_column": "label", "label_names": ["a/ant", "a/bee"]}
+    assert Scenario([task], name="by hand", **columns).model_labels(task, "train").tolist() == [1, 0]
+
+
+def test_a_seed_of_numpy_goes_into_the_record():
+    scenario = class_incremental(splits(), num_tasks=2, seed=np.int64(3))
+    assert json.dumps(scenario.describe()) == json.dumps(class_incremental(splits(), 2, seed=3).describe())
+
+
+def test_labels_of_a_view_of_a_view_are_read_in_its_order():
+    data = splits()
+    view = data["train"].select([9, 0, 4, 1]).shuffle(seed=0).select([3, 1, 0])
+    task = Task(0, "task_0", ("emu", "dog", "ant"), view, view)
+    columns = {"image_column": "image", "label_column": "label", "label_names": NAMES}
+    labels = Scenario([task], name="by hand", **columns).model_labels(task, "train")
+    assert [task.classes[label] for label in labels] == [NAMES[label] for label in view["label"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -146,12 +148,23 @@ def test_nearest_class_means_of_a_stream_know_what_they_have_seen(make_trainer, 
     assert np.isfinite(trainer.metrics["average_accuracy"]) and trainer.metrics["average_accuracy"] > 0.5
 
 
+def test_a_stretch_made_by_hand_has_images_of_its_stream_alone(data):
+    stream = task_free(data, 3)
+    with pytest.raises(ValueError, match=r"Task 'task_0': The train split has examples of .*classes of the stream"):
+        stream.changed(stream[:1])
+    with pytest.raises(ValueError, match=r"Task 'task_0': The test split has examples of .*classes of the task"):
+        stream.changed([replace(stream[0], test=data["test"]), *stream[1:]])
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
             ({"blur": -1}, "blur is -1, but must be a number of at least 0"),
             ({"passes": 0}, "passes is 0, but must be a whole number of at least 1"),
+            ({"stream_seed": -1}, "stream_seed is -1, but must be a whole number of at least 0"),
+            ({"stream_seed": None}, "stream_seed is None, but must be a whole number.*a resumed run draws the same"),
+            ({"seed": "x"}, "seed is 'x', but must be a whole number"),
             ({"num_tasks": 9}, "6 classes cannot make 9 tasks"),
         ],
     )

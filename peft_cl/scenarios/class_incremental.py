@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from datasets import Dataset
 
-from .columns import Labels, find_image_column, is_count, read_labels, train_and_test
-from .order import given_order
+from .columns import Labels, find_image_column, is_count, is_list, read_labels, train_and_test
+from .order import drawn_order, given_order
 from .task import Scenario, Task
 
 
@@ -50,9 +50,10 @@ def class_incremental(
         The scenario, named `"class-incremental"`, its tasks `"task_0"`, `"task_1"`, ...
 
     Raises:
-        ValueError: A missing split or column, labels that are missing or outside the names, different names in train
-            and test, fewer classes than tasks, a class order with unknown, repeated or untrained classes or together
-            with a seed, or a task without examples. The message names the remedy.
+        ValueError: A missing split or column, one split to train and to test on, labels that are missing or outside
+            the names, different names in train and test, fewer classes than tasks, a class order with unknown,
+            repeated or untrained classes or together with a seed, a seed below 0, or a task without examples. The
+            message names the remedy.
         TypeError: `dataset` is no train and test split, or is streamed.
 
     Warns:
@@ -109,9 +110,11 @@ def _check_sizes(
             raise ValueError(
                 "classes_per_task sets the size of every task; leave num_tasks and first_task_classes out, or it."
             )
-        sizes = list(classes_per_task)
-        if not sizes or not all(is_count(size) for size in sizes):
-            raise ValueError(f"classes_per_task must be whole numbers of at least 1, got {sizes}.")
+        if not is_list(classes_per_task) or not len(classes_per_task) or not all(map(is_count, classes_per_task)):
+            raise ValueError(
+                f"classes_per_task is {classes_per_task!r}, but must be a list of whole numbers of at least 1, one "
+                "for each task. For tasks of equal size give num_tasks= in its place."
+            )
     elif not is_count(num_tasks):
         raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
     elif first_task_classes is not None and not (is_count(first_task_classes) and num_tasks > 1):
@@ -157,5 +160,4 @@ def _order_of_classes(
             "them; name the classes to use by class_order= to say so yourself.",
             stacklevel=3,
         )
-    order = np.flatnonzero(trained)
-    return order if seed is None else np.random.default_rng(seed).permutation(order)
+    return drawn_order(np.flatnonzero(trained), seed)

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from .columns import find_image_column, read_labels, train_and_test
-from .order import given_order
+from .order import drawn_order, given_order
 from .task import Scenario, Task
 
 
@@ -42,9 +42,10 @@ def domain_incremental(
         The scenario, named `"domain-incremental"`, its tasks named by their domains.
 
     Raises:
-        ValueError: A missing split or column, labels or domains that are missing or outside their names, a domain
-            order with unknown, repeated or untrained domains or together with a seed, a domain without test examples,
-            or with test examples of classes that it does not train. The message names the remedy.
+        ValueError: A missing split or column, one split to train and to test on, labels or domains that are missing
+            or outside their names, a domain order with unknown, repeated or untrained domains or together with a
+            seed, a seed below 0, a domain without test examples, or with test examples of classes that it does not
+            train. The message names the remedy.
         TypeError: `dataset` is no train and test split, or is streamed.
 
     Example:
@@ -61,14 +62,13 @@ def domain_incremental(
         )
     train, test = train_and_test(dataset, train_split, test_split)
     labels = read_labels(train, test, label_column)
-    domains = read_labels(train, test, domain_column)
+    domains = read_labels(train, test, domain_column, "domain_column")
     image_column = find_image_column(train, test, image_column)
     trained = np.bincount(domains.train, minlength=len(domains.names)) > 0
     if domain_order is not None:
         order = given_order(domain_order, domains.names, trained, "domain_order", "domain")
     else:
-        order = np.flatnonzero(trained)
-        order = order if seed is None else np.random.default_rng(seed).permutation(order)
+        order = drawn_order(np.flatnonzero(trained), seed)
 
     tasks = []
     for index, domain in enumerate(order):

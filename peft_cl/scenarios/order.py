@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .columns import check_seed, is_count, is_list
+
 
 def given_order(
     entries: Sequence[str] | Sequence[int], names: tuple[str, ...], trained: np.ndarray, argument: str, kind: str
@@ -21,16 +23,18 @@ def given_order(
         kind: What an entry is, `"class"` or `"domain"`, for messages.
 
     Raises:
-        ValueError: Unknown, repeated or untrained entries.
+        ValueError: No list, no entries, or unknown, repeated or untrained ones.
     """
-    if isinstance(entries, str):
-        raise ValueError(f"{argument} is the single text {entries!r}; give a list of names or ids.")
+    if not is_list(entries) or not len(entries):
+        raise ValueError(
+            f"{argument} is {entries!r}, but must be a list of at least one name or id. Leave it out for every {kind}."
+        )
     id_of_name = {name: number for number, name in enumerate(names)}
     order, unknown = [], []
     for entry in entries:
         if isinstance(entry, str) and entry in id_of_name:
             order.append(id_of_name[entry])
-        elif isinstance(entry, (int, np.integer)) and 0 <= entry < len(names):
+        elif is_count(entry, 0) and entry < len(names):
             order.append(int(entry))
         else:
             unknown.append(entry)
@@ -47,3 +51,12 @@ def given_order(
     if untrained:
         raise ValueError(f"{argument} has {untrained}, but the train split has no examples of them; leave them out.")
     return np.array(order, dtype=np.int64)
+
+
+def drawn_order(ids: np.ndarray, seed: int | None) -> np.ndarray:
+    """Returns the ids in an order drawn from the seed, or as they are without one.
+
+    Raises:
+        ValueError: The seed is no whole number of at least 0.
+    """
+    return ids if seed is None else np.random.default_rng(check_seed("seed", seed)).permutation(ids)

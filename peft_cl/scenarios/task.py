@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import read_label_ids, whole_data
+from .columns import check_seed, read_label_ids, require_column, require_examples, whole_data
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Scenario(Sequence[Task]):
         settings: What else made the sequence what it is, in types that JSON knows.
 
     Raises:
-        ValueError: No tasks, indices out of order, a task's name twice, or a class that is not in the label names.
+        ValueError: No tasks, indices out of order, a task's name twice, a class that is not in the label names, or a
+            task without classes, with a class twice, without examples or a column, or with examples of other classes.
+        TypeError: A split that is streamed.
 
     Example:
         >>> scenario = class_incremental(load_dataset("uoft-cs/cifar100"), num_tasks=10, label_column="fine_label")
@@ -87,7 +89,7 @@ class Scenario(Sequence[Task]):
         self.image_column = image_column
         self.label_column = label_column
         self.label_names = tuple(label_names)
-        self.seed = seed
+        self.seed = None if seed is None else check_seed("seed", seed)
         self.task_known = task_known
         self.boundaries = boundaries
         self.settings = dict(settings or {})
@@ -102,13 +104,11 @@ class Scenario(Sequence[Task]):
         # A class may come back in a later task (domain-incremental): the first appearance fixes its place.
         self.classes: tuple[str, ...] = tuple(dict.fromkeys(name for task in self._tasks for name in task.classes))
         for task in self._tasks:
-            known = {task.label_prefix + name for name in task.label_names or self.label_names}
-            unknown = [name for name in task.classes if name not in known]
-            if unknown:
-                raise ValueError(
-                    f"The classes {unknown} of {task.name} are not in its label_names {sorted(known)}; "
-                    "give every class the name that its label has in the data set."
-                )
+            try:
+                self._check_classes(task)
+                self._check_data(task)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"Task {task.name!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -124,6 +124,44 @@ class Scenario(Sequence[Task]):
 
     def __repr__(self) -> str:
         return f"Scenario({self.name!r}, {len(self)} tasks, {len(self.classes)} classes, seed={self.seed})"
+
+    def _names(self, task: Task) -> tuple[str, ...]:
+        return task.label_names or self.label_names
+
+    def _check_classes(self, task: Task) -> None:
+        if not task.classes or len(set(task.classes)) < len(task.classes):
+            raise ValueError(
+                f"classes is {task.classes!r}, but must be at least one name, and none twice. Give the names of the "
+                "classes that its examples have, each once."
+            )
+        known = {task.label_prefix + name for name in self._names(task)}
+        unknown = [name for name in task.classes if name not in known]
+        if unknown:
+            raise ValueError(
+                f"The classes {unknown} are not in its label_names {sorted(known)}; "
+                "give every class the name that its label has in the data set."
+            )
+
+    def _check_data(self, task: Task) -> None:
+        splits = {"train": task.train, "test": task.test}
+        for split, examples in splits.items():
+            require_examples(examples, split)
+        require_column(splits, self.label_column, "label_column")
+        # A transform that the user has set may make the images of other columns.
+        stored = {split: examples for split, examples in splits.items() if examples.format["type"] != "custom"}
+        require_column(stored, self.image_column, "image_column")
+        names = self._names(task)
+        for split, examples in splits.items():
+            # In a stretch of a stream images of all its classes come; it is measured on its own.
+            whole = split == "train" and not self.boundaries
+            classes = set(self.classes if whole else task.classes)
+            found = np.unique(read_label_ids(examples, self.label_column, names, split))
+            foreign = [name for name in (task.label_prefix + names[label] for label in found) if name not in classes]
+            if foreign:
+                raise ValueError(
+                    f"The {split} split has examples of {foreign[:10]}, which are not among the classes of "
+                    f"the {'stream' if whole else 'task'}. Add them to its classes, or remove them by filter()."
+                )
 
     def label_index(self, known: Sequence[str] = ()) -> np.ndarray:
         """Returns the model's label of each of the data set's label ids.
@@ -149,7 +187,7 @@ class Scenario(Sequence[Task]):
         Returns:
             int64 array of shape (examples,).
         """
-        names = task.label_names or self.label_names
+        names = self._names(task)
         position = {name: index for index, name in enumerate(dict.fromkeys([*known, *self.classes]))}
         labels = np.array([position.get(task.label_prefix + name, -1) for name in names], dtype=np.int64)
         return labels[read_label_ids(getattr(task, split), self.label_column, names, split)]

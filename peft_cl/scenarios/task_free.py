@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from .class_incremental import class_incremental
-from .columns import is_count
+from .columns import check_seed, is_count
 from .task import Scenario, Task
 
 
@@ -43,7 +43,7 @@ def task_free(
         of a stretch are those of the group that has its peak there.
 
     Raises:
-        ValueError, TypeError: As `class_incremental`; a negative `blur` or no pass.
+        ValueError, TypeError: As `class_incremental`; a negative `blur` or `stream_seed`, or no pass.
 
     Example:
         >>> scenario = task_free(load_dataset("uoft-cs/cifar100"), 10, "fine_label", blur=0.5)    # doctest: +SKIP
@@ -54,6 +54,7 @@ def task_free(
         raise ValueError(f"blur is {blur!r}, but must be a number of at least 0, in widths of a stretch.")
     if not is_count(passes):
         raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1.")
+    stream_seed = check_seed("stream_seed", stream_seed)
     groups = class_incremental(dataset, num_tasks, label_column, **settings)
     train = dataset[settings.get("train_split", "train")] if isinstance(dataset, Mapping) else dataset[0]
     labels = Task(0, "all", groups.classes, train, train, groups.label_names)
