@@ -10,6 +10,7 @@ from peft_cl.metrics import (
     MODULE,
     accuracy_matrix,
     class_accuracies,
+    forward_transfer,
     intransigence,
     overall_accuracy,
     per_step_forgetting,
@@ -80,6 +81,9 @@ def test_forward_transfer_needs_predictions_from_before(tmp_path):
         ({name: [] for name in ROWS}, "One number per example is needed"),
         ({"task_ids": [0.5] * 8}, "task_ids must be whole numbers from 0"),
         ({"predictions": [-1] * 8}, "predictions must be whole numbers from 0"),
+        ({"predictions": [1.7] * 8}, "predictions must be whole numbers from 0, got 1.7; .* no scores"),
+        ({"references": [np.nan] * 8}, "references must be whole numbers from 0, got nan"),
+        ({"references": ["cat"] * 8}, "references must be whole numbers from 0, got cat"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(columns, message):
@@ -90,3 +94,69 @@ def test_columns_that_do_not_fit_are_refused(columns, message):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"test_sizes has the shape \(2,\), but needs one number per task: \(3,\)"):
         overall_accuracy(MATRIX, [1, 2])
+
+
+@pytest.mark.parametrize(("size", "shown"), [(-1, "-1"), (0, "0"), (1.5, "1.5"), (np.nan, "nan"), (np.inf, "inf")])
+def test_sizes_that_count_nothing_are_refused(size, shown):
+    with pytest.raises(ValueError, match=f"test_sizes are whole numbers from 1, got {shown}; count"):
+        overall_accuracy(MATRIX, [10, size, 10])
+
+
+@pytest.mark.parametrize("value", [90, -0.1, np.inf])
+def test_percentages_are_refused(value):
+    with pytest.raises(ValueError, match=f"in the reference are fractions from 0 to 1, got {value}.*by 100"):
+        intransigence(MATRIX, [0.9, value, 0.9])
+    with pytest.raises(ValueError, match=f"in the baseline are fractions from 0 to 1, got {value}.*by 100"):
+        forward_transfer([[0.8, 0.3], [0.9, 0.6]], [0.5, value])
+
+
+def test_what_no_metric_reads_need_not_be_known():
+    assert intransigence([[0.5, None], [None, None]], [0.75, np.nan]) == 0.25
+    assert np.isnan(intransigence(MATRIX, [0.9, np.nan, 0.9]))
+    assert forward_transfer([[0.75, 0.5], [0.5, 0.75]], [np.nan, 0.25]) == 0.25
+
+
+@pytest.mark.parametrize("tasks", [[0, 0, 1], {0: 0, 1: 0, 2: 1}, {"0": 0, "1": 0, "2": 1, "3": 1}, 5])
+def test_a_class_without_a_task_is_named(tasks, tmp_path):
+    missing = 3 if not isinstance(tasks, int) and 0 in tasks else 0
+    with pytest.raises(ValueError, match=f"task_of_class has no entry for the class {missing}, .* every class"):
+        task_identification_accuracy(ROWS["predictions"], ROWS["task_ids"], tasks)
+    with pytest.raises(ValueError, match="task_of_class has no entry for the class"):
+        evaluate.load(MODULE, cache_dir=str(tmp_path)).compute(**ROWS, task_of_class=tasks)
+
+
+def test_the_module_does_not_cut_scores_to_classes(tmp_path):
+    metric = evaluate.load(MODULE, cache_dir=str(tmp_path))
+    for column in ("predictions", "references"):
+        with pytest.raises(ValueError, match=f"{column} must be whole numbers from 0, got 1.7"):
+            metric.compute(**{**ROWS, column: [1.7] * 8})
+    metric.add(prediction=0.9, reference=0, task_ids=0, steps=0)
+    with pytest.raises(ValueError, match=r"got 0\.9"):
+        metric.compute()
+
+
+def test_predictions_on_tasks_not_learnt_yet_count_for_forward_transfer_only(tmp_path):
+    metric = evaluate.load(MODULE, cache_dir=str(tmp_path))
+    options = {"task_of_class": [0, 0, 1, 1, 2], "reference": [1.0, 1.0, np.nan]}
+    expected = metric.compute(**ROWS, **{**options, "reference": [1.0, 1.0]})
+    # Task 2 is seen once after task 0, and three times after task 1, which is the last one learnt.
+    later = {"predictions": [4, 4, 4, 0], "references": [4] * 4, "task_ids": [2] * 4, "steps": [0, 1, 1, 1]}
+    found = metric.compute(**{name: column + later[name] for name, column in ROWS.items()}, **options)
+    assert found.pop("accuracy_matrix")[:2] == [[1.0, None, 1.0], [pytest.approx(1 / 3), 0.5, pytest.approx(2 / 3)]]
+    expected.pop("accuracy_matrix")
+    assert found == expected
+    assert found["task_accuracies"] == [pytest.approx(1 / 3), 0.5]
+
+
+@pytest.mark.parametrize(
+    ("steps", "task", "step"),
+    [
+        ([0, 0, 0, 2, 2, 2, 2, 2], 0, 1),  # a step is left out
+        ([1, 1, 1, 1, 1, 1, 1, 1], 0, 0),  # counted from 1
+        ([0, 0, 0, 1, 1, 1, 0, 0], 1, 1),  # the last step lacks the task just learnt
+    ],
+)
+def test_a_step_without_predictions_on_a_task_learnt_is_refused(steps, task, step, tmp_path):
+    metric = evaluate.load(MODULE, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=f"no predictions on task {task} at step {step}, but the last step is"):
+        metric.compute(**{**ROWS, "steps": steps})

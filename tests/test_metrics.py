@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from peft_cl.metrics import (
     forward_transfer,
     results_table,
 )
+from peft_cl.metrics.results import differences, group_of
 
 
 NAN = math.nan
@@ -257,6 +259,14 @@ class TestResultsTable:
         methods = [line.split(" | ")[0] for line in results_table(runs).splitlines()[2:]]
         assert methods == ["| L2P (n = 2)", "| CODA-Prompt", "| CODA-Prompt (2 of 3 tasks)"]
 
+    def test_runs_with_other_settings_are_no_seeds_of_one_line(self):
+        slow, fast = {"learning_rate": 0.02, "seed": 0}, {"learning_rate": 0.5, "seed": 1}
+        runs = [run(hyperparameters=slow), run(seed=1, hyperparameters=fast), run(method="L2P", hyperparameters=fast)]
+        methods = [line.split(" | ")[0] for line in results_table(runs).splitlines()[2:]]
+        assert methods == ["| CODA-Prompt (learning_rate 0.02)", "| CODA-Prompt (learning_rate 0.5)", "| L2P"]
+        runs = [run(), run(finished_tasks=2, hyperparameters=fast)]
+        assert "| CODA-Prompt (no betas, learning_rate 0.5) (2 of 3 tasks) |" in results_table(runs)
+
     def test_what_is_not_known_is_a_dash(self):
         row = run(
             method="a|b", metrics={"average_accuracy": 0.5}, adapter_bytes=None, train_seconds=7322
@@ -272,5 +282,120 @@ class TestResultsTable:
     def test_no_runs_and_the_same_seed_twice_are_refused(self):
         with pytest.raises(ValueError, match="no runs"):
             results_table([])
-        with pytest.raises(ValueError, match="two runs of 'CODA-Prompt' with the seed 0"):
+        with pytest.raises(ValueError, match="two runs of 'CODA-Prompt' with the same settings and the seed 0"):
             results_table([run(), run()])
+
+
+DOMAINS = {"photo": (7, 1339, 331), "sketch": (7, 3145, 784), "cartoon": (5, 1878, 466)}
+SETTINGS = {
+    "learning_rate": 1e-3,
+    "adapter": {"prompt_length": 8, "layers": [0, 1]},
+    "augmentation": None,
+    "seed": 0,
+    "device": "cpu",
+}
+
+
+def of_domains(*order: str, seed: int | None = 0, **changes) -> RunResults:
+    """A run over domains, whose names and sizes come in the order that the seed has drawn."""
+    classes, train, test = (list(numbers) for numbers in zip(*(DOMAINS[name] for name in order), strict=True))
+    scenario = {
+        "name": "domain-incremental",
+        "num_tasks": len(order),
+        "boundaries": True,
+        "settings": {"blur": 0.5, "stream_seed": seed},
+        "seed": seed,
+        "class_order": ["dog", *order],
+        "task_names": list(order),
+        "classes_per_task": classes,
+        "train_sizes": train,
+        "test_sizes": test,
+    }
+    fields = {"seed": seed or 0, "scenario": scenario, "task_names": list(order), "test_sizes": test}
+    return run(**{"hyperparameters": {**SETTINGS, "seed": seed}, **fields, **changes})
+
+
+ONE = of_domains("photo", "sketch", "cartoon")
+
+
+class TestGroupOf:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            of_domains("cartoon", "photo", "sketch", seed=1),
+            of_domains("photo", "sketch", "cartoon", hyperparameters={**SETTINGS, "device": "cuda", "threads": 8}),
+            of_domains("photo", "sketch", "cartoon", versions={"torch": "2.1"}, command="again", finished_tasks=2),
+            # what is in a record from before a setting was recorded
+            of_domains(
+                "photo",
+                "sketch",
+                "cartoon",
+                scenario={name: value for name, value in ONE.scenario.items() if name != "boundaries"},
+                hyperparameters={"learning_rate": 1e-3, "adapter": {**SETTINGS["adapter"], "task_evidence": 0.0}},
+            ),
+            of_domains("photo", "sketch", "cartoon", hyperparameters={**SETTINGS, "adam_epsilon": 1e-8}),
+        ],
+    )
+    def test_seed_and_place_make_no_difference(self, other):
+        assert group_of(other) == group_of(ONE)
+
+    def test_a_task_of_other_classes_may_be_of_another_size(self):
+        scenario = {"name": "class-incremental", "classes_per_task": [2, 2, 2]}
+        first = run(scenario={**scenario, "seed": 0, "train_sizes": [50, 60, 70]}, test_sizes=[5, 6, 7])
+        second = run(scenario={**scenario, "seed": 1, "train_sizes": [80, 50, 50]}, test_sizes=[8, 5, 5])
+        assert group_of(first) == group_of(second)
+        fewer = run(scenario={**scenario, "seed": 1, "train_sizes": [50, 50, 50]}, test_sizes=[8, 5, 5])
+        assert group_of(first) != group_of(fewer)
+        uneven = {**first.scenario, "classes_per_task": [4, 1, 1]}
+        assert group_of(first) != group_of(run(scenario=uneven, test_sizes=[5, 6, 7]))
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"method": "L2P"}, "method L2P"),
+            ({"dataset": "pacs"}, "dataset pacs"),
+            ({"base_model": "deit"}, "base_model deit"),
+            ({"scenario": {**ONE.scenario, "name": "task-free"}}, "name task-free"),
+            ({"scenario": {**ONE.scenario, "boundaries": False}}, "boundaries False"),
+            ({"scenario": {**ONE.scenario, "settings": {"blur": 0.1}}}, "blur 0.1"),
+            ({"scenario": {**ONE.scenario, "train_sizes": [1, 2, 3]}}, "train_examples 6"),
+            ({"test_sizes": [1, 2, 3]}, "test_examples 6"),
+            ({"hyperparameters": {**SETTINGS, "learning_rate": 0.5}}, "learning_rate 0.5"),
+            ({"hyperparameters": {**SETTINGS, "learning_rates": {"pool": 0.1}}}, "learning_rates.pool 0.1"),
+            ({"hyperparameters": {**SETTINGS, "augmentation": "crop"}}, "augmentation crop"),
+            (
+                {"hyperparameters": {**SETTINGS, "adapter": {"prompt_length": 4, "layers": [0]}}},
+                "layers [0], prompt_length 4",
+            ),
+            ({"hyperparameters": {}}, "no layers, no prompt_length, …"),
+        ],
+    )
+    def test_what_else_differs_tells_runs_apart(self, changes, told):
+        other = of_domains("photo", "sketch", "cartoon", **changes)
+        assert group_of(other) != group_of(ONE)
+        assert differences(["same", "alone", "same"], [group_of(ONE), (), group_of(other)])[1:] == ["", told]
+
+    def test_an_order_that_was_chosen_is_a_setting(self):
+        orders = ("photo", "sketch", "cartoon"), ("sketch", "photo", "cartoon")
+        first, second = (of_domains(*order, seed=None) for order in orders)
+        assert group_of(first) != group_of(second)
+
+    def test_labels_stay_short_and_apart(self):
+        tried = [("a", 1, 1, 1), ("b", 1, 1, 1), ("b", 1, 2, 1), ("b", 1, 2, 2)]
+        groups = [tuple(zip("abcd", values, strict=True)) for values in tried]
+        assert differences(["same"] * 4, groups) == [
+            "a a, c 1, d 1",
+            "a b, c 1, d 1",
+            "a b, c 2, d 1",
+            "a b, c 2, d 2",
+        ]
+        long = [(("path", f"/data/{'x' * 20}{letter}{'y' * 20}"),) for letter in "ab"]
+        (first, second) = differences(["same"] * 2, long)
+        assert first != second and max(map(len, (first, second))) < 45
+
+    def test_the_recorded_benchmarks_are_grouped_by_their_seeds(self):
+        folder = Path(__file__).parents[1] / "benchmarks" / "results"
+        for name in ("pacs", "tiny-imagenet-cl"):
+            table = results_table([RunResults.load(path) for path in sorted((folder / name).glob("*/results.json"))])
+            lines = table.splitlines()[2:]
+            assert len(lines) > 5 and all("(n = 3)" in line for line in lines), table

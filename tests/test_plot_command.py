@@ -123,6 +123,9 @@ def test_settings_of_one_method_are_named_by_their_folders_and_seeds_are_not():
     folders = [Path("out/slow"), Path("out/fast"), Path("out/dual"), Path("out/others")]
     named = [run.method for run in tell_apart(folders, runs)]
     assert named == ["L2P (slow)", "L2P (fast)", "DualPrompt", "L2P"]
+    runs[1] = results(hyperparameters={"learning_rate": 0.5})  # told apart by what differs
+    assert [run.method for run in tell_apart(folders, runs)] == ["L2P", "L2P", "DualPrompt", "L2P"]
+    runs[1] = results()
     named = [run.method for run in tell_apart([Path("slow/run"), Path("fast/run")], runs[:2])]
     assert named == ["L2P (slow/run)", "L2P (fast/run)"]
 

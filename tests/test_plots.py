@@ -189,6 +189,33 @@ def test_what_differs_between_lines_of_one_method_is_named() -> None:
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["L2P (images)", "L2P (paintings)"]
 
 
+def test_runs_with_other_settings_are_no_seeds_of_one_line() -> None:
+    class_incremental, task_incremental = ({"name": f"{kind}-incremental"} for kind in ("class", "task"))
+    slow, fast = {"learning_rate": 0.02}, {"learning_rate": 0.5}
+
+    def labels(*runs: RunResults) -> list[str]:
+        axes = plot_average_accuracy(runs).axes[0]
+        assert not axes.collections  # no band: each line is one run
+        return [line.get_label() for line in axes.get_lines()]
+
+    unlike = run(seed=1, scenario=task_incremental, hyperparameters=fast)
+    first = run(scenario=class_incremental, hyperparameters=slow)
+    assert labels(first, unlike) == ["L2P (class-incremental)", "L2P (task-incremental)"]
+    runs = [run(hyperparameters=slow), run(seed=1, hyperparameters=fast), run("DualPrompt", hyperparameters=fast)]
+    assert labels(*runs) == ["L2P (learning_rate 0.02)", "L2P (learning_rate 0.5)", "DualPrompt"]
+    runs.append(run(tasks=5, hyperparameters=fast))
+    assert labels(*runs) == [
+        "L2P (3 tasks, learning_rate 0.02)",
+        "L2P (3 tasks, learning_rate 0.5)",
+        "DualPrompt (3 tasks)",
+        "L2P (5 tasks)",
+    ]
+    assert labels(run(dataset="a/images"), run(dataset="b/images")) == [
+        "L2P (dataset a/images)",
+        "L2P (dataset b/images)",
+    ]
+
+
 def test_labels_of_close_curves_do_not_overlap() -> None:
     runs = [run(f"A method with quite a long name {number}", tasks=10) for number in range(9)]
     figure = plot_average_accuracy(runs)

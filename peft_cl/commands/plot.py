@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import RunResults, finished_tasks
-from ..plots.curves import group_of
+from ..metrics.results import group_of
 from .errors import CommandError, explained
 from .pictures import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
-from .train import RESULTS_FILE
+from .sources import RESULTS_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

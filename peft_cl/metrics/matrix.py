@@ -36,14 +36,17 @@ def overall_accuracy(matrix: ArrayLike, test_sizes: Sequence[int]) -> float:
 
     Args:
         matrix: The accuracy matrix.
-        test_sizes: Number of test examples n_j of each task, shape (T,).
+        test_sizes: Number of test examples n_j of each task, whole numbers from 1, shape (T,).
 
     Example:
         >>> overall_accuracy([[0.9, None], [0.5, 1.0]], [30, 10])
         0.625
     """
-    finished = _finished(matrix)
-    return float(np.average(finished[-1], weights=_of_each_task(test_sizes, matrix, "test_sizes")[: len(finished)]))
+    finished, sizes = _finished(matrix), _of_each_task(test_sizes, matrix, "test_sizes")
+    wrong = sizes[~(np.isfinite(sizes) & (sizes >= 1) & (sizes == np.floor(sizes)))]
+    if wrong.size:
+        raise ValueError(f"test_sizes are whole numbers from 1, got {wrong[0]:g}; count each task's test examples.")
+    return float(np.average(finished[-1], weights=sizes[: len(finished)]))
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> float:
@@ -98,15 +101,16 @@ def intransigence(matrix: ArrayLike, reference: ArrayLike) -> float:
 
     Args:
         matrix: The accuracy matrix.
-        reference: Accuracy (0 to 1) of the reference on each task, shape (T,).
+        reference: Accuracy (0 to 1) of the reference on each task, shape (T,); NaN for a finished task makes the
+            result NaN.
 
     Example:
         >>> intransigence([[0.75, None], [0.5, 0.5]], reference=[0.75, 0.75])
         0.125
     """
     finished = _finished(matrix)
-    reached = _of_each_task(reference, matrix, "reference")[: len(finished)]
-    return float((reached - finished.diagonal()).mean())
+    reached = _fractions(_of_each_task(reference, matrix, "reference"), "reference")
+    return float((reached[: len(finished)] - finished.diagonal()).mean())
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
@@ -137,7 +141,7 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
         baseline: Accuracy (0 to 1) of the untrained model on each task, shape (T,).
 
     Raises:
-        ValueError: An accuracy it needs was not measured, or the baseline has another length.
+        ValueError: An accuracy it needs was not measured, or the baseline has another length or values outside 0 to 1.
 
     Example:
         >>> forward_transfer([[0.75, 0.5], [0.5, 0.75]], baseline=[0.25, 0.25])
@@ -145,7 +149,7 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
     """
     accuracies = _checked(matrix)
     _finished(accuracies)
-    start = _of_each_task(baseline, matrix, "baseline")
+    start = _fractions(_of_each_task(baseline, matrix, "baseline"), "baseline")
     if len(accuracies) == 1:
         return 0.0
     gains = accuracies.diagonal(offset=1) - start[1:]
@@ -215,9 +219,15 @@ def _checked(matrix: ArrayLike) -> np.ndarray:
             f"An accuracy matrix has one row and one column per task, got shape {accuracies.shape}; "
             "fill what was not measured with NaN."
         )
-    outside = accuracies[(accuracies < 0) | (accuracies > 1)]
+    return _fractions(accuracies, "accuracy matrix")
+
+
+def _fractions(accuracies: np.ndarray, name: str) -> np.ndarray:
+    outside = accuracies[(accuracies < 0) | (accuracies > 1)]  # NaN is neither
     if outside.size:
-        raise ValueError(f"Accuracies are fractions from 0 to 1, got {outside[0]}; divide percentages by 100.")
+        raise ValueError(
+            f"Accuracies in the {name} are fractions from 0 to 1, got {outside[0]}; divide percentages by 100."
+        )
     return accuracies
 
 

@@ -24,7 +24,7 @@ def accuracy_matrix(
         largest task or step.
 
     Raises:
-        ValueError: No examples, or arrays of different lengths.
+        ValueError: No examples, arrays of different lengths, or numbers that are not whole, such as scores.
 
     Example:
         >>> accuracy_matrix([1, 1, 0, 2], [1, 0, 0, 2], task_ids=[0, 0, 0, 1], steps=[0, 0, 1, 1])
@@ -52,14 +52,23 @@ def task_identification_accuracy(
         task_of_class: Task of each class, for classes that belong to one task.
 
     Raises:
-        ValueError: No examples, or arrays of different lengths.
+        ValueError: No examples, arrays of different lengths, or a predicted class that `task_of_class` lacks.
 
     Example:
         >>> task_identification_accuracy([0, 3, 1], [0, 0, 0], task_of_class=[0, 0, 1, 1])
         0.6666666666666666
     """
     predicted, tasks = _checked(predictions=predictions, task_ids=task_ids)
-    return float(np.mean([task_of_class[label] == task for label, task in zip(predicted, tasks, strict=True)]))
+    task_of = {}
+    for label in np.unique(predicted).tolist():
+        try:
+            task_of[label] = task_of_class[label]
+        except (LookupError, TypeError) as error:  # TypeError: neither list nor dict
+            raise ValueError(
+                f"task_of_class has no entry for the class {label}, which is among the predictions; give the task of "
+                "every class, as a list or as a dict with the classes' numbers as keys."
+            ) from error
+    return float(np.mean([task_of[label] == task for label, task in zip(predicted, tasks, strict=True)]))
 
 
 def class_accuracies(predictions: ArrayLike, references: ArrayLike) -> dict[int, float]:
@@ -85,7 +94,16 @@ def _checked(**columns: ArrayLike) -> list[np.ndarray]:
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(array.ndim != 1 or not array.size for array in arrays.values()):
         raise ValueError(f"One number per example is needed in each, but the shapes are {shapes}.")
-    wrong = [name for name, array in arrays.items() if array.dtype.kind not in "iu" or array.min() < 0]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} must be whole numbers from 0.")
-    return list(arrays.values())
+    return [_whole(name, array) for name, array in arrays.items()]
+
+
+def _whole(name: str, array: np.ndarray) -> np.ndarray:
+    wrong = array
+    if array.dtype.kind in "iuf":  # whole floats such as 1.0 are taken
+        wrong = array[~(np.isfinite(array) & (array >= 0) & (array == np.floor(array)))]
+    if wrong.size:
+        raise ValueError(
+            f"{name} must be whole numbers from 0, got {wrong[0]!s}; give the numbers of classes, tasks or steps, and "
+            "no scores."
+        )
+    return array.astype(int)

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,6 +23,17 @@ FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
 ADDED_LATER = {"prompt_usage"}
+# Settings likewise, with what runs did that do not say.
+SETTINGS_ADDED_LATER = {
+    "scenario.boundaries": True,
+    "hyperparameters.adam_epsilon": 1e-8,
+    "hyperparameters.dataloader_drop_last": False,
+    "hyperparameters.train_sampling_strategy": "random",
+    "hyperparameters.load_best_model_at_end": False,
+    "hyperparameters.adapter.task_evidence": 0.0,
+}
+# Settings, by the last part of their names, that differ between seeds of one run, or say where it ran.
+NOT_COMPARED = {"seed", "data_seed", "stream_seed", "device", "threads", "peft_version", "format_version"}
 
 TABLE_COLUMNS = (
     "Method",
@@ -186,15 +199,15 @@ class RunResults:
 
 
 def results_table(results: Iterable[RunResults]) -> str:
-    """Returns the runs as a GitHub table, one line per method, in the order of their first run.
+    """Returns the runs as a GitHub table, one line per method and its settings, in the order of their first run.
 
-    Several seeds of one method become mean ± sample standard deviation (n - 1) with their number; runs that are not
-    finished stand in lines of their own, with the tasks done. Accuracy and forgetting come from each run's `metrics`;
-    "–" where it has none.
+    Runs that differ in their seed only become mean ± sample standard deviation (n - 1) with their number. Where a
+    method has several settings, its lines say what differs; runs that are not finished stand in lines of their own,
+    with the tasks done. Accuracy and forgetting come from each run's `metrics`; "–" where it has none.
 
     Raises:
-        ValueError: No runs, runs of different data sets, backbones or scenarios (they do not compare), or the same
-            method and seed twice.
+        ValueError: No runs, runs of different data sets, backbones or scenarios (they do not compare), or two runs
+            with the same method, settings and seed.
 
     Example:
         >>> print(results_table([RunResults.load(path) for path in sorted(Path("out").glob("*/results.json"))]))
@@ -209,22 +222,94 @@ def results_table(results: Iterable[RunResults]) -> str:
             f"These runs do not compare, they differ in (data set, backbone, scenario, number of tasks): {listed}. "
             "Make one table for each."
         )
-    groups: dict[tuple[str, int], list[RunResults]] = {}
+    groups: dict[tuple[Group, int], list[RunResults]] = {}
     for run in results:
-        group = groups.setdefault((run.method, run.finished_tasks), [])
+        group = groups.setdefault((group_of(run), run.finished_tasks), [])
         if any(other.seed == run.seed for other in group):
             raise ValueError(
-                f"There are two runs of {run.method!r} with the seed {run.seed}; give variants of a method different "
-                "names, or leave one out."
+                f"There are two runs of {run.method!r} with the same settings and the seed {run.seed}; leave one out, "
+                "or give them different names."
             )
         group.append(run)
+    methods = {group: runs[0].method for (group, _), runs in groups.items()}
+    details = dict(zip(methods, differences(list(methods.values()), list(methods)), strict=True))
     header = f"| {' | '.join(TABLE_COLUMNS)} |\n|---|{'---:|' * (len(TABLE_COLUMNS) - 1)}"
-    return "\n".join([header, *(_row(group) for group in groups.values())])
+    return "\n".join([header, *(_row(runs, details[group]) for (group, _), runs in groups.items())])
 
 
-def _row(runs: list[RunResults]) -> str:
+#: What runs have in common that differ in their seed only: (name, value) of all that is compared, by name.
+Group = tuple[tuple[str, Any], ...]
+
+
+def group_of(run: RunResults) -> Group:
+    """Returns what a run was, but for its seed and where it ran: runs with equal groups differ in their seed only.
+
+    Compared are method, data set, backbone, scenario and hyperparameters. An order of classes or tasks that the
+    scenario's seed drew counts as part of that seed: then tasks are compared by name, and numbers of examples in sum.
+    """
+    scenario, tasks = run.scenario, run.task_names
+    classes = zip_longest(tasks, scenario.get("classes_per_task") or (), fillvalue="")
+    facts = {
+        "method": run.method,
+        "dataset": run.dataset,
+        "base_model": run.base_model,
+        "scenario": {name: scenario[name] for name in ("name", "boundaries", "settings") if name in scenario},
+        "tasks": ", ".join(sorted(f"{name} {count}".strip() for name, count in classes)),
+        "train_examples": sum(scenario.get("train_sizes", ())),
+        "test_examples": sum(run.test_sizes),
+        "hyperparameters": run.hyperparameters,
+    }
+    if scenario.get("seed") is None:  # nothing was drawn: the order was chosen
+        facts |= {"task_order": tasks, "class_order": scenario.get("class_order")}
+    named = SETTINGS_ADDED_LATER | dict(_by_name(_to_json(facts)))
+    return tuple(sorted((name, value) for name, value in named.items() if name.split(".")[-1] not in NOT_COMPARED))
+
+
+def _by_name(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _by_name(entry, f"{name}.{key}".lstrip("."))
+    elif value is not None:  # a setting that is not set may as well be left out
+        yield name, json.dumps(value) if isinstance(value, list) else value
+
+
+def differences(labels: Sequence[Hashable], groups: Sequence[Group]) -> list[str]:
+    """Returns for each group what tells it from the others of the same label, briefly; "" where there are none."""
+    found = [""] * len(labels)
+    for label in dict.fromkeys(labels):
+        places = [place for place, other in enumerate(labels) if other == label]
+        if len(places) > 1:
+            for place, text in zip(places, _tell_apart([dict(groups[place]) for place in places]), strict=True):
+                found[place] = text
+    return found
+
+
+def _tell_apart(groups: list[dict[str, Any]]) -> list[str]:
+    names = [name for name in dict.fromkeys(chain(*groups)) if len({group.get(name) for group in groups}) > 1]
+    shown: list[str] = []
+    for name in names:  # two of them, and more only where they are needed
+        if len(shown) < 2 or _count(groups, [*shown, name]) > _count(groups, shown):
+            shown.append(name)
+    more = ["…"] if len(shown) < len(names) else []
+    texts = [", ".join([_setting(name, group.get(name)) for name in shown] + more) for group in groups]
+    # Long values are cut, so that they may read the same.
+    return [text if texts.count(text) == 1 else f"{text} #{place}" for place, text in enumerate(texts, start=1)]
+
+
+def _count(groups: list[dict[str, Any]], names: list[str]) -> int:
+    return len({tuple(group.get(name) for name in names) for group in groups})
+
+
+def _setting(name: str, value: Any) -> str:
+    short = re.sub(r"^((hyperparameters|adapter|strategy|data|scenario|settings)\.)+", "", name)
+    text = str(value)
+    return f"no {short}" if value is None else f"{short} {text if len(text) <= 30 else f'{text[:10]}…{text[-19:]}'}"
+
+
+def _row(runs: list[RunResults], details: str = "") -> str:
     first = runs[0]
-    method = first.method.replace("|", "\\|")
+    method = f"{first.method} ({details})" if details else first.method
+    method = method.replace("|", "\\|")
     if first.finished_tasks < len(first.task_names):
         method += f" ({first.finished_tasks} of {len(first.task_names)} tasks)"
     if len(runs) > 1:

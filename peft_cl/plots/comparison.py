@@ -35,7 +35,7 @@ def plot_comparison(list_of_results: Sequence[RunResults], path: str | os.PathLi
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+        ValueError: The list is empty, or two of its runs have the same method, settings and seed.
 
     Example:
         ```python

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..metrics import RunResults, final_average_accuracy, finished_tasks, forgetting
+from ..metrics.results import Group, differences, group_of
 from .matrix import as_matrix, mean_matrix
 from .style import COLOURS, DASHES, INK, MARKERS, MUTED, new_figure, save, set_title, short_name, wrap
 
@@ -59,7 +60,7 @@ FORGETTING = Measure(
 
 @dataclass(frozen=True)
 class Line:
-    """The runs of one method, and how they are drawn."""
+    """Runs that differ in their seed only, and how they are drawn."""
 
     label: str
     matrices: np.ndarray  # (seeds, tasks, tasks), accuracy in 0..1, NaN where not measured
@@ -80,10 +81,11 @@ class Line:
 
 
 def plot_average_accuracy(list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw the average accuracy over the tasks seen, after each task: a line per method.
+    """Draw the average accuracy over the tasks seen, after each task: a line per method and its settings.
 
     Runs that differ in their seed only are one line, their mean, with a band of one standard deviation over the seeds
-    (n - 1 in the denominator). A method's runs on other data, backbones or numbers of tasks are lines of their own.
+    (n - 1 in the denominator). A method's runs on other data, backbones or scenarios, or with other hyperparameters,
+    are lines of their own, whose labels say what differs.
 
     Args:
         list_of_results: The results of at least one run.
@@ -94,7 +96,7 @@ def plot_average_accuracy(list_of_results: Sequence[RunResults], path: str | os.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+        ValueError: The list is empty, or two of its runs have the same method, settings and seed.
 
     Example:
         ```python
@@ -120,7 +122,7 @@ def plot_forgetting(list_of_results: Sequence[RunResults], path: str | os.PathLi
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+        ValueError: The list is empty, or two of its runs have the same method, settings and seed.
 
     Example:
         ```python
@@ -142,7 +144,7 @@ def plot_curves(list_of_results: Sequence[RunResults], path: str | os.PathLike[s
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The list is empty, or two of its runs have the same method, data, backbone and seed.
+        ValueError: The list is empty, or two of its runs have the same method, settings and seed.
 
     Example:
         ```python
@@ -168,40 +170,47 @@ def _plot(
     return figure
 
 
-def group_of(results: RunResults) -> tuple[str, str, str, str]:
-    """Return what the runs of one line have in common: method, data, backbone and number of tasks."""
-    count = len(results.task_names)
-    tasks = f"{count} task{'s' if count > 1 else ''}"
-    return results.method, short_name(results.dataset), short_name(results.base_model), tasks
-
-
 def group_runs(list_of_results: Sequence[RunResults]) -> list[Line]:
-    """Make a line of each method's runs; what else differs among the lines goes into their labels."""
-    groups: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
+    """Make a line of the runs that differ in their seed only; what else differs among the lines is in their labels."""
+    groups: dict[Group, dict[int, RunResults]] = {}
     for results in list_of_results:
         seeds = groups.setdefault(group_of(results), {})
         if results.seed in seeds:
             raise ValueError(
-                f"Two results have the method {results.method!r}, the seed {results.seed} and the same data, but a "
-                "line is the mean over different seeds; give two settings of one method different `method` names."
+                f"Two results have the method {results.method!r}, the seed {results.seed} and the same settings, but "
+                "a line is the mean over different seeds; leave one out, or give them different `method` names."
             )
-        seeds[results.seed] = as_matrix(results.accuracy_matrix)
+        seeds[results.seed] = results
     if not groups:
         raise ValueError("The list of results is empty; pass the results of at least one run.")
-    differing = [part for part in (1, 2, 3) if len({key[part] for key in groups}) > 1]
-    lines = []
-    for number, (key, seeds) in enumerate(groups.items()):
-        details = f" ({', '.join(key[part] for part in differing)})" if differing else ""
-        lines.append(
-            Line(
-                label=key[0] + details,
-                matrices=np.stack(list(seeds.values())),
-                colour=COLOURS[number % len(COLOURS)],
-                marker=MARKERS[number % len(MARKERS)],
-                dash=DASHES[number // len(COLOURS) % len(DASHES)],
-            )
+    return [
+        Line(
+            label=label,
+            matrices=np.stack([as_matrix(results.accuracy_matrix) for results in seeds.values()]),
+            colour=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            dash=DASHES[number // len(COLOURS) % len(DASHES)],
         )
-    return lines
+        for number, (label, seeds) in enumerate(zip(_labels(groups), groups.values(), strict=True))
+    ]
+
+
+def _labels(groups: Mapping[Group, Mapping[int, RunResults]]) -> list[str]:
+    """Name each line by its method and what differs: what it was trained on, and if need be its settings."""
+    firsts = [next(iter(seeds.values())) for seeds in groups.values()]
+    methods, *contexts = zip(*((first.method, *_context(first)) for first in firsts), strict=True)
+    differing = [names for names in contexts if len(set(names)) > 1]
+    details = [", ".join(filter(None, parts)) for parts in zip(*differing, strict=True)] or [""] * len(firsts)
+    known = list(zip(methods, details, strict=True))
+    further = differences(known, list(groups))
+    texts = [", ".join(filter(None, parts)) for parts in zip(details, further, strict=True)]
+    return [f"{method} ({text})" if text else method for method, text in zip(methods, texts, strict=True)]
+
+
+def _context(results: RunResults) -> tuple[str, str, str, str]:
+    count = len(results.task_names)
+    tasks = f"{count} task{'s' if count > 1 else ''}"
+    return short_name(results.dataset), short_name(results.base_model), results.scenario.get("name", ""), tasks
 
 
 def draw_curves(
