@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+import yaml
 from cli_fixtures import COLOURS
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main
@@ -34,6 +40,56 @@ def test_a_saved_adapter_learns_on(first, train, place, tmp_path, capsys):
     # All four classes are answered by the one adapter.
     assert main(["evaluate", str(tmp_path / "out"), "--dataset", str(place / "data")]) == 0
     assert "task_0" in (text := capsys.readouterr().out) and "task_1" in text
+
+
+def test_the_adapter_says_its_base_model_and_how_it_was_loaded(first, place, tmp_path, capsys):
+    more = yaml.safe_load((place / "config.yaml").read_text())
+    more["scenario"] = {"num_tasks": 1, "class_order": ["blue", "yellow"]}
+    more = {name: more[name] for name in ("dataset", "scenario", "training")} | {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    assert main(["train", str(tmp_path / "more.yaml"), "--continue-from", first]) == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.method == "CODA-Prompt"
+    assert PeftConfig.from_pretrained(str(tmp_path / "out")).base_model_name_or_path == str(place / "model")
+    assert results.hyperparameters["backbone_dtype"] == "float32"
+
+
+def test_another_base_model_than_the_adapters_is_refused(first, place, tmp_path, refused):
+    shutil.copytree(place / "model", tmp_path / "other")
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first, *ANEW)
+    message = refused(*more, "--model", str(tmp_path / "other"))
+    assert "other', but the adapter" in message and "Leave model.name out" in message
+
+
+def test_a_fine_tuned_backbone_learns_on_from_its_own_weights(train, tmp_path, refused):
+    tuned, method = str(tmp_path / "tuned"), ("--method", "fine-tuning", *ANEW)
+    assert train("--scenario", "{num_tasks: 1, class_order: [red, green]}", "--output_dir", tuned, *method) == 0
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", tuned, *method)
+    assert "fits no other" in refused(*more)  # the backbone that it began with, which the configuration names
+
+
+def test_a_fine_tuned_backbone_goes_on_with_what_it_learnt(train, tmp_path, monkeypatch):
+    tuned, method = str(tmp_path / "tuned"), ("--method", "fine-tuning", *ANEW)
+    assert train("--scenario", "{num_tasks: 1, class_order: [red, green]}", "--output_dir", tuned, *method) == 0
+    begun, train_method = [], ContinualTrainer.train
+
+    def look(self):
+        begun.append(self.tuner.encoder.base_layer.layers[0].attention.q_proj.weight.detach().clone())
+        return train_method(self)
+
+    monkeypatch.setattr(ContinualTrainer, "train", look)
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", tuned, *method)
+    assert train(*more, "--model", "null") == 0
+    learnt = load_file(Path(tuned) / "backbone" / "model.safetensors")
+    assert any(torch.equal(begun[0], weight) for weight in learnt.values() if weight.shape == begun[0].shape)
+
+
+def test_the_adapter_to_continue_from_is_not_written_over(first, train, capsys):
+    before = {path.name: path.read_bytes() for path in Path(first).iterdir() if path.is_file()}
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first, *ANEW)
+    assert train(*more, "--output_dir", first, "--overwrite") == 2
+    assert "holds the adapter to continue from. Give another output_dir" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path(first).iterdir() if path.is_file()} == before
 
 
 def test_settings_beside_those_of_the_adapter_are_refused(first, train, capsys):

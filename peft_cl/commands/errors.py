@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 
 
-INPUT_FAULTS = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, DatasetsError, SafetensorError)
+INPUT_FAULTS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    ArithmeticError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    DatasetsError,
+    SafetensorError,
+)
 
 
 class CommandError(Exception):
@@ -48,3 +58,8 @@ def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> 
     nearest = difflib.get_close_matches(str(name), names, n=1)
     guess = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
     return CommandError(f"There is no {what} {prefix}{name}.{guess} Known: {', '.join(names) or 'none'}.")
+
+
+def some(names: Sequence[str]) -> str:
+    """List the first names of what may be many."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

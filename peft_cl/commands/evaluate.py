@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +14,13 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..metrics import RunResults
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
-from ..strategies.fine_tuning import BACKBONE_FOLDER
-from ..tuners.base.config import PromptPoolConfig
-from .errors import CommandError, explained
-from .settings import DatasetSettings
-from .sources import adapter_folder, load_backbone, load_config, load_data, load_processor
-
-
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+from .adapters import SavedAdapter
+from .errors import CommandError, explained, some
+from .sections import DatasetSettings
+from .sources import load_data, load_processor
+from .tasks import find_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split to measure on (default: test)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help=data["label_column"])
     parser.add_argument("--image-column", metavar="NAME", help="column of the images, if there are several")
+    parser.add_argument(
+        "--domain-column", metavar="NAME", help="column of the domains, where tasks share their classes"
+    )
     parser.add_argument("--test-fraction", type=float, metavar="F", help="measure on the share held back in training")
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that share (default: 0)")
     parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
@@ -52,31 +50,37 @@ class Evaluation:
     dataset: str
     split: str
     images: int
-    left_out: int  # images of classes that the adapter has not learnt
+    left_out: int  # images of classes or domains that the adapter has not learnt
+    task_known: bool  # whether the model is told the task of each image, as in a task-incremental run
     accuracy: float
-    average_accuracy: float  # mean over the tasks, the figure that runs are compared by
-    tasks: dict[str, float | None]
+    average_accuracy: float | None  # mean over the tasks, the figure that runs are compared by
+    tasks: dict[str, float | None] | None
+    tasks_missing: str | None  # why there are none
     classes: dict[str, float | None]
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.adapter} on {self.dataset}, {self.split}: {self.images:,} images",
-            *([f"left out: {self.left_out:,} images of classes that it has not learnt"] if self.left_out else []),
+        known = ", task known" if self.task_known else ""
+        lines = [f"{self.adapter} on {self.dataset}, {self.split}: {self.images:,} images{known}"]
+        if self.left_out:
+            lines += [f"left out: {self.left_out:,} images of classes or domains that it has not learnt"]
+        lines += [
             "",
-            f"accuracy          {self.accuracy:8.2%}  (of all images)",
-            f"average accuracy  {self.average_accuracy:8.2%}  (mean over the tasks)",
+            f"accuracy          {_percent(self.accuracy)}  (of all images)",
+            f"average accuracy  {_percent(self.average_accuracy)}  (mean over the tasks)",
         ]
-        for heading, entries in (("task", self.tasks), ("class", self.classes)):
+        if self.tasks_missing:
+            lines += [f"no task by itself: {self.tasks_missing}"]
+        for heading, entries in (("task", self.tasks or {}), ("class", self.classes)):
             width = max(map(len, [heading, *entries]))
-            lines += ["", f"{heading:<{width}}  accuracy"]
-            lines += [f"{name:<{width}}  {'–' if v is None else format(v, '.2%'):>8}" for name, v in entries.items()]
+            lines += ["", f"{heading:<{width}}  accuracy"] if entries else []
+            lines += [f"{name:<{width}}  {_percent(value)}" for name, value in entries.items()]
         return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise CommandError(f"--batch-size is {arguments.batch_size}, but must be at least 1.")
-    folder = adapter_folder(arguments.adapter)
+    adapter = SavedAdapter.read(arguments.adapter)
     with explained("The options of the data are wrong"):
         settings = DatasetSettings(
             path=arguments.dataset,
@@ -87,10 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
             test_fraction=arguments.test_fraction,
             split_seed=arguments.split_seed,
         )
-    config = load_config(folder)
     examples = load_split(settings)
-    model = load_adapter(folder, config, arguments.model, arguments.dtype or recorded_dtype(folder))
-    evaluation = evaluate(model, folder, examples, settings, arguments.batch_size)
+    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
+    evaluation = evaluate(model, adapter, examples, settings, arguments.domain_column, arguments.batch_size)
     print(json.dumps(vars(evaluation), indent=2) if arguments.json else evaluation)
 
 
@@ -104,34 +107,26 @@ def load_split(settings: DatasetSettings) -> Dataset:
     return splits[settings.test_split]
 
 
-def recorded_dtype(folder: Path) -> str:
-    """The number format of the backbone in training; float32 where it is not on record."""
-    try:
-        return RunResults.load(folder).hyperparameters.get("backbone_dtype", "float32")
-    except (OSError, ValueError):
-        return "float32"
-
-
-def load_adapter(folder: Path, config: PromptPoolConfig, model: str | None, dtype: str) -> PeftModel:
-    """Put the adapter on its base model: the one given, the one beside it, or the one it names."""
-    beside = folder / BACKBONE_FOLDER
-    name = model or (str(beside) if beside.is_dir() else config.base_model_name_or_path)
+def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str) -> PeftModel:
+    """Put the adapter on its base model, or on the one given in its place."""
+    name = model or adapter.base_model
     if not name:
         raise CommandError("The adapter names no base model. Give it by --model.")
-    try:
-        backbone = load_backbone(name, dtype)
-    except CommandError as error:
-        raise error if model else CommandError(f"{error} Or give the adapter's base model by --model.") from error
-    with explained(f"The adapter {str(folder)!r} cannot be loaded on {name!r}"):
-        return PeftModel.from_pretrained(backbone, str(folder)).eval()
+    backbone = adapter.load_base(name, dtype)
+    with explained(f"The adapter {str(adapter.folder)!r} cannot be loaded on {name!r}"):
+        return PeftModel.from_pretrained(backbone, str(adapter.folder)).eval()
 
 
 def evaluate(
-    model: PeftModel, folder: Path, examples: Dataset, settings: DatasetSettings, batch_size: int
+    model: PeftModel,
+    adapter: SavedAdapter,
+    examples: Dataset,
+    settings: DatasetSettings,
+    domain_column: str | None,
+    batch_size: int,
 ) -> Evaluation:
     """Measure the adapter on the examples whose classes it has learnt, by their names."""
-    config = model.peft_config[model.active_adapter]
-    classes = list(config.classes or ()) if config.tasks else []
+    classes = list(adapter.config.classes or ()) if adapter.config.tasks else []
     if not classes:
         raise CommandError("The adapter has learnt no classes yet, so there is nothing to measure. Train it first.")
     with explained(f"The data set {settings.path!r} cannot be used"):
@@ -139,42 +134,54 @@ def evaluate(
         image_column = find_image_column(examples, examples, settings.image_column)
     index = np.array([classes.index(name) if name in classes else -1 for name in labels.names])
     truth = index[labels.test]
-    known = np.flatnonzero(truth >= 0)
-    if not len(known):
+    if not (truth >= 0).any():
         raise CommandError(
-            f"No image of {settings.path!r} is of a class that the adapter has learnt ({_some(classes)}); the classes "
-            f"of {settings.label_column!r} are {_some(labels.names)}. Give another data set or --label-column."
+            f"No image of {settings.path!r} is of a class that the adapter has learnt ({some(classes)}); the classes "
+            f"of {settings.label_column!r} are {some(labels.names)}. Give another data set or --label-column."
         )
-    has_processor = any((folder / file).is_file() for file in PROCESSOR_FILES)
-    processor = load_processor(str(folder) if has_processor else model.get_base_model().config._name_or_path)
+    tasks = find_tasks(adapter, examples, truth, domain_column)
+    known = np.flatnonzero((truth >= 0) & (tasks.numbers >= 0))
+    truth, numbers = truth[known], tasks.numbers[known]
+    processor = load_processor(adapter.processor or model.get_base_model().config._name_or_path)
     collator = ContinualCollator(
         ImageTransform(processor), index, image_column, settings.label_column, label_names=labels.names
     )
-    predictions = predict(model, DataLoader(examples.select(known), batch_size, collate_fn=collator))
-    truth = truth[known]
-    correct = predictions == truth
-    tasks = {f"task_{number}": _mean(correct[np.isin(truth, rows)]) for number, rows in enumerate(config.tasks)}
+    batches = DataLoader(examples.select(known), batch_size, collate_fn=collator)
+    task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
+    correct = predict(model, batches, numbers if task_known else None) == truth
+    accuracies = {name: _mean(correct[numbers == number]) for number, name in enumerate(tasks.names)}
+    measured = [value for value in accuracies.values() if value is not None]
     return Evaluation(
-        adapter=str(folder),
+        adapter=str(adapter.folder),
         dataset=settings.path,
         split=settings.test_split,
         images=len(known),
         left_out=len(examples) - len(known),
+        task_known=task_known,
         accuracy=float(correct.mean()),
-        average_accuracy=float(np.mean([value for value in tasks.values() if value is not None])),
-        tasks=tasks,
+        average_accuracy=float(np.mean(measured)) if measured else None,
+        tasks=accuracies or None,
+        tasks_missing=tasks.missing,
         classes={name: _mean(correct[truth == row]) for row, name in enumerate(classes)},
     )
 
 
 @torch.no_grad()
-def predict(model: PeftModel, batches: Any) -> np.ndarray:
-    """Predicted row of the head for each image, int64, on a GPU where there is one."""
+def predict(model: PeftModel, batches: DataLoader, tasks: np.ndarray | None) -> np.ndarray:
+    """Predicted row of the head for each image, int64, on a GPU where there is one.
+
+    Args:
+        model: The adapter on its base model.
+        batches: The images, in order.
+        tasks: The task of each image, among whose classes the prediction then is.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
+    parts = itertools.repeat(None) if tasks is None else torch.from_numpy(tasks).split(batches.batch_size)
+    shown = tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True)
     rows = [
-        model(batch["pixel_values"].to(device)).logits.argmax(-1).cpu()
-        for batch in tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True)
+        model(batch["pixel_values"].to(device), task_ids=task_ids).logits.argmax(-1).cpu()
+        for batch, task_ids in zip(shown, parts, strict=False)  # the repetition has no end
     ]
     return torch.cat(rows).numpy()
 
@@ -183,5 +190,5 @@ def _mean(correct: np.ndarray) -> float | None:
     return float(correct.mean()) if correct.size else None
 
 
-def _some(names: Any) -> str:
-    return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
+def _percent(value: float | None) -> str:
+    return f"{'–':>8}" if value is None else f"{value:8.2%}"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
 from .errors import explained
-from .sources import WEIGHTS_FILE, adapter_folder, load_config
+from .sources import RESULTS_FILE, WEIGHTS_FILE, adapter_folder, load_config, load_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +36,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     config = load_config(folder)
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
         parts = parameters_by_part(folder / WEIGHTS_FILE)
-    results = None
-    if (folder / "results.json").exists():
-        with explained("The results beside the adapter cannot be read"):
-            results = RunResults.load(folder)
+    results = load_results(folder)
     return {
         "folder": str(folder),
         "method": results.method if results else config.method,
@@ -49,7 +46,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         "rows_in_use": config.rows_in_use,
         "parameters": {name: {"shapes": shapes, "count": sum(map(prod, shapes))} for name, shapes in parts.items()},
         "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
-        "results": json.loads((folder / "results.json").read_text(encoding="utf-8")) if results else None,
+        "results": json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")) if results else None,
     }
 
 

@@ -12,13 +12,15 @@ from peft import PeftConfig
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..hub.sources import EMBEDDED, find_source
+from ..metrics import RunResults
 from ..scenarios.columns import read_labels
 from ..tuners.base.config import PromptPoolConfig, check_weight_file
 from .errors import CommandError, explained
-from .settings import DatasetSettings
+from .sections import DatasetSettings
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+RESULTS_FILE = "results.json"
 
 
 def backbone_path(name: str) -> str:
@@ -57,6 +59,14 @@ def load_config(folder: Path) -> PromptPoolConfig:
             "the output folder of peft-cl train."
         )
     return config
+
+
+def load_results(folder: Path) -> RunResults | None:
+    """Load the record of the run that wrote an adapter, if there is one beside it."""
+    if not (folder / RESULTS_FILE).exists():
+        return None
+    with explained("The results beside the adapter cannot be read"):
+        return RunResults.load(folder)
 
 
 def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:

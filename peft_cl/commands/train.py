@@ -21,22 +21,16 @@ from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from ..trainer.snapshot import STATE_FOLDER, forget_state
+from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .pictures import PICTURE_FILES, write_pictures
-from .settings import ONLY, SECTIONS, DatasetSettings, RunSettings, make_settings
-from .sources import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_folder,
-    load_backbone,
-    load_config,
-    load_pair,
-    load_processor,
-)
+from .sections import ONLY, DatasetSettings
+from .settings import SECTIONS, RunSettings, make_settings
+from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
 
 
-RESULTS_FILE, CARD_FILE = "results.json", "README.md"
+CARD_FILE = "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +57,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
     apply_overrides(config, overrides, SECTIONS)
     earlier = config.get("continue_from")
-    settings = make_settings(config, None if earlier is None else load_config(adapter_folder(str(earlier))))
+    settings = make_settings(config, None if earlier is None else SavedAdapter.read(str(earlier)))
     if settings.training.hub_token:  # the record and the card name the command, and are shared
         command = command.replace(settings.training.hub_token, "***")
+    refuse_own_source(settings)
     if not (arguments.overwrite or arguments.resume):
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
@@ -83,6 +78,18 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         print(finish(settings, trainer, command))
     if push:
         trainer.push_to_hub()
+
+
+def refuse_own_source(settings: RunSettings) -> None:
+    """Refuse an output folder whose present files the run is made from: it would write over them."""
+    output = Path(settings.output_dir).resolve()
+    if settings.continue_from and settings.continue_from.folder.resolve() == output:
+        what = "the adapter to continue from"
+    elif Path(settings.model.name).expanduser().resolve() == output / BACKBONE_FOLDER:
+        what = "the backbone to train on"
+    else:
+        return
+    raise CommandError(f"output_dir is {settings.output_dir!r}, which holds {what}. Give another output_dir.")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -111,9 +118,12 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
     # One process downloads and prepares, the others find it done.
     with settings.training.main_process_first(desc="data and backbone"):
         scenario = make_scenario(settings)
-        processor = load_processor(settings.model.name, settings.processor)
-        backbone = load_backbone(settings.model.name, settings.model.dtype, settings.model.attn_implementation)
-    set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
+        model, earlier = settings.model, settings.continue_from
+        processor = load_processor((earlier and earlier.processor) or model.name, settings.processor)
+        load = earlier.load_base if earlier else load_backbone
+        backbone = load(model.name, model.dtype, model.attn_implementation)
+    with explained(f"training.seed is {settings.training.seed}"):
+        set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
         return ContinualTrainer(
             put_adapter_on(backbone, settings),
@@ -129,8 +139,10 @@ def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings) -> PeftMode
     """A new adapter, or the saved one that is to learn more."""
     if settings.continue_from is None:
         return get_peft_model(backbone, settings.adapter)
-    folder = adapter_folder(str(settings.continue_from))
-    return PeftModel.from_pretrained(backbone, str(folder), is_trainable=True)
+    model = PeftModel.from_pretrained(backbone, str(settings.continue_from.folder), is_trainable=True)
+    # Where its base model lies now, which may be another folder than at the time.
+    model.peft_config[model.active_adapter].base_model_name_or_path = backbone.name_or_path
+    return model
 
 
 def make_scenario(settings: RunSettings) -> Scenario:
@@ -155,7 +167,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
     lines = {
         "method": trainer.results.method + (f", preset {settings.preset}" if settings.preset else ""),
-        "adapter": (f"{settings.continue_from}, which has learnt {learnt} tasks; " if learnt else "")
+        "adapter": (f"{settings.continue_from.name}, which has learnt {learnt} tasks; " if learnt else "")
         + (json.dumps(changed) if changed else "all settings at their defaults"),
         "backbone": f"{settings.model.name}, {settings.model.dtype}, "
         f"{trainer.model.config._attn_implementation} attention",

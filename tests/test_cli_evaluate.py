@@ -1,0 +1,83 @@
+"""`peft-cl evaluate`: the tasks of a run by their names, told by the class or a column, or why there are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_fixtures import pictures
+
+from peft_cl import RunResults
+from peft_cl.cli import main
+
+
+@pytest.fixture
+def domains(tmp_path) -> str:
+    """A data set whose images come from two places."""
+    for split, *rows in (("train", 8, 0), ("test", 6, 1)):
+        data = pictures(*rows)
+        places = [("studio", "garden")[number % 2] for number in range(len(data))]
+        (tmp_path / "domains").mkdir(exist_ok=True)
+        data.add_column("domain", places).to_parquet(tmp_path / "domains" / f"{split}.parquet")
+    return str(tmp_path / "domains")
+
+
+def measured(capsys, *command: str) -> dict:
+    capsys.readouterr()
+    assert main(["evaluate", *command, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_tasks_are_told_to_a_model_that_was_measured_so(train, place, tmp_path, capsys):
+    assert train("--scenario.kind", "task-incremental") == 0
+    results, out = RunResults.load(tmp_path / "out"), str(tmp_path / "out")
+    found = measured(capsys, out, "--dataset", str(place / "data"))
+    assert found["tasks"] == pytest.approx(dict(zip(results.task_names, results.accuracy_matrix[-1], strict=True)))
+    assert found["task_known"] and found["average_accuracy"] == pytest.approx(results.metrics["average_accuracy"])
+    assert main(["evaluate", out, "--dataset", str(place / "data")]) == 0
+    assert "20 images, task known" in capsys.readouterr().out
+
+
+def test_domains_are_told_by_a_column(train, domains, tmp_path, capsys):
+    assert train("--dataset", domains, "--scenario", "{kind: domain-incremental}") == 0
+    results, out = RunResults.load(tmp_path / "out"), str(tmp_path / "out")
+    assert set(results.task_names) == {"garden", "studio"}
+    found = measured(capsys, out, "--dataset", domains, "--domain-column", "domain")
+    assert found["tasks"] == pytest.approx(dict(zip(results.task_names, results.accuracy_matrix[-1], strict=True)))
+    assert found["average_accuracy"] == pytest.approx(results.metrics["average_accuracy"])
+    # Without the column the classes, which all domains share, do not tell them.
+    assert main(["evaluate", out, "--dataset", domains]) == 0
+    text = capsys.readouterr().out
+    assert "no task by itself: its tasks share classes" in text and "--domain-column" in text
+    assert "garden" not in text and f"{found['accuracy']:.2%}" in text
+
+
+def test_a_domain_that_was_not_learnt_is_left_out(train, domains, tmp_path, capsys):
+    assert train("--dataset", domains, "--scenario", "{kind: domain-incremental, domain_order: [studio]}") == 0
+    found = measured(capsys, str(tmp_path / "out"), "--dataset", domains, "--domain-column", "domain")
+    assert set(found["tasks"]) == {"studio"} and (found["images"], found["left_out"]) == (12, 12)
+
+
+def test_a_stream_has_no_tasks(train, place, tmp_path, capsys):
+    assert train("--scenario", "{kind: task-free, num_tasks: 2}", "--training.num_train_epochs", "1") == 0
+    found = measured(capsys, str(tmp_path / "out"), "--dataset", str(place / "data"))
+    assert found["tasks"] is None and "stream" in found["tasks_missing"]
+
+
+def test_a_column_that_is_not_needed_or_not_there(trained, place, domains, capsys):
+    command = ["evaluate", str(trained), "--dataset", domains, "--domain-column", "domain"]
+    assert main(command) == 2
+    assert "does not need it: each of its classes belongs to one task. Leave it out." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [("place", "the data has the columns"), ("image", "cannot be used"), ("label", "no image there is of a domain")],
+)
+def test_a_wrong_domain_column(train, domains, tmp_path, capsys, column, expected):
+    words = ("--training.max_steps", "1", "--scenario", "{kind: domain-incremental}")
+    assert train("--dataset", domains, *words) == 0
+    command = ["evaluate", str(tmp_path / "out"), "--dataset", domains, "--domain-column", column]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"--domain-column is {column!r}" in error and expected in error
