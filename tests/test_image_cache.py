@@ -105,13 +105,18 @@ def test_batches_are_augmented_from_kept_images(make_trainer, tmp_path, decoded)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "held"),
-    [(ExperienceReplay(8), 0), (EWC(1.0, 8), 0), (NearestClassMean(), 0), (JointTraining(), 3)],
+    ("method", "strategy", "held"),
+    [
+        ("coda", ExperienceReplay(8), 0),
+        ("coda", EWC(1.0, 8), 0),
+        ("linear-probe", NearestClassMean(), 0),
+        ("coda", JointTraining(), 3),
+    ],
     ids=["er", "ewc", "ncm", "joint"],
 )
-def test_no_more_images_are_held_and_kept_than_there_are(strategy, held, make_trainer, tmp_path):
+def test_no_more_images_are_held_and_kept_than_there_are(method, strategy, held, make_trainer, tmp_path):
     """Beside the test images only those of earlier tasks that are trained on again; a memory has no files."""
-    config = CONFIGS["coda"]()
+    config = CONFIGS[method]()
     config.train_mask = False
     folder = tmp_path / "images"
     trainer = make_trainer(config, num_train_epochs=1, strategy=strategy, image_cache_dir=str(folder))

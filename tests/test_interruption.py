@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainer_cases import CONFIGS
 
 from peft_cl.trainer.snapshot import FILE, PREVIOUS, load_snapshot, save_snapshot
 
@@ -161,6 +162,19 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path):
     (tmp_path / PREVIOUS).write_bytes(b"")
     with pytest.raises(ValueError, match="are damaged, so there is nothing to go on from"):
         load_snapshot(tmp_path)
+
+
+def test_an_interrupted_run_is_not_trained_over(make_trainer):
+    first = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
+    first.train_task(first.scenario[0])
+    with pytest.raises(
+        ValueError, match=r"run was interrupted after 1 of 3 tasks. Call train\(resume_from_checkpoint"
+    ):
+        make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1).train()
+    resumed = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.finished_tasks == 3
+    make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1).train()  # of a finished run nothing is lost
 
 
 def test_without_a_snapshot_there_is_nothing_to_load(tmp_path):

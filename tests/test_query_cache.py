@@ -155,6 +155,28 @@ def test_a_backbone_that_is_changed_has_no_queries(write, files, make_trainer, p
     assert sum(passes) == (2 * (32 + 16) if files else 144)  # of the first backbone only the first task's are kept
 
 
+def test_hooks_on_the_backbone_leave_no_files(run, passes, kept, tiny_vit):
+    """What they do to the features, no digest of weights shows."""
+    model = get_peft_model(tiny_vit(), CONFIGS["coda"]())
+    model.base_model.encoder.base_layer.layers[1].register_forward_hook(lambda module, inputs, output: output)
+    run(model=model)
+    assert sum(passes) == 144 and not kept.exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kept_queries_are_those_of_the_steps(bf16, make_trainer):
+    """In the precision of the steps: what a step would compute from the images is what it is given."""
+    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=1, max_steps=1, cache_queries=True, bf16=bf16)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    images, computed = batch["pixel_values"], []
+    pool = trainer.tuner.pool
+    pool.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].float()))
+    trainer.model(images)
+    torch.testing.assert_close(batch["query"], computed[0], atol=1e-5, rtol=0)
+    assert torch.equal(computed[0], trainer.tuner.query(images)) == (not bf16)
+
+
 def test_images_replaced_under_their_names_are_computed_anew(run, passes, tmp_path, data):
     """A data set made of paths has the same fingerprint whatever the files hold."""
 

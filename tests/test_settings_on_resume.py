@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import pytest
-from trainer_cases import CONFIGS
+from datasets import Dataset, Image
+from peft import get_peft_model
+from trainer_cases import CONFIGS, images
 from transformers import ViTImageProcessorPil
 
-from peft_cl import task_free
+from peft_cl import class_incremental, task_free
 from peft_cl.trainer.snapshot import differences
 
 
@@ -44,6 +46,7 @@ def test_the_same_run_has_the_same_settings(settings):
         ({"num_tasks": 2}, "scenario.num_tasks"),
         ({"processor": ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False)}, "processor."),
         ({"config": CONFIGS["l2p"]()}, "method"),
+        ({"data_seed": 3}, "data_seed"),
     ],
 )
 def test_a_change_is_found_and_named(settings, change, name):
@@ -51,10 +54,52 @@ def test_a_change_is_found_and_named(settings, change, name):
     assert any(entry.startswith(name) for entry in found), found
 
 
+def test_other_weights_of_the_backbone(settings, tiny_vit):
+    """Its name says nothing: both are made from a configuration."""
+    models = (get_peft_model(tiny_vit(seed, **more), CONFIGS["coda"]()) for seed, more in ((0, {}), (1, {})))
+    found = differences(*(settings(model=model) for model in models))
+    assert len(found) == 1 and found[0].startswith("backbone.weights: was ")
+    models = (tiny_vit(), tiny_vit())
+    models[1].set_attn_implementation("eager")
+    found = differences(*(settings(model=get_peft_model(model, CONFIGS["coda"]())) for model in models))
+    assert found == ["backbone.attention: was 'sdpa', is 'eager'"]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_other_images_under_the_same_labels(settings, data, part):
+    other = {**data, part: images({"train": 16, "test": 8}[part], 7)}
+    found = differences(settings(), settings(scenario=class_incremental(other, 3)))
+    assert [entry.partition(":")[0] for entry in found] == [f"examples.task_{index}" for index in range(3)]
+
+
+def test_images_in_files(settings, tmp_path):
+    """The data set holds paths alone; the files are others."""
+    found = []
+    for seed in (0, 1):
+        for index, image in enumerate(images(4, seed)["image"]):
+            image.save(tmp_path / f"{index}.png")
+        labels = images(4, 0)["label"]
+        paths = [str(tmp_path / f"{index}.png") for index in range(len(labels))]
+        data = Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image())
+        found.append(settings(scenario=class_incremental((data, data), 2)))
+    assert {entry.partition(":")[0] for entry in differences(*found)} == {"examples.task_0", "examples.task_1"}
+
+
+def test_another_adapter_that_learns_on(settings, tiny_vit):
+    found = []
+    for order in (["black", "white"], ["white", "black"]):
+        model = get_peft_model(tiny_vit(), CONFIGS["coda"]())
+        model.begin_task(order)
+        found.append(settings(model=model))
+    assert differences(*found) == [
+        "learnt_before.classes: was ['black', 'white'], is ['white', 'black']",
+    ]
+
+
 def test_another_stream_is_another_scenario(settings, data):
     words = {"config": CONFIGS["l2p"](), "num_train_epochs": 1, "lr_scheduler_type": "constant"}
     streams = [settings(scenario=task_free(data, 3, **change), **words) for change in ({}, {"blur": 2.0})]
-    assert differences(*streams) == ["scenario.settings.blur: was 0.5, is 2.0"]
+    assert differences(*streams)[0] == "scenario.settings.blur: was 0.5, is 2.0"
 
 
 def test_a_folder_without_a_run(make_trainer, tmp_path):

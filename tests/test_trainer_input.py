@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from datasets import Image
 from peft import get_peft_model
 from trainer_cases import CONFIGS
 
@@ -13,7 +14,7 @@ from peft_cl import (
     LinearProbeConfig,
     class_incremental,
 )
-from peft_cl.strategies import FineTuning, NearestClassMean
+from peft_cl.strategies import EWC, FineTuning, NearestClassMean
 
 
 class TestBadInput:
@@ -45,6 +46,67 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
             ContinualTrainingArguments(str(tmp_path), **{name: True})
 
+    @pytest.mark.parametrize(
+        ("name", "value", "rule"),
+        [
+            ("per_device_train_batch_size", 0, "a whole number of at least 1"),
+            ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
+            ("seed", -1, "a whole number of at least 0"),
+            ("num_train_epochs", 0, "a number above 0"),
+            ("max_steps", 0, "a whole number of at least 1, or -1 for epochs"),
+            ("learning_rate", -1, "a number of at least 0"),
+            ("learning_rate", float("nan"), "a number of at least 0"),
+            ("weight_decay", -0.1, "a number of at least 0"),
+            ("adam_beta1", 2, "at least 0 and below 1"),
+            ("train_sampling_strategy", "group_by_length", "'random' or 'sequential'"),
+            ("neftune_noise_alpha", 5.0, "None: its noise is for embeddings of text"),
+            ("eval_do_concat_batches", False, "True: accuracies are counted"),
+            ("metric_for_best_model", "f1", "'loss', 'average_accuracy'"),
+            ("query_cache_dir", 5, "a folder, or None"),
+        ],
+    )
+    def test_values_that_the_trainer_would_take(self, name, value, rule, tmp_path):
+        with pytest.raises(ValueError, match=rf"{name} is {value!r}, but must be {rule}"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+    def test_a_task_smaller_than_a_batch_that_must_be_full(self, make_trainer):
+        with pytest.raises(ValueError, match=r"dataloader_drop_last is True, but 'task_0' has 32 training examples"):
+            make_trainer(CONFIGS["coda"](), dataloader_drop_last=True, per_device_train_batch_size=33)
+
+    @pytest.mark.parametrize("strategy", [EWC, "ewc", [None]], ids=["class", "name", "none"])
+    def test_no_strategy(self, strategy, make_trainer):
+        with pytest.raises(ValueError, match=r"strategy has .*, but must be a Strategy or a list of them"):
+            make_trainer(CONFIGS["coda"](), strategy=strategy)
+
+    def test_class_means_of_features_that_prompts_change(self, make_trainer):
+        with pytest.raises(ValueError, match=r"Nearest class mean compares features of the frozen.*LinearProbeConfig"):
+            make_trainer(CONFIGS["l2p"](), strategy=NearestClassMean())
+
+    def test_fine_tuning_in_half_precision(self, make_trainer, tiny_vit):
+        model = get_peft_model(tiny_vit().bfloat16(), LinearProbeConfig(train_mask=False))
+        with pytest.raises(ValueError, match=r"backbone is torch.bfloat16, in which small steps.*dtype='float32'"):
+            make_trainer(None, model=model, strategy=FineTuning())
+
+    def test_no_functions_of_images(self, make_trainer):
+        it = make_trainer(CONFIGS["coda"]())
+        for words in ({"processing_class": "google/vit"}, {"augmentation": "flip"}, {"batch_augmentation": 3}):
+            (name,) = words
+            with pytest.raises(ValueError, match=f"{name} is {words[name]!r}, but"):
+                ContinualTrainer(it.model, it.args, it.scenario, **{"processing_class": it.processing_class, **words})
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda part: part.with_format("numpy"), r"come as 'numpy'.*with_format\(None\)"),
+            (lambda part: part.cast_column("image", Image(decode=False)), r"undecoded.*cast_column\('image', "),
+        ],
+        ids=["format", "undecoded"],
+    )
+    def test_images_that_do_not_come_as_such(self, change, message, make_trainer, data):
+        changed = {split: change(part) for split, part in data.items()}
+        with pytest.raises(ValueError, match=message):
+            make_trainer(CONFIGS["coda"](), scenario=class_incremental(changed, 3))
+
     @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
     def test_parameters_split_over_processes(self, name, make_trainer, monkeypatch):
         it = make_trainer(CONFIGS["coda"]())
@@ -75,8 +137,11 @@ class TestBadInput:
     def test_learning_rates(self, tmp_path):
         with pytest.raises(ValueError, match="learning_rates names 'prompt', but the parts are prompts"):
             ContinualTrainingArguments(str(tmp_path), learning_rates={"prompt": 0.1})
-        with pytest.raises(ValueError, match="gives 'keys' the rate -1"):
-            ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": -1})
+        for rate in (-1, float("inf")):
+            with pytest.raises(ValueError, match=f"gives 'keys' the rate {rate}"):
+                ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": rate})
+        with pytest.raises(ValueError, match=r"learning_rates is \[1\], but must be rates by part"):
+            ContinualTrainingArguments(str(tmp_path), learning_rates=[1])
 
     def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
         arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)

@@ -8,10 +8,12 @@ import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from trainer_cases import CONFIGS
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_cl import RunResults
+from peft_cl.trainer.learning_rates import part_of
 
 
 class Note(TrainerCallback):
@@ -101,6 +103,14 @@ def test_options_of_the_trainer_work(options, make_trainer):
     trainer = make_trainer(CONFIGS["coda"](), num_tasks=2, **options)
     trainer.train()
     assert trainer.metrics["average_accuracy"] > 0.5 and trainer.finished_tasks == 2
+
+
+def test_an_adapter_may_be_called_like_a_part(tiny_vit):
+    model = get_peft_model(tiny_vit(), CONFIGS["coda"](), adapter_name="head")
+    parts = {
+        name.rpartition(".")[2]: part_of(name, {"head": 0.5, "keys": 0.1}) for name, _ in model.named_parameters()
+    }
+    assert parts["prompts"] is None and parts["keys"] == "keys"
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])

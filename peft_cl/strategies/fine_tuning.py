@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 
 from ..trainer import ContinualTrainer, Strategy
@@ -32,6 +33,12 @@ class FineTuning(Strategy):
 
     def prepare(self, model: PeftModel) -> None:
         for parameter in model.base_model.encoder.base_layer.parameters():
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"The backbone is {parameter.dtype}, in which small steps of its weights are lost, but "
+                    f"{self.name} trains them. Load it with dtype='float32', and set bf16=True in the arguments to "
+                    "compute faster."
+                )
             parameter.requires_grad_(True)
 
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:

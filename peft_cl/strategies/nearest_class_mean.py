@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from ..scenarios import Task
 from ..trainer import ContinualTrainer, Strategy
@@ -36,6 +37,13 @@ class NearestClassMean(Strategy):
 
     def title(self, adapter: str) -> str:
         return self.name
+
+    def prepare(self, model: PeftModel) -> None:
+        if not model.base_model.pool.query_is_feature:
+            raise ValueError(
+                f"{self.name} compares features of the frozen model, but {type(model.base_model).__name__} classifies "
+                "features that its prompts have changed. Use it on a linear probe: LinearProbeConfig()."
+            )
 
     @torch.no_grad()
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:

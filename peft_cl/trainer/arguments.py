@@ -3,11 +3,59 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
 from .learning_rates import check_rates
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+#: What values must be that the Trainer would take as they are, or only fail on in the middle: a test, and its words.
+RULES = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (lambda value: _whole(value, 1), "a whole number of at least 1"),
+    ),
+    **dict.fromkeys(
+        ("seed", "dataloader_num_workers"), (lambda value: _whole(value, 0), "a whole number of at least 0")
+    ),
+    "data_seed": (lambda value: value is None or _whole(value, 0), "a whole number of at least 0, or None"),
+    "num_train_epochs": (lambda value: _number(value) and 0 < value < math.inf, "a number above 0"),
+    "max_steps": (lambda value: _whole(value, 1) or value == -1, "a whole number of at least 1, or -1 for epochs"),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"),
+        (lambda value: _number(value) and 0 <= value < math.inf, "a number of at least 0"),
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2"), (lambda value: _number(value) and 0 <= value < 1, "at least 0 and below 1")
+    ),
+    "train_sampling_strategy": (
+        lambda value: value in ("random", "sequential"),
+        "'random' or 'sequential': images have no length",
+    ),
+    "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
+    "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
+    "metric_for_best_model": (
+        lambda value: (
+            value is None or value.removeprefix("eval_").startswith(("loss", "average_accuracy", "accuracy_"))
+        ),
+        "'loss', 'average_accuracy' or 'accuracy_<name of a task>'",
+    ),
+    **dict.fromkeys(
+        ("query_cache_dir", "image_cache_dir"),
+        (lambda value: value is None or isinstance(value, (str, os.PathLike)), "a folder, or None"),
+    ),
+}
 
 
 @dataclass
@@ -20,9 +68,9 @@ class ContinualTrainingArguments(TrainingArguments):
     `EarlyStoppingCallback`, go on with it after an interruption (`restore_callback_states_from_checkpoint=True`).
 
     Args:
-        learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"keys"`,
-            `"attention"`, `"query_projection"` (the pool's parameters), `"head"`, or `"pool"` for all of the pool; the
-            schedule holds for all.
+        learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"g_prompts"`
+            (DualPrompt's general one), `"keys"`, `"attention"`, `"query_projection"` (the pool's parameters),
+            `"head"`, or `"pool"` for all of the pool that is not named; the schedule holds for all.
         learning_rate_per_256: the rate of a step on 256 images, in place of `learning_rate`, which becomes this times
             the images of a step (batch x accumulation x processes) / 256, as the JAX protocols of L2P and DualPrompt
             have it. Rates in `learning_rates` are taken as they are.
@@ -80,6 +128,10 @@ class ContinualTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name, (holds, rule) in RULES.items():
+            value = getattr(self, name, None)
+            if not holds(value):
+                raise ValueError(f"{name} is {value!r}, but must be {rule}.")
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError(
@@ -96,7 +148,7 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"query_cache_dir is {self.query_cache_dir!r}, but cache_queries is False, so nothing would be kept. "
                 "Take one of them out."
             )
-        check_rates(self.learning_rates or {})
+        check_rates(self.learning_rates)
         self._scale_rate()
         self._check_evaluation_and_saving()
 

@@ -32,11 +32,6 @@ def check_fit(
             f"scenario is a {type(scenario).__name__}, but must be a Scenario, for instance from "
             "class_incremental(dataset, num_tasks=10)."
         )
-    if processing_class is None:
-        raise ValueError(
-            "processing_class is None, but images need the backbone's processor: "
-            "AutoImageProcessor.from_pretrained(...)."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would split batches with DataParallel; prompts are "
@@ -50,16 +45,50 @@ def check_fit(
                 "so a process holds its weights once, without gradients or optimizer state."
             )
     check_images(args, scenario)
+    if args.dataloader_drop_last and scenario.boundaries:
+        for task in scenario[finished_tasks:]:
+            if len(task.train) < args.train_batch_size * args.world_size:
+                raise ValueError(
+                    f"dataloader_drop_last is True, but {task.name!r} has {len(task.train)} training examples, fewer "
+                    f"than one batch of {args.train_batch_size} on each of {args.world_size} processes. Set it to "
+                    "False, or make the batch smaller."
+                )
     config = model.peft_config[model.active_adapter]
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
 
 
+def check_functions(processing_class: Any, augmentation: Any, batch_augmentation: Any) -> None:
+    """Refuse what cannot be applied to images."""
+    if not callable(processing_class) or not hasattr(processing_class, "to_json_string"):
+        raise ValueError(
+            f"processing_class is {processing_class!r}, but images need the backbone's processor: "
+            "AutoImageProcessor.from_pretrained(...)."
+        )
+    for name, function in (("augmentation", augmentation), ("batch_augmentation", batch_augmentation)):
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"{name} is {function!r}, but must be a function of an image (batch_augmentation: of a batch), such "
+                "as RandomResizedCropFlip(size=224)."
+            )
+
+
 def check_images(args: ContinualTrainingArguments, scenario: Scenario) -> None:
-    """Refuse to keep images that may be others each time."""
-    for task in scenario if args.image_cache_dir else ():
+    """Refuse images that do not come as such, and to keep those that may be others each time."""
+    for task in scenario:
         for split in ("train", "test"):
-            if has_transform(getattr(task, split)):
+            data = getattr(task, split)
+            if data.format["type"] not in (None, "custom"):
+                raise ValueError(
+                    f"The {split} examples of task {task.name!r} come as {data.format['type']!r}, but images are "
+                    "needed as the data set decodes them. Call with_format(None) on the data set."
+                )
+            if getattr(data.features.get(scenario.image_column), "decode", True) is False:
+                raise ValueError(
+                    f"The {split} images of task {task.name!r} come undecoded. Call "
+                    f"cast_column({scenario.image_column!r}, datasets.Image()) on the data set."
+                )
+            if args.image_cache_dir and has_transform(data):
                 raise ValueError(
                     f"image_cache_dir is {args.image_cache_dir!r}, but the {split} images of task {task.name!r} go "
                     "through a transform of the data set (with_transform), of which one result would be kept. Leave "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -10,12 +12,14 @@ from torch import nn
 PARTS = ("prompts", "g_prompts", "keys", "attention", "query_projection", "head", "pool")
 
 
-def check_rates(rates: dict[str, float]) -> None:
+def check_rates(rates: dict[str, float] | None) -> None:
     """Raise a `ValueError` for a part that does not exist or a rate that is none."""
-    for name, rate in rates.items():
+    if rates is not None and not isinstance(rates, dict):
+        raise ValueError(f"learning_rates is {rates!r}, but must be rates by part, such as {{'prompts': 0.005}}.")
+    for name, rate in (rates or {}).items():
         if name not in PARTS:
             raise ValueError(f"learning_rates names {name!r}, but the parts are {', '.join(PARTS)}.")
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
             raise ValueError(f"learning_rates gives {name!r} the rate {rate!r}, but a rate is a number of at least 0.")
 
 
@@ -55,6 +59,7 @@ def part_of(name: str, rates: dict[str, float]) -> str | None:
     container = next((part for kind in ("pool", "head") for part in components if part.endswith(f"_{kind}")), None)
     if container is None:
         return None  # a weight of the backbone
-    exact = next((part for part in components if part in rates), None)
+    # Behind the container comes the adapter's name, which may be any word, and then the parameter's.
+    exact = next((part for part in components[components.index(container) + 2 :] if part in rates), None)
     kind = container.rpartition("_")[2]
     return exact or (kind if kind in rates else None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import DatasetInfo
 
-from ..scenarios import Scenario
+from ..scenarios import Scenario, Task
 from ..version import __version__
 
 
@@ -37,7 +39,12 @@ RECORDED = (
     "bf16",
     "fp16",
     "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "load_best_model_at_end",
 )
+#: Images of a split that stand for all of them.
+LOOKED_AT = 8
 
 
 def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> dict[str, Any]:
@@ -84,6 +91,30 @@ def dataset_name(scenario: Scenario) -> str:
     """The Hub id (`owner/name`) of the scenario's data, or the name under which a local data set was built; of several
     data sets all names."""
     return " + ".join(dict.fromkeys(_name_of(task.train.info) for task in scenario))
+
+
+def digest_of_examples(scenario: Scenario, task: Task) -> str:
+    """A short digest of a task's labels, and of some of its images as they are stored."""
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        digest.update(scenario.model_labels(task, split).tobytes())
+        data = getattr(task, split)
+        if scenario.image_column in data.column_names:  # or a transform of the data set makes it
+            rows = np.unique(np.linspace(0, len(data) - 1, LOOKED_AT).astype(int))
+            images = data.select_columns(scenario.image_column).select(rows).with_format("arrow")[:]
+            for image in images[scenario.image_column].to_pylist():
+                digest.update(_stored(image))
+    return digest.hexdigest()[:12]
+
+
+def _stored(image: Any) -> bytes:
+    """An image as a data set holds it: its file's bytes, inside or outside of it, or numbers."""
+    if not isinstance(image, dict):
+        return repr(image).encode()
+    content, path = image.get("bytes"), Path(image.get("path") or "")
+    if content is None:
+        content = path.read_bytes() if path.is_file() else path.name.encode()
+    return content
 
 
 def _name_of(info: DatasetInfo) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..scenarios import Task
 from ..tuners.base.model import PromptPoolModel
+from ..tuners.base.reading import is_watched
 from .examples import has_transform
 from .tensor_files import TensorFiles
 
@@ -87,20 +88,24 @@ class QueryCache:
                 batches = loader(task, split)
                 return torch.cat([tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
 
-            queries = self.files.of(data, self._all_settings(tuner), compute) if self.files else compute()
+            # What somebody's hooks do to the backbone, no digest of weights shows.
+            in_files = self.files and not is_watched(tuner.encoder.base_layer.modules())
+            queries = self.files.of(data, self._all_settings(tuner), compute) if in_files else compute()
             self._queries[id(data)] = data, queries
         return self._queries[id(data)][1]
 
     def _all_settings(self, tuner: PromptPoolModel) -> dict[str, Any]:
         base = tuner.encoder.base_layer
         weight = next(base.parameters())
+        kind = weight.device.type
         return {
             **self.settings,
             "backbone": self._backbone,
             "config": {name: value for name, value in base.config.to_dict().items() if name not in NO_PART_OF_IT},
             "attention": base.config._attn_implementation,
             "dtype": str(weight.dtype),
-            "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
+            "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+            "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else kind,
             "threads": torch.get_num_threads(),
             "products": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
             "compiled": any(module._compiled_call_impl is not None for module in base.modules()),

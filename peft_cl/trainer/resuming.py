@@ -15,11 +15,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
 from .files import explained_writes
+from .provenance import digest_of_examples
+from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
     differences,
     forget_folder,
+    forget_state,
     load_snapshot,
     random_state,
     save_snapshot,
@@ -45,6 +48,9 @@ class ResumableTrainer(TaskTrainer):
         super().__init__(*args, **kwargs)
         tasks = len(self.scenario)
         self.accuracy_matrix = np.full((tasks, tasks), np.nan)
+        # Of the weights as they were given: a strategy may train them.
+        self._backbone = digest_of_weights(self.tuner.encoder.base_layer)[:12]
+        self._examples: dict[int, str] = {}
         self.finished_tasks = 0
         self.prompt_usage: np.ndarray | None = None
         self.train_seconds = 0.0
@@ -132,6 +138,21 @@ class ResumableTrainer(TaskTrainer):
         if self.is_world_process_zero():
             set_random_state(state["random"])
 
+    def forget_finished_run(self) -> None:
+        """Remove the state of an earlier run in this folder, unless it was interrupted: that would be lost work."""
+        try:
+            state = load_snapshot(self.folder / STATE_FOLDER)
+        except ValueError:  # nothing that could be gone on from
+            state = None
+        tasks = state["settings"]["scenario"]["num_tasks"] if state else 0
+        if state and state["finished_tasks"] < tasks:
+            raise ValueError(
+                f"In {str(self.folder)!r} a run was interrupted after {state['finished_tasks']} of {tasks} tasks. "
+                "Call train(resume_from_checkpoint=True) to go on with it; to begin anew, give another output_dir or "
+                f"remove {str(self.folder / STATE_FOLDER)!r}."
+            )
+        forget_state(self.folder)
+
     def settings(self) -> dict[str, Any]:
         """What must not change while a sequence is under way."""
         results = self.results
@@ -139,7 +160,20 @@ class ResumableTrainer(TaskTrainer):
         for name in ("threads", "device"):  # where it runs, not what
             settings.pop(name)
         what = {name: getattr(results, name) for name in ("method", "base_model", "dataset", "scenario")}
-        return {**what, **settings, "processor": json.loads(self.processing_class.to_json_string())}
+        attention = self.tuner.encoder.base_layer.config._attn_implementation
+        return {
+            **what,
+            **settings,
+            "processor": json.loads(self.processing_class.to_json_string()),
+            "learnt_before": {"tasks": self.tasks_before, "classes": list(self.classes_before)},
+            "backbone": {"weights": self._backbone, "attention": attention},
+            "examples": {task.name: self._digest_of(task) for task in self.scenario},
+        }
+
+    def _digest_of(self, task: Task) -> str:
+        if task.index not in self._examples:
+            self._examples[task.index] = digest_of_examples(self.scenario, task)
+        return self._examples[task.index]
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
         changed = differences(state["settings"], self.settings())

@@ -107,6 +107,12 @@ class Combined(Strategy):
     """
 
     def __init__(self, strategies: Sequence[Strategy]):
+        for each in strategies:
+            if not isinstance(each, Strategy):
+                raise ValueError(
+                    f"strategy has {each!r}, but must be a Strategy or a list of them, such as [EWC(), "
+                    "ExperienceReplay()]."
+                )
         strategies = [each for each in strategies if type(each) is not Strategy]
         kinds = [type(each).__name__ for each in strategies]
         if len(set(kinds)) < len(kinds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -236,16 +237,22 @@ class TaskTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------- data
 
-    def examples(self, tasks: Sequence[Task], split: str) -> TaskExamples:
+    def examples(self, tasks: Sequence[Task], split: str, *, measured: bool = False) -> TaskExamples:
         """The tasks' `"train"` or `"test"` examples one after the other, with what belongs to each of them: its label
-        in the order of the model's outputs, its query where that is kept, its task where that is known at test."""
+        in the order of the model's outputs, its query where that is kept, its task where that is known at test.
+
+        Args:
+            measured: whether training examples are to be measured on, as test examples are.
+        """
         labels = [self.scenario.model_labels(task, split, self.classes_before) for task in tasks]
         tensors = {"model_label": torch.from_numpy(np.concatenate(labels))}
         if self.args.cache_queries:
-            tensors["query"] = self.queries.queries(tasks, split, self.tuner, self.plain_batches)
-        if split == "test" and self.scenario.task_known:
+            with self.accelerator.autocast():  # in the precision of the steps
+                tensors["query"] = self.queries.queries(tasks, split, self.tuner, self.plain_batches)
+        if (split == "test" or measured) and self.scenario.task_known:
             numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
-            tensors["task_ids"] = numbers.repeat_interleave(torch.tensor([len(task.test) for task in tasks]))
+            sizes = torch.tensor([len(getattr(task, split)) for task in tasks])
+            tensors["task_ids"] = numbers.repeat_interleave(sizes)
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         augmented = split == "train" and self.augmentation is not None
         # What is trained on, so that two tasks' draws differ.
@@ -306,10 +313,19 @@ class TaskTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
         self.__dict__.pop("_eval_dataloaders", None)
-        # Incomplete batches are dropped in training only; every test image counts.
+        with self._every_example():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._every_example():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_example(self) -> Iterator[None]:
+        """Incomplete batches are dropped in training only; every test image counts."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 

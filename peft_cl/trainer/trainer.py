@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import ClassLabel
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
@@ -16,12 +17,12 @@ from ..metrics import RunResults, continual_metrics
 from ..metrics.results import FILE_NAME
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
-from .checks import check_fit
+from .checks import check_fit, check_functions
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
 from .record import record_of
 from .resuming import ResumableTrainer
-from .snapshot import STATE_FOLDER, forget_state, save_snapshot
+from .snapshot import STATE_FOLDER, save_snapshot
 from .strategy import Combined, Strategy
 
 
@@ -71,6 +72,7 @@ class ContinualTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
+        check_functions(processing_class, augmentation, batch_augmentation)
         check_fit(model, args, scenario, processing_class, strategy)
         for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
             if kwargs.get(name) is not None:
@@ -118,7 +120,7 @@ class ContinualTrainer(ResumableTrainer):
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         elif self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
-            forget_state(self.folder)  # of an earlier run
+            self.forget_finished_run()
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
@@ -142,6 +144,10 @@ class ContinualTrainer(ResumableTrainer):
         self.check_not_interrupted()
         if not isinstance(task, Task):
             task = self._add(task, **columns)
+        elif columns:
+            raise ValueError(
+                f"train_task() got {columns} with a Task, which has its name and columns. Leave them out."
+            )
         if self.finished_tasks >= len(self.scenario) or task is not self.scenario[self.finished_tasks]:
             raise ValueError(
                 f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
@@ -220,20 +226,38 @@ class ContinualTrainer(ResumableTrainer):
             self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
         return metrics
 
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
+        """The Trainer's `predict` for what `evaluate` takes as `eval_dataset`; `predictions` are rows of the head,
+        (examples,), whose names are `model.config.id2label`."""
+        return super().predict(self._own_examples(test_dataset), ignore_keys, metric_key_prefix)
+
     def _own_examples(self, data: Any) -> Any:
-        """Examples with the labels that their task gives them."""
+        """Examples with the labels that their task gives them, or that their own class names have."""
         if isinstance(data, Task):
             return self.examples([data], "test")
         for task in self.scenario:
             for split in ("train", "test"):
                 if data is getattr(task, split):
-                    return self.examples([task], split)
-        if any(task.label_names is not None for task in self.scenario):
-            raise ValueError(
-                "The tasks come from data sets that number their classes differently, so what the labels of "
-                "eval_dataset mean is not known. Give a Task, or a task's own train or test data."
+                    return self.examples([task], split, measured=True)
+        if self.scenario.task_known or any(task.label_names is not None for task in self.scenario):
+            why = (
+                "The task of a test image is known in this scenario, but that of these examples is not."
+                if self.scenario.task_known
+                else "The tasks come from data sets that number their classes differently, so what the labels of "
+                "these examples mean is not known."
             )
-        return data
+            raise ValueError(f"{why} Give a Task, or a task's own train or test data.")
+        feature = getattr(data, "features", {}).get(self.scenario.label_column)
+        names = tuple(feature.names) if isinstance(feature, ClassLabel) else self.scenario.label_names
+        if names == self.scenario.label_names:
+            return data
+        task = Task(0, "given", (), data, data, names)
+        if (self.scenario.model_labels(task, "test", self.classes_before) < 0).any():
+            raise ValueError(
+                f"The examples have labels of {list(names)}, of which the scenario has {list(self.scenario.classes)}. "
+                "Remove examples of other classes by filter()."
+            )
+        return self.examples([task], "test")
 
     def _accuracies(self, prediction: Any) -> dict[str, float]:
         correct = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)
