@@ -325,11 +325,8 @@ class TestGroupOf:
             of_domains("cartoon", "photo", "sketch", seed=1),
             of_domains("photo", "sketch", "cartoon", hyperparameters={**SETTINGS, "device": "cuda", "threads": 8}),
             of_domains("photo", "sketch", "cartoon", versions={"torch": "2.1"}, command="again", finished_tasks=2),
-            # what is in a record from before a setting was recorded
-            of_domains(
-                "photo",
-                "sketch",
-                "cartoon",
+            of_domains(  # a record from before a setting was recorded
+                *("photo", "sketch", "cartoon"),
                 scenario={name: value for name, value in ONE.scenario.items() if name != "boundaries"},
                 hyperparameters={"learning_rate": 1e-3, "adapter": {**SETTINGS["adapter"], "task_evidence": 0.0}},
             ),
