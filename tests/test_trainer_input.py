@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 from datasets import Image
 from peft import get_peft_model
@@ -142,6 +145,12 @@ class TestBadInput:
                 ContinualTrainingArguments(str(tmp_path), learning_rates={"keys": rate})
         with pytest.raises(ValueError, match=r"learning_rates is \[1\], but must be rates by part"):
             ContinualTrainingArguments(str(tmp_path), learning_rates=[1])
+
+    def test_numbers_of_numpy_are_numbers(self, tmp_path):
+        words = {"learning_rate": np.float32(0.5), "max_steps": np.int64(3), "learning_rates": {"keys": np.float64(1)}}
+        arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True, **words)
+        assert json.loads(arguments.to_json_string())["learning_rate"] == 0.5
+        assert json.loads(arguments.to_json_string())["learning_rates"] == {"keys": 1.0}
 
     def test_a_model_without_adapter(self, tiny_vit, data, processor, tmp_path):
         arguments = ContinualTrainingArguments(str(tmp_path), use_cpu=True)

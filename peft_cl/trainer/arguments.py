@@ -7,9 +7,15 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 
 from .learning_rates import check_rates
+
+
+def _plain(value: Any) -> Any:
+    """Of a sweep over `np.logspace`, say: JSON does not know numpy's numbers."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _number(value: Any) -> bool:
@@ -129,7 +135,8 @@ class ContinualTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         for name, (holds, rule) in RULES.items():
-            value = getattr(self, name, None)
+            value = _plain(getattr(self, name, None))
+            setattr(self, name, value)
             if not holds(value):
                 raise ValueError(f"{name} is {value!r}, but must be {rule}.")
         super().__post_init__()
@@ -148,6 +155,8 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"query_cache_dir is {self.query_cache_dir!r}, but cache_queries is False, so nothing would be kept. "
                 "Take one of them out."
             )
+        if isinstance(self.learning_rates, dict):
+            self.learning_rates = {name: _plain(rate) for name, rate in self.learning_rates.items()}
         check_rates(self.learning_rates)
         self._scale_rate()
         self._check_evaluation_and_saving()
