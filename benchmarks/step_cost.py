@@ -92,6 +92,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="BACKEND",
         help="compile the layers of the methods and of the bare model",
     )
+    parser.add_argument("--compile-mode", help="of torch.compile; reduce-overhead replays CUDA graphs")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="images and patch embedding in this format of memory"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, after one that is not timed")
     parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to measure")
     parser.add_argument("--tasks", type=int, default=NUM_TASKS, help="tasks begun, at least 10")
@@ -113,7 +117,9 @@ def make_steps(
 ) -> tuple[dict[Key, Step], dict[Key, dict[str, Any]], list[tuple[ViTForImageClassification, list[PeftModel]]]]:
     """All steps in the order in which they are timed, facts of those that become rows, and each bare model with the
     methods on copies of it."""
+    order = torch.channels_last if options.channels_last else torch.contiguous_format
     pixel_values = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=options.device)
+    pixel_values = pixel_values.to(memory_format=order)
     first = NUM_CLASSES - CLASSES_PER_TASK  # of the last task
     labels = torch.randint(first, NUM_CLASSES, (options.batch_size,), device=options.device)
     steps: dict[Key, Step] = {}
@@ -121,9 +127,10 @@ def make_steps(
     built: list[tuple[ViTForImageClassification, list[PeftModel]]] = []
 
     def backbone_in(dtype: str) -> ViTForImageClassification:
-        return build_backbone(
+        backbone = build_backbone(
             options.layers, options.image_size, getattr(torch, dtype), options.attention, options.device
         )
+        return backbone.to(memory_format=order)
 
     names = Key("reference", "train"), Key("reference", "eval")
     steps.update(zip(names, reference_steps(backbone_in("float32"), pixel_values, labels), strict=True))
@@ -183,7 +190,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     products = {key: step.products() for key, step in steps.items()}
     if options.compile:  # nothing can be compiled while bytes and products are counted
         for backbone, models in built:
-            compile_layers(backbone, models, options.compile)
+            compile_layers(backbone, models, backend=options.compile, mode=options.compile_mode)
         for step in steps.values():
             step.seconds()
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
@@ -196,7 +203,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "batch": options.batch_size,
         "device": torch.cuda.get_device_name(options.device) if "cuda" in options.device else options.device,
         "attention": options.attention,
-        "compiled": options.compile,
+        "compiled": options.compile and f"{options.compile} {options.compile_mode or ''}".strip(),
+        "channels_last": options.channels_last,
         "threads": options.threads,
         "repeats": options.repeats,
         "layers": options.layers,

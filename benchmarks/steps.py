@@ -89,12 +89,12 @@ def module_bytes(module: nn.Module) -> int:
     return storage_bytes(iter([*module.parameters(), *module.buffers()]))
 
 
-def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel], backend: str) -> None:
+def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel], **options: Any) -> None:
     """Compile the layers of the bare model and of the methods' copies of it."""
     for layer in backbone.vit.layers:
-        layer.compile(backend=backend)
+        layer.compile(**options)
     for model in models:
-        model.base_model.encoder.compile_layers(backend=backend)
+        model.base_model.encoder.compile_layers(**options)
 
 
 def check_gradients(model: PeftModel) -> None:

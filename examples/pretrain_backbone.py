@@ -1,9 +1,11 @@
 """Pretrain a small ViT from scratch: the recipe for a backbone like the embedded `peft_cl/assets/vit-tiny-64`.
 
 Supervised, on one GPU or a CPU, without a data loader: the images are small enough to stay as bytes in the device's
-memory, and crop and flip are one batched `grid_sample` there. What is saved is a moving average of the weights.
+memory, and all augmentation is done there, a batch at a time. What is saved is a moving average of the weights.
 
-    python examples/pretrain_backbone.py --data path/to/images --output vit-tiny-64
+    python examples/pretrain_backbone.py --data path/to/images --output vit-tiny-64 --compile     # minutes on a GPU
+    python examples/pretrain_backbone.py --data path/to/images --output vit-tiny-64 --epochs 24 --batch-size 256 \\
+        --small-part 0.62 --cutmix 0 --erase 0                                                    # hours on a CPU
 
 `--data` is a folder that `datasets.load_dataset` reads (an image folder, or parquet files) with the columns `image`
 and `label`, a `train` split and a `test` or `validation` split.
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
+from torch.distributions import Beta
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
 
@@ -36,18 +39,25 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, help="folder of images, as load_dataset takes it")
     parser.add_argument("--output", default="vit-tiny-64", help="folder to save the model and its processor in")
-    parser.add_argument("--epochs", type=int, default=24, help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a step")
+    parser.add_argument("--epochs", type=int, default=300, help="passes over the training images")
+    parser.add_argument("--batch-size", type=int, default=512, help="images in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=400, help="steps of warm-up, at most a tenth of all")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="not for biases and embeddings")
+    parser.add_argument("--smallest-crop", type=float, default=0.35, help="part of the area that a crop has at least")
+    parser.add_argument("--rotation", type=float, default=0.0, help="degrees at most, either way")
+    parser.add_argument("--jitter", type=float, default=0.4, help="of brightness, contrast and saturation, at most")
+    parser.add_argument("--erase", type=float, default=0.25, help="probability that a box of the image is erased")
     parser.add_argument("--mixup", type=float, default=0.2, help="alpha of mixup's Beta distribution; 0 turns it off")
+    parser.add_argument("--cutmix", type=float, default=1.0, help="the same of cutmix; with both, they take turns")
+    parser.add_argument("--label-smoothing", type=float, default=0.1, help="part of a target spread over all classes")
     parser.add_argument("--average-decay", type=float, default=0.999, help="of the moving average of the weights")
-    parser.add_argument("--small-part", type=float, default=0.62, help=f"part of the steps at {SMALL_IMAGE_SIZE} px")
+    parser.add_argument("--small-part", type=float, default=0.0, help=f"part of the steps at {SMALL_IMAGE_SIZE} px")
     parser.add_argument("--limit", type=int, help="train on this many random images only (a trial)")
+    parser.add_argument("--measure-every", type=int, default=10, help="epochs between two measurements")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the order and the augmentation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile model and augmentation with torch.compile")
     return parser.parse_args()
 
 
@@ -84,33 +94,77 @@ def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def random_crop_and_flip(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
-    """Crop each image to a random box, flip half of them, and resize all to (B, 3, size, size), in one sampling.
+def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """A number between `low` and `high` for each image of a batch, (B,)."""
+    return torch.empty(len(like), device=like.device).uniform_(low, high)
 
-    A box covers 35 to 100% of the area with a width-to-height ratio of 3:4 to 4:3, as in random-resized-crop.
+
+def random_crop_and_flip(images: torch.Tensor, size: int, smallest: float, degrees: float) -> torch.Tensor:
+    """Crop each image to a random box, turn it, flip half of them, and resize all to (B, 3, size, size), in one
+    sampling.
+
+    A box covers `smallest` to all of the area with a width-to-height ratio of 3:4 to 4:3, as in random-resized-crop.
     """
-    count, device = len(pixel_values), pixel_values.device
-    area = torch.empty(count, device=device).uniform_(0.35, 1)
-    ratio = torch.empty(count, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
+    area = uniform(images, smallest, 1)
+    ratio = uniform(images, -math.log(4 / 3), math.log(4 / 3)).exp()
     # To affine_grid the image spans -1..1: a box of width w (a part of 1) has its centre within +-(1 - w).
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    flip = torch.randint(0, 2, (count,), device=device) * 2 - 1
-    affine = torch.zeros(count, 2, 3, device=device)
-    affine[:, 0, 0] = width * flip
-    affine[:, 1, 1] = height
-    affine[:, 0, 2] = (1 - width) * torch.empty(count, device=device).uniform_(-1, 1)
-    affine[:, 1, 2] = (1 - height) * torch.empty(count, device=device).uniform_(-1, 1)
-    grid = F.affine_grid(affine, [count, 3, size, size], align_corners=False)
-    return F.grid_sample(pixel_values, grid, padding_mode="reflection", align_corners=False)
+    flip = uniform(images, -1, 1).sign()
+    angle = uniform(images, -1, 1) * math.radians(degrees)
+    across, down = (1 - width) * uniform(images, -1, 1), (1 - height) * uniform(images, -1, 1)
+    rows = [
+        torch.stack([width * flip * angle.cos(), -height * angle.sin(), across], dim=1),
+        torch.stack([width * flip * angle.sin(), height * angle.cos(), down], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def mixup(pixel_values: torch.Tensor, targets: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blend each image and its target distribution with another of the batch (Zhang et al., 2018, equation 1)."""
-    if alpha == 0:
-        return pixel_values, targets
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
-    partner = torch.randperm(len(pixel_values), device=pixel_values.device)
-    return pixel_values.lerp(pixel_values[partner], 1 - share), targets.lerp(targets[partner], 1 - share)
+def jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
+    """Change saturation, contrast and brightness of each image, each by a factor of 1 - strength to 1 + strength."""
+    factors = [uniform(images, 1 - strength, 1 + strength)[:, None, None, None] for _ in range(3)]
+    images = images.mean(dim=1, keepdim=True).lerp(images, factors[0])
+    images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, factors[1])
+    return (images + 1) * factors[2] - 1  # black is -1
+
+
+def random_boxes(images: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """A square of `area`, (B,) parts of the image, at a random place in each: (B, 1, H, W), True inside."""
+    height, width = images.shape[-2:]
+    ends = []
+    for size in (height, width):
+        places = (torch.arange(size, device=images.device) + 0.5) / size
+        centre, half = uniform(images, 0, 1)[:, None], area.sqrt()[:, None] / 2
+        ends.append((places - centre).abs() <= half)
+    return (ends[0][:, :, None] & ends[1][:, None, :])[:, None]
+
+
+def augment(
+    images: torch.Tensor, size: int, smallest_crop: float, rotation: float, strength: float, erase: float
+) -> torch.Tensor:
+    """Bytes (B, 3, H, W) -> augmented pixels (B, 3, size, size)."""
+    pixels = random_crop_and_flip(to_pixel_values(images), size, smallest_crop, rotation)
+    pixels = jitter(pixels, strength)
+    chosen = uniform(pixels, 0, 1) < erase
+    boxes = random_boxes(pixels, uniform(pixels, 0.02, 0.3)) & chosen[:, None, None, None]
+    return torch.where(boxes, torch.randn_like(pixels), pixels)
+
+
+def blend(
+    pixels: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, cut: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give each image and its target distribution (B, classes) a share, (B,), of another image of the batch.
+
+    By cutmix (Yun et al., 2019, equation 1) if `cut`, else by mixup (Zhang et al., 2018, equation 1).
+    """
+    partner = torch.randperm(len(pixels), device=pixels.device)
+    if cut:
+        inside = random_boxes(pixels, share)
+        share = inside.float().mean(dim=(1, 2, 3))
+        pixels = torch.where(inside, pixels[partner], pixels)
+    else:
+        pixels = pixels.lerp(pixels[partner], share[:, None, None, None])
+    return pixels, targets.lerp(targets[partner], share[:, None])
 
 
 def build_optimizer(model: ViTForImageClassification, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -127,8 +181,7 @@ def build_optimizer(model: ViTForImageClassification, learning_rate: float, weig
 def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float) -> None:
     """Move the averaged weights towards the model's; early on by more, so that the random start is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
-        averaged.lerp_(current, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 @torch.inference_mode()
@@ -154,24 +207,37 @@ def train(arguments: argparse.Namespace) -> None:
 
     model = build_model(class_names).to(device)
     average = copy.deepcopy(model).eval()
-    forward = torch.compile(model, dynamic=False) if arguments.compile else model
+    forward, prepare, mix = model, augment, blend
+    if arguments.compile:
+        # The steps are short: on a GPU, launching kernels one by one would take longer than running them.
+        forward = torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+        prepare, mix = torch.compile(augment, dynamic=False), torch.compile(blend, dynamic=False)
     batch_size = min(arguments.batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
     total_steps = steps_per_epoch * arguments.epochs
     optimizer = build_optimizer(model, arguments.learning_rate, arguments.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(arguments.warmup_steps, total_steps // 10), total_steps)
+    # Without validation: it would wait for the device at each step.
+    blends = [
+        (cut, Beta(*torch.full((2,), alpha, device=device), validate_args=False))
+        for cut, alpha in ((False, arguments.mixup), (True, arguments.cutmix))
+        if alpha
+    ]
+    strengths = arguments.smallest_crop, arguments.rotation, arguments.jitter, arguments.erase
     print(f"{len(images)} images of {len(class_names)} classes, {total_steps} steps on {device}", flush=True)
 
     step, started = 0, time.perf_counter()
-    for epoch in range(arguments.epochs):
+    for epoch in range(1, arguments.epochs + 1):
         order = torch.randperm(len(images), device=device)[: steps_per_epoch * batch_size]
         for chosen in order.split(batch_size):
             size = SMALL_IMAGE_SIZE if step < arguments.small_part * total_steps else IMAGE_SIZE
-            pixel_values = random_crop_and_flip(to_pixel_values(images[chosen]), size)
-            pixel_values, targets = mixup(pixel_values, one_hot[labels[chosen]], arguments.mixup)
+            pixel_values, targets = prepare(images[chosen], size, *strengths), one_hot[labels[chosen]]
+            if blends:
+                cut, shares = blends[step % len(blends)]
+                pixel_values, targets = mix(pixel_values, targets, shares.sample((batch_size,)), cut)
             with torch.autocast(device.type, torch.bfloat16):
-                logits = forward(pixel_values, interpolate_pos_encoding=True).logits
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.1)
+                logits = forward(pixel_values, interpolate_pos_encoding=size != IMAGE_SIZE).logits
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=arguments.label_smoothing)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -179,8 +245,9 @@ def train(arguments: argparse.Namespace) -> None:
             schedule.step()
             update_average(average, model, step, arguments.average_decay)
             step += 1
-        accuracy, seconds = top1_accuracy(average, test_images, test_labels), time.perf_counter() - started
-        print(f"epoch {epoch + 1}: loss {loss:.3f}, top-1 {accuracy:.2%}, {size} px, {seconds:.0f} s", flush=True)
+        if epoch % arguments.measure_every == 0 or epoch == arguments.epochs:
+            accuracy, seconds = top1_accuracy(average, test_images, test_labels), time.perf_counter() - started
+            print(f"epoch {epoch}: loss {loss:.3f}, top-1 {accuracy:.2%}, {size} px, {seconds:.0f} s", flush=True)
 
     # What is saved is what is measured: the last figure is that of the weights as rounded to float16.
     average.half().save_pretrained(arguments.output)

@@ -8,6 +8,7 @@ import os
 # Read by huggingface_hub when it is first imported, so it is set before any import below.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,29 @@ from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremen
 # The models here are too small for more threads to pay; a user's own setting wins.
 if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
     torch.set_num_threads(1)
+
+
+#: Marker -> whether this machine has what such tests need, and what that is.
+NEEDS = {
+    "gpu": (torch.cuda.is_available(), "a CUDA GPU"),
+    "flash": (importlib.util.find_spec("flash_attn") is not None, "the package flash_attn"),
+    "torchvision": (importlib.util.find_spec("torchvision") is not None, "torchvision"),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of what the machine lacks, by name and in the open: they count as deselected."""
+    missing = {name for name, (there, _) in NEEDS.items() if not there}
+    left_out = [item for item in items if missing.intersection(mark.name for mark in item.iter_markers())]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"Tests marked {name!r} are left out: {what} is missing" for name, (there, what) in NEEDS.items() if not there
+    ]
 
 
 @pytest.fixture
@@ -76,6 +100,7 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         folder="run",
         model=None,
         scenario=None,
+        processing_class=None,
         **training,
     ):
         torch.manual_seed(0)
@@ -83,13 +108,13 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         own = {name: training.pop(name) for name in names if name in training}
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(
-            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **{"logging_steps": 1, **settings}
+            str(tmp_path / folder), disable_tqdm=True, **{"logging_steps": 1, "use_cpu": True, **settings}
         )
         return ContinualTrainer(
             get_peft_model(tiny_vit(), config) if model is None else model,
             arguments,
             scenario or class_incremental(data, num_tasks=num_tasks),
-            processing_class=processor,
+            processing_class=processing_class or processor,
             strategy=strategy,
             **own,
         )

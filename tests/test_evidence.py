@@ -11,7 +11,7 @@ from peft import PeftModel
 from tuner_cases import METHODS, begin, config, images, logits, prompted, step, task_names, tiny
 
 from peft_cl import CodaPromptConfig, L2PConfig
-from peft_cl.tuners.base.evidence import TaskEvidence
+from peft_cl.tuners.base.evidence import TaskEvidence, rows_of_tasks
 
 
 WEIGHT = 5.0
@@ -83,14 +83,18 @@ EAST, NORTH = [1.0, 0.0], [0.0, 1.0]
 QUERY = torch.tensor([[3.0, 4.0]])  # cosines 0.6 and 0.8
 
 
+def answer(tasks) -> torch.Tensor:
+    return evidence_of(tasks, [EAST, NORTH])(QUERY, rows_of_tasks(tasks, 3, torch.device("cpu")))
+
+
 def test_a_class_of_several_tasks_joins_their_terms():
-    found = evidence_of([[0, 1], [1, 2]], [EAST, NORTH])(QUERY)
+    found = answer([[0, 1], [1, 2]])
     both = math.log(math.exp(WEIGHT * 0.6) + math.exp(WEIGHT * 0.8))
     torch.testing.assert_close(found, torch.tensor([[WEIGHT * 0.6, both, WEIGHT * 0.8]]))
 
 
 def test_a_task_not_learnt_yet_is_neither_preferred_nor_put_back():
-    found = evidence_of([[0], [1], [2]], [EAST, NORTH])(QUERY)
+    found = answer([[0], [1], [2]])
     torch.testing.assert_close(found, WEIGHT * torch.tensor([[0.6, 0.8, 0.7]]))
 
 

@@ -246,9 +246,8 @@ def test_transformers_switches_adapters_and_their_labels(saved, tmp_path):
 def test_a_pipeline_names_the_adapters_classes(name, whole, saved):
     model = PeftModel.from_pretrained(other_base(num_labels=2), saved(name)[1])
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    classify = pipeline(
-        "image-classification", model=model if whole else model.get_base_model(), image_processor=processor
-    )
+    inner = model if whole else model.get_base_model()
+    classify = pipeline("image-classification", model=inner, image_processor=processor, device="cpu")
     image = Image.new("RGB", (20, 20), (200, 30, 90))
     answer = classify(image, top_k=6)
     scores = logits(model, processor(image, return_tensors="pt").pixel_values).softmax(-1)[0]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tuner_cases import CASES, FAMILIES, gradients, images, labels, logits, prompted, step, tiny
 
 from peft_cl.tuners.base.encoder import PromptedEncoder
@@ -250,3 +252,17 @@ def test_the_frozen_layers_can_be_compiled():
         parameter.data.add_(0.1)
     step(model)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
+
+
+def test_an_attention_function_sees_its_own_name_beside_a_prefix():
+    """flash attention looks up what to load by the name in the module's config."""
+    seen = []
+
+    def attend(module, *arguments, **more):
+        seen.append(module.config._attn_implementation)
+        return sdpa_attention_forward(module, *arguments, **more)
+
+    AttentionInterface.register("spy", attend)
+    model = prompted("coda", tiny(attn_implementation="spy"))
+    torch.testing.assert_close(logits(model), logits(prompted("coda")))
+    assert seen == ["spy"] * 6

@@ -141,6 +141,7 @@ class ImageTransform:
         sizes = {tuple(answer.shape[-2:]) for answer in answers}
         self.output_size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
         self._table = self._table_of_values(probes)
+        self._table_on_device: torch.Tensor | None = None
         self._scaling_is_all = self._table is not None and self._scaling_gives(probes, answers)
         if isinstance(augmentation, RandomResizedCropFlip) and augmentation.size is None:
             if self.output_size is None:
@@ -259,8 +260,13 @@ class ImageTransform:
         return self._process(images, **switches).round().clamp(0, 255).byte()
 
     def from_bytes(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the `pixel_values` of what `to_bytes` gave, without Python for each image."""
-        return self._mapped(images.numpy(), self._table)
+        """Returns the `pixel_values` of what `to_bytes` gave, on the same device, without Python for each image."""
+        if images.device.type == "cpu":
+            return self._mapped(images.numpy(), self._table)
+        if self._table_on_device is None or self._table_on_device.device != images.device:
+            self._table_on_device = torch.from_numpy(self._table).to(images.device)
+        values = zip(self._table_on_device, images.int().unbind(1), strict=True)
+        return torch.stack([table[channel] for table, channel in values], dim=1)
 
     def _look_up(self, images: list[Image.Image], table: np.ndarray) -> torch.Tensor:
         return self._mapped(self._scaled(images), table)

@@ -68,10 +68,13 @@ RULES = {
 class ContinualTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments`, applied to each task anew: epochs, steps, warm-up and schedule are per task.
 
-    Four defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), no
+    Some defaults differ: images are kept (`remove_unused_columns=False`, the collator turns them into pixels), no
     checkpoints are written within a task (`save_strategy="no"`; adapter and results are saved after each task),
     processes do not overwrite each other's counts (`ddp_broadcast_buffers=False`), and callbacks with a state, such as
     `EarlyStoppingCallback`, go on with it after an interruption (`restore_callback_states_from_checkpoint=True`).
+    A loss that is not finite is logged as it is (`logging_nan_inf_filter=False`: the Trainer would wait for the device
+    at each step to look), batches are copied to the device while it computes (`accelerator_config.non_blocking`), and
+    `torch_compile` leaves float32 products exact unless `tf32=True` is said.
 
     Args:
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"g_prompts"`
@@ -112,6 +115,9 @@ class ContinualTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "A task that is resumed goes on with its callbacks' states, such as patience used up."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log the last finite loss in the place of one that is not finite."}
+    )
     learning_rates: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Rates by part that differ from learning_rate, for instance {'prompts': 0.005}."},
@@ -139,7 +145,12 @@ class ContinualTrainingArguments(TrainingArguments):
             setattr(self, name, value)
             if not holds(value):
                 raise ValueError(f"{name} is {value!r}, but must be {rule}.")
+        own_loading = self.accelerator_config is None
+        if self.torch_compile and self.tf32 is None:
+            self.tf32 = False
         super().__post_init__()
+        if own_loading and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is True, but the image column would be removed before it is turned into pixels."

@@ -107,9 +107,17 @@ class QueryCache:
             "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
             "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else kind,
             "threads": torch.get_num_threads(),
-            "products": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
+            "products": _precision_of_products(),
             "compiled": any(module._compiled_call_impl is not None for module in base.modules()),
         }
+
+
+def _precision_of_products() -> list[Any]:
+    """What float32 products are computed in. Of torch's two ways to say it the old one raises after the new one."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(products, "fp32_precision"):
+        return [products.fp32_precision, convolutions.conv.fp32_precision]
+    return [torch.get_float32_matmul_precision(), convolutions.allow_tf32]
 
 
 def digest_of_weights(module: nn.Module) -> str:

@@ -198,6 +198,18 @@ class TaskTrainer(Trainer):
             self.optimizer_state = None
         return optimizer
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; images that were kept as bytes become pixels there."""
+        inputs = super()._prepare_inputs(inputs)
+        if "image_bytes" not in inputs:
+            return inputs
+        rest = {name: value for name, value in inputs.items() if name != "image_bytes"}
+        return {"pixel_values": self._transforms[False].from_bytes(inputs["image_bytes"]), **rest}
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None are counted: the Trainer's estimate is one for text, and walks through the model at each step."""
+        return 0
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
         if self.batch_augmentation is not None:

@@ -63,16 +63,15 @@ class TaskEvidence(nn.Module):
         self.task_queries[-1] = total(self.task_queries[-1] * self.task_counts[-1]) / count.clamp_min(1)
         self.task_counts[-1] = count
 
-    def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """(B, D) queries -> (B, classes)."""
+    def forward(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(B, D) queries, and `rows_of_tasks`, (tasks, classes) -> (B, classes)."""
         observed = self.task_counts > 0
         similarity = cosine(query.float(), self.task_queries.float())
         mean = similarity.where(observed, 0).sum(-1, keepdim=True) / observed.sum().clamp_min(1)
         scores = self.config.task_evidence * similarity.where(observed, mean)
-        rows = rows_of_tasks(self.config.tasks, len(self.config.classes), scores.device).float()
         highest = scores.amax(-1, keepdim=True)
         tiny = torch.finfo(scores.dtype).tiny
-        return highest + ((scores - highest).exp() @ rows).clamp_min(tiny).log()
+        return highest + ((scores - highest).exp() @ rows.float()).clamp_min(tiny).log()
 
 
 def rows_of_tasks(tasks: Sequence[Sequence[int]], classes: int, device: torch.device) -> torch.Tensor:

@@ -32,6 +32,15 @@ class GrowingLinear(nn.Linear):
         self.config = config
         super().__init__(in_features, classes)
         self.evidence = TaskEvidence(in_features, config) if config.task_evidence else None
+        self._rows: torch.Tensor | None = None
+
+    def rows_of_tasks(self, device: torch.device) -> torch.Tensor:
+        """Boolean (tasks, classes): which rows belong to each task. Kept on the device: a copy would make every step
+        wait for it."""
+        shape = len(self.config.tasks), self.out_features
+        if self._rows is None or self._rows.device != device or self._rows.shape != shape:
+            self._rows = rows_of_tasks(self.config.tasks, self.out_features, device)
+        return self._rows
 
     def reset_parameters(self) -> None:
         if self.out_features == 0:
@@ -62,7 +71,7 @@ class GrowingLinear(nn.Linear):
             with torch.no_grad():
                 new[:keep] = old[:keep]
             setattr(self, name, nn.Parameter(new.detach(), requires_grad=old.requires_grad))
-        self.out_features = classes
+        self.out_features, self._rows = classes, None
         if self.evidence is not None:
             self.evidence.grow()
 
@@ -221,7 +230,8 @@ class ClassifierHead(AdapterLayer):
                 if call.labels is not None and torch.is_grad_enabled() and not config.inference_mode:
                     evidence.observe(call.query)
             elif config.task_evidence and config.tasks and call.task_ids is None:
-                return logits.float() + evidence(call.query).float()
+                rows = self.active.rows_of_tasks(logits.device)
+                return logits.float() + evidence(call.query, rows).float()
         return logits
 
     def mask(
@@ -248,14 +258,14 @@ class ClassifierHead(AdapterLayer):
                     f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "
                     "count from 0."
                 )
-            allowed = rows_of_tasks(config.tasks, logits.shape[-1], logits.device)[task_ids.to(logits.device)]
+            allowed = self.active.rows_of_tasks(logits.device)[task_ids.to(logits.device)]
         elif training and config.train_mask and config.stream and labels is not None:
             present = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             # Labels out of range are told of by the loss, in words.
             rows = labels.to(logits.device).long().flatten().clamp(0, logits.shape[-1] - 1)
             allowed = present.scatter(0, rows, True)
         elif training and config.train_mask and config.tasks:
-            allowed = rows_of_tasks(config.tasks[-1:], logits.shape[-1], logits.device)
+            allowed = self.active.rows_of_tasks(logits.device)[-1:]
         else:
             return logits
         return logits.masked_fill(~allowed, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -61,30 +62,26 @@ def read_layer(
 def can_read(family: Family, layer: nn.Module) -> bool:
     """Whether `read_layer` gives what the layer gives: its parts are as the family's row says, and a try agrees.
 
-    A layer of another make, or of another version of transformers, is then simply run whole.
+    A layer of another make, or of another version of transformers, is then simply run whole. A copy is tried, on the
+    CPU and in double precision: what a device or an attention kernel cannot do, or rounds, must not decide.
     """
     weights = next(layer.parameters(), None)
-    if weights is None or weights.is_meta:
+    if weights is None or any(weight.is_meta for weight in layer.parameters()):
         return False
     generator = torch.Generator().manual_seed(0)
-    attention = family.attention_of(layer)
-    modes = [(module, module.training) for module in layer.modules()]
     try:
-        layer.eval()
-        with torch.no_grad():
-            hidden = torch.randn(2, 5, getattr(attention, family.projections[0]).in_features, generator=generator).to(
-                weights
-            )
+        layer = copy.deepcopy(layer).to("cpu", torch.float64).eval()
+        attention = family.attention_of(layer)
+        attention.config._attn_implementation = "eager"
+        width = getattr(attention, family.projections[0]).in_features
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            hidden = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
             expected = layer(hidden)
             expected = expected[0] if isinstance(expected, tuple) else expected
             found = read_layer(family, layer, hidden, 1, 3)
     except (AttributeError, TypeError, RuntimeError):
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    tolerance = 32 * torch.finfo(weights.dtype).eps * expected.abs().max().item()
-    return torch.allclose(found, expected[:, 1:3], rtol=0, atol=tolerance)
+    return torch.allclose(found, expected[:, 1:3], rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
 def is_watched(modules: Iterable[nn.Module]) -> bool:
