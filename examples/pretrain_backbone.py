@@ -151,13 +151,12 @@ def augment(
 
 
 def blend(
-    pixels: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, cut: bool
+    pixels: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, share: torch.Tensor, cut: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each image and its target distribution (B, classes) a share, (B,), of another image of the batch.
+    """Give each image and its target distribution (B, classes) a share, (B,), of its partner, (B,), in the batch.
 
     By cutmix (Yun et al., 2019, equation 1) if `cut`, else by mixup (Zhang et al., 2018, equation 1).
     """
-    partner = torch.randperm(len(pixels), device=pixels.device)
     if cut:
         inside = random_boxes(pixels, share)
         share = inside.float().mean(dim=(1, 2, 3))
@@ -234,7 +233,8 @@ def train(arguments: argparse.Namespace) -> None:
             pixel_values, targets = prepare(images[chosen], size, *strengths), one_hot[labels[chosen]]
             if blends:
                 cut, shares = blends[step % len(blends)]
-                pixel_values, targets = mix(pixel_values, targets, shares.sample((batch_size,)), cut)
+                partner, share = torch.randperm(batch_size, device=device), shares.sample((batch_size,))
+                pixel_values, targets = mix(pixel_values, targets, partner, share, cut)
             with torch.autocast(device.type, torch.bfloat16):
                 logits = forward(pixel_values, interpolate_pos_encoding=size != IMAGE_SIZE).logits
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=arguments.label_smoothing)
