@@ -113,6 +113,8 @@ class TaskTrainer(Trainer):
         The Trainer would compile the model as a whole, anew at each task, whose head and prompts are others.
         """
         super().create_accelerator_and_postprocess()
+        if self.args.tf32 is False:  # accelerate allows it where something is compiled
+            torch.backends.cuda.matmul.allow_tf32 = False
         wanted = TorchDynamoPlugin(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         if wanted.backend != DynamoBackend.NO:
