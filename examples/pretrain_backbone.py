@@ -239,7 +239,6 @@ def train(arguments: argparse.Namespace) -> None:
                 logits = forward(pixel_values, interpolate_pos_encoding=size != IMAGE_SIZE).logits
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=arguments.label_smoothing)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
