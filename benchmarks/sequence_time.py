@@ -95,17 +95,20 @@ def main() -> None:
     data = tuple(
         photographs(count * classes, size, classes) for count in (options.images, max(1, options.images // 5))
     )
-    with tempfile.TemporaryDirectory() as images:
-        rows = [measure(name, data, images, options) for name in options.methods]
+    rows: list[dict[str, Any]] = []
     print("| Method | Device | Images | Epochs | Training | Whole sequence |")
     print("|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['method']} | {row['device']} | {row['images'][0]:,} + {row['images'][1]:,} | {row['epochs']:g} | "
-            f"{row['train_seconds']:.0f} s | {row['seconds']:.0f} s |"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as images:
+        for name in options.methods:
+            row = measure(name, data, images, options)
+            rows.append(row)
+            print(
+                f"| {row['method']} | {row['device']} | {row['images'][0]:,} + {row['images'][1]:,} | "
+                f"{row['epochs']:g} | {row['train_seconds']:.0f} s | {row['seconds']:.0f} s |",
+                flush=True,
+            )
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
