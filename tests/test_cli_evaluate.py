@@ -81,3 +81,31 @@ def test_a_wrong_domain_column(train, domains, tmp_path, capsys, column, expecte
     assert main(command) == 2
     error = capsys.readouterr().err
     assert f"--domain-column is {column!r}" in error and expected in error
+
+
+@pytest.fixture
+def sequence(train, place, tmp_path) -> str:
+    """An adapter of two data sets, in which classes have the same names."""
+    two = f"{{first: {place / 'data'}, second: {{path: {place / 'single'}, test_fraction: 0.3}}}}"
+    assert train("--dataset", two, "--scenario", "{kind: dataset-sequence}") == 0
+    return str(tmp_path / "out")
+
+
+def test_one_data_set_of_a_sequence(sequence, place, capsys):
+    results = RunResults.load(sequence)
+    whole = (("first", str(place / "data")), ("second", str(place / "single"), "--test-fraction", "0.3"))
+    for number, (task, *data) in enumerate(whole):
+        found = measured(capsys, sequence, "--task", task, "--dataset", *data)
+        assert found["left_out"] == 0 and found["images"] == results.test_sizes[number]
+        assert found["accuracy"] == pytest.approx(results.accuracy_matrix[-1][number])
+        assert found["tasks"][task] == found["accuracy"] and f"{task}/red" in found["classes"]
+
+
+def test_a_data_set_of_a_sequence_has_to_be_named(sequence, trained, place, capsys):
+    for words, expected in (
+        ([sequence], "or --task, one of first, second."),
+        ([sequence, "--task", "third"], "--task is 'third', but no class of the adapter bears that name (first/red"),
+        ([str(trained), "--task", "first"], "Leave it out."),
+    ):
+        assert main(["evaluate", *words, "--dataset", str(place / "data")]) == 2
+        assert expected in capsys.readouterr().err

@@ -20,7 +20,7 @@ from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
 from .sections import DatasetSettings
 from .sources import load_data, load_processor
-from .tasks import find_tasks
+from .tasks import find_tasks, names_of_classes, sequence_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="column of the images, if there are several")
     parser.add_argument(
         "--domain-column", metavar="NAME", help="column of the domains, where tasks share their classes"
+    )
+    parser.add_argument(
+        "--task", metavar="NAME", help="task that the data set was in a dataset-sequence, whose classes bear its name"
     )
     parser.add_argument("--test-fraction", type=float, metavar="F", help="measure on the share held back in training")
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that share (default: 0)")
@@ -93,7 +96,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     examples = load_split(settings)
     model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
-    evaluation = evaluate(model, adapter, examples, settings, arguments.domain_column, arguments.batch_size)
+    evaluation = evaluate(
+        model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task
+    )
     print(json.dumps(vars(evaluation), indent=2) if arguments.json else evaluation)
 
 
@@ -124,20 +129,24 @@ def evaluate(
     settings: DatasetSettings,
     domain_column: str | None,
     batch_size: int,
+    task: str | None = None,
 ) -> Evaluation:
-    """Measure the adapter on the examples whose classes it has learnt, by their names."""
+    """Measure the adapter on the examples whose classes it has learnt, by their names; those that the classes have in
+    the data sets' `task`, where it was learnt from a sequence of several."""
     classes = list(adapter.config.classes or ()) if adapter.config.tasks else []
     if not classes:
         raise CommandError("The adapter has learnt no classes yet, so there is nothing to measure. Train it first.")
     with explained(f"The data set {settings.path!r} cannot be used"):
         labels = read_labels(examples, examples, settings.label_column)
         image_column = find_image_column(examples, examples, settings.image_column)
-    index = np.array([classes.index(name) if name in classes else -1 for name in labels.names])
+    names = names_of_classes(adapter, labels.names, task)
+    index = np.array([classes.index(name) if name in classes else -1 for name in names])
     truth = index[labels.test]
     if not (truth >= 0).any():
         raise CommandError(
             f"No image of {settings.path!r} is of a class that the adapter has learnt ({some(classes)}); the classes "
-            f"of {settings.label_column!r} are {some(labels.names)}. Give another data set or --label-column."
+            f"of {settings.label_column!r} are {some(names)}. Give another data set or --label-column"
+            + (f", or --task, one of {', '.join(sequence_of(adapter))}." if sequence_of(adapter) else ".")
         )
     tasks = find_tasks(adapter, examples, truth, domain_column)
     known = np.flatnonzero((truth >= 0) & (tasks.numbers >= 0))

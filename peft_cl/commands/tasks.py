@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,34 @@ def find_tasks(adapter: SavedAdapter, examples: Dataset, truth: np.ndarray, colu
             )
         return _by_column(adapter, examples, truth, column)
     return _by_class(adapter, truth) if rule == BY_CLASS else ImageTasks(np.zeros_like(truth), missing=rule)
+
+
+def sequence_of(adapter: SavedAdapter) -> tuple[str, ...]:
+    """The tasks of a sequence of data sets whose classes bear the data set's name; none of another adapter."""
+    named = adapter.results.task_names if adapter.scenario == "dataset-sequence" else ()
+    return tuple(name for name in named if _of(name, adapter.config.classes))
+
+
+def names_of_classes(adapter: SavedAdapter, names: Sequence[str], task: str | None) -> list[str]:
+    """Return what the adapter calls classes of these names, in the data set that was its `task` (None: the names).
+
+    Raises:
+        CommandError: It has no classes that bear that name.
+    """
+    if task is None:
+        return list(names)
+    if not _of(task, adapter.config.classes):
+        known = sequence_of(adapter)
+        remedy = f"Give one of {', '.join(known)}." if known else "Leave it out."
+        raise CommandError(
+            f"--task is {task!r}, but no class of the adapter bears that name ({some(adapter.config.classes)}). "
+            f"{remedy}"
+        )
+    return [f"{task}/{name}" for name in names]
+
+
+def _of(task: str, classes: Sequence[str]) -> bool:
+    return any(name.startswith(f"{task}/") for name in classes)
 
 
 def _by_class(adapter: SavedAdapter, truth: np.ndarray) -> ImageTasks:
