@@ -271,3 +271,14 @@ def test_what_is_not_from_the_paper_is_said():
     card = model_card(run(method="CODA-Prompt with task evidence", hyperparameters=settings))
     assert "Not from the paper is the task evidence: in evaluation, 6 times the cosine" in card
     assert "task evidence" not in model_card(run())
+
+
+def test_what_was_measured_ahead_and_told_of_tasks_is_on_the_card(tmp_path: Path) -> None:
+    measured = np.where(np.isnan(MATRIX), 0.25, MATRIX)
+    metrics = continual_metrics(measured, test_sizes=[20, 20, 40], baseline=[0.5, 0.25, 0.125])
+    told = {"metrics": metrics, "baseline": [0.5, 0.25, 0.125], "task_identification": 0.625}
+    results = RunResults(**{**vars(run()), **told, "accuracy_matrix": measured.tolist()})
+    card = read(model_card(results), tmp_path)
+    assert "- Forward transfer: 6.25 %" in card.text and "- Overall accuracy: 69.50 %" in card.text
+    assert "- Task identification: 62.50 % (share of" in card.text
+    assert table_row(card, "pets")[:3] == ["90.0", "25.0", "25.0"]

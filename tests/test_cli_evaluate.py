@@ -109,3 +109,11 @@ def test_a_data_set_of_a_sequence_has_to_be_named(sequence, trained, place, caps
     ):
         assert main(["evaluate", *words, "--dataset", str(place / "data")]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_the_task_is_identified_as_the_run_counted_it(trained, place, capsys):
+    found, results = measured(capsys, str(trained), "--dataset", str(place / "data")), RunResults.load(trained)
+    assert found["task_identification"] == pytest.approx(results.task_identification)
+    assert found["classes"] == pytest.approx(results.per_class_accuracy)
+    assert main(["evaluate", str(trained), "--dataset", str(place / "data")]) == 0
+    assert f"task identified   {results.task_identification:8.2%}" in capsys.readouterr().out

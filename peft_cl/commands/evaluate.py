@@ -14,13 +14,14 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..metrics import task_identification_accuracy
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
 from .sections import DatasetSettings
 from .sources import load_data, load_processor
-from .tasks import find_tasks, names_of_classes, sequence_of
+from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ class Evaluation:
     task_known: bool  # whether the model is told the task of each image, as in a task-incremental run
     accuracy: float
     average_accuracy: float | None  # mean over the tasks, the figure that runs are compared by
+    task_identification: float | None  # share of images given a class of their own task; None: told, or not by classes
     tasks: dict[str, float | None] | None
     tasks_missing: str | None  # why there are none
     classes: dict[str, float | None]
@@ -71,6 +73,8 @@ class Evaluation:
             f"accuracy          {_percent(self.accuracy)}  (of all images)",
             f"average accuracy  {_percent(self.average_accuracy)}  (mean over the tasks)",
         ]
+        if self.task_identification is not None:
+            lines += [f"task identified   {_percent(self.task_identification)}  (a class of the image's own task)"]
         if self.tasks_missing:
             lines += [f"no task by itself: {self.tasks_missing}"]
         for heading, entries in (("task", self.tasks or {}), ("class", self.classes)):
@@ -157,8 +161,12 @@ def evaluate(
     )
     batches = DataLoader(examples.select(known), batch_size, collate_fn=collator)
     task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
-    correct = predict(model, batches, numbers if task_known else None) == truth
+    predicted = predict(model, batches, numbers if task_known else None)
+    correct = predicted == truth
     accuracies = {name: _mean(correct[numbers == number]) for number, name in enumerate(tasks.names)}
+    identified = None
+    if tasks.names and domain_column is None and not task_known:
+        identified = task_identification_accuracy(predicted, numbers, task_of_rows(adapter))
     measured = [value for value in accuracies.values() if value is not None]
     return Evaluation(
         adapter=str(adapter.folder),
@@ -169,6 +177,7 @@ def evaluate(
         task_known=task_known,
         accuracy=float(correct.mean()),
         average_accuracy=float(np.mean(measured)) if measured else None,
+        task_identification=identified,
         tasks=accuracies or None,
         tasks_missing=tasks.missing,
         classes={name: _mean(correct[truth == row]) for row, name in enumerate(classes)},

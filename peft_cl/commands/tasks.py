@@ -85,17 +85,21 @@ def names_of_classes(adapter: SavedAdapter, names: Sequence[str], task: str | No
     return [f"{task}/{name}" for name in names]
 
 
+def task_of_rows(adapter: SavedAdapter) -> np.ndarray:
+    """Return the task of each row of the head, where each has one; the last entry, -1, is for a class not learnt."""
+    task_of_row = np.full(len(adapter.config.classes) + 1, -1)
+    for number, rows in enumerate(adapter.config.tasks):
+        task_of_row[rows] = number
+    return task_of_row
+
+
 def _of(task: str, classes: Sequence[str]) -> bool:
     return any(name.startswith(f"{task}/") for name in classes)
 
 
 def _by_class(adapter: SavedAdapter, truth: np.ndarray) -> ImageTasks:
-    tasks = adapter.config.tasks
-    task_of_row = np.full(len(adapter.config.classes) + 1, -1)  # the last one is for -1, a class not learnt
-    for number, rows in enumerate(tasks):
-        task_of_row[rows] = number
-    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(tasks)))
-    return ImageTasks(task_of_row[truth], names)
+    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    return ImageTasks(task_of_rows(adapter)[truth], names)
 
 
 def _by_column(adapter: SavedAdapter, examples: Dataset, truth: np.ndarray, column: str) -> ImageTasks:

@@ -30,6 +30,12 @@ METRICS = {
         "mean over the steps of the average accuracy so far",
     ),
     "forgetting": ("forgetting", "Forgetting", "mean drop from a task's best accuracy to its last, lower is better"),
+    "overall_accuracy": ("", "Overall accuracy", "over all test examples, so that larger tasks weigh more"),
+    "per_step_forgetting": (
+        "",
+        "Per step forgetting",
+        "mean drop from one step to the next, what the code of CODA-Prompt calls forgetting",
+    ),
     "backward_transfer": ("", "Backward transfer", "mean change of a task's accuracy since it was learnt"),
     "forward_transfer": ("", "Forward transfer", "mean gain on a task before it is learnt"),
 }
@@ -282,6 +288,11 @@ def _measured(results: RunResults) -> str:
         for name, value in results.metrics.items()
         if math.isfinite(value)
     ]
+    if results.task_identification is not None:
+        lines.append(
+            f"- Task identification: {100 * results.task_identification:.2f} % (share of test images whose predicted "
+            "class is one of their own task's)"
+        )
     names = [_cell(name) for name in results.task_names[:done]]
     header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
     rows = [
