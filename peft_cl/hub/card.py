@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from ..metrics import RunResults, results_table
 from .papers import PAPERS, Paper
-from .sources import Source, find_source
+from .sources import Source, find_source, without_folders
 
 
 # metric in `RunResults.metrics`: type in the card's metadata, name, meaning
@@ -84,8 +84,8 @@ def model_card(
     """Make the model card of an adapter from the record of its run.
 
     A run that is not finished gives a card too, which says so at its top. A backbone or data set given as a local path
-    appears by the name of its folder; a backbone without a name (one made from a configuration) is left out of the
-    metadata, where the Hub refuses an empty name.
+    appears by the name of its folder, and so does every local path in the command; a backbone without a name (one made
+    from a configuration) is left out of the metadata, where the Hub refuses an empty name.
 
     Args:
         results: The record of the run.
@@ -330,7 +330,7 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
     hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
     facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
     facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
-    facts["Command"] = f"`{results.command}`" if results.command else None
+    facts["Command"] = f"`{without_folders(results.command)}`" if results.command else None
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
     settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
     parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]
