@@ -117,3 +117,15 @@ def test_the_task_is_identified_as_the_run_counted_it(trained, place, capsys):
     assert found["classes"] == pytest.approx(results.per_class_accuracy)
     assert main(["evaluate", str(trained), "--dataset", str(place / "data")]) == 0
     assert f"task identified   {results.task_identification:8.2%}" in capsys.readouterr().out
+
+
+def test_forward_transfer_comes_from_a_configuration(train, domains, tmp_path, capsys):
+    words = ("--dataset", domains, "--scenario", "{kind: domain-incremental}", "--training.measure_ahead", "true")
+    assert train(*words) == 0
+    out, results = capsys.readouterr().out, RunResults.load(tmp_path / "out")
+    expected = results.accuracy_matrix[0][1] - results.baseline[1]
+    assert results.metrics["forward_transfer"] == pytest.approx(expected)
+    assert f"forward transfer {expected:.2%}" in out
+    assert f"- Forward transfer: {100 * expected:.2f} %" in (tmp_path / "out" / "README.md").read_text()
+    assert train(*words, "--scenario", "{num_tasks: 2}", "--output_dir", str(tmp_path / "new")) == 2
+    assert "measure_ahead is True, but task 'task_1' brings new classes" in capsys.readouterr().err

@@ -182,6 +182,7 @@ def test_what_the_last_evaluation_told_reads_back(tmp_path):
     record(**told).save(tmp_path)
     assert RunResults.load(tmp_path) == record(**told)
     record().save(tmp_path)
-    assert not set(told) & set(json.loads((tmp_path / "results.json").read_text()))  # for older readers
+    assert not set(told) & set(json.loads((tmp_path / "results.json").read_text()))  # as in older records
+    assert RunResults.load(tmp_path) == record()
     with pytest.raises(ValueError, match="baseline has 1 entries, but there are 3 tasks; give"):
         record(baseline=[0.5])
