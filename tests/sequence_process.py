@@ -44,24 +44,34 @@ CONFIGS = {
     "probe": lambda **more: LinearProbeConfig(**more),
 }
 STRATEGIES = {"er": lambda: ExperienceReplay(8), "ewc": lambda: EWC(10.0, 8), "finetuning": FineTuning}
-events, kill_at, training_steps = 0, 0, 0
+#: Kinds of the moments so far.
+events: list[str] = []
+kill_at, training_steps = 0, 0
 
 
-def happened() -> None:
-    global events
-    events += 1
-    if events == kill_at:
+def happened(kind: str) -> None:
+    events.append(kind)
+    if len(events) == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def counted(function):
-    """The function, with an event before and after each call."""
+def counted(function, before: str, after: str | None = None):
+    """The function, with a moment before and after each call."""
 
     def call(*args, **kwargs):
-        happened()
+        happened(before)
         result = function(*args, **kwargs)
-        happened()
+        happened(after or before)
         return result
+
+    return call
+
+
+def counting_tasks(train_task):
+    def call(trainer, task, **columns):
+        if task.index:
+            happened("between tasks")
+        return train_task(trainer, task, **columns)
 
     return call
 
@@ -119,9 +129,12 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 6}
     width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "hidden_dropout_prob": dropout}
     base = ViTForImageClassification(ViTConfig(**size, **width))
-    ContinualTrainer.training_step = counted(counting_steps(ContinualTrainer.training_step))
-    ContinualTrainer.prediction_step = counted(ContinualTrainer.prediction_step)
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    # In a step: gradients are there, and the optimizer has not stepped.
+    steps = counting_steps(ContinualTrainer.training_step)
+    ContinualTrainer.training_step = counted(steps, "before a step", "in a step")
+    ContinualTrainer.prediction_step = counted(ContinualTrainer.prediction_step, "evaluation")
+    ContinualTrainer.train_task = counting_tasks(ContinualTrainer.train_task)
+    os.replace, os.fsync = counted(os.replace, "replace"), counted(os.fsync, "fsync")
     trainer = ContinualTrainer(
         get_peft_model(base, CONFIGS[name](**settings)),
         ContinualTrainingArguments(
@@ -145,7 +158,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])
     trainer.train(resume_from_checkpoint=resume == "resume")
     print("training steps", training_steps)
-    print(events)
+    print(", ".join(events))
     print("processes", trainer.accelerator.num_processes)
 
 

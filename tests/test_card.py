@@ -271,3 +271,31 @@ def test_what_is_not_from_the_paper_is_said():
     card = model_card(run(method="CODA-Prompt with task evidence", hyperparameters=settings))
     assert "Not from the paper is the task evidence: in evaluation, 6 times the cosine" in card
     assert "task evidence" not in model_card(run())
+
+
+def test_what_was_measured_ahead_and_told_of_tasks_is_on_the_card(tmp_path: Path) -> None:
+    measured = np.where(np.isnan(MATRIX), 0.25, MATRIX)
+    metrics = continual_metrics(measured, test_sizes=[20, 20, 40], baseline=[0.5, 0.25, 0.125])
+    told = {"metrics": metrics, "baseline": [0.5, 0.25, 0.125], "task_identification": 0.625}
+    results = RunResults(**{**vars(run()), **told, "accuracy_matrix": measured.tolist()})
+    card = read(model_card(results), tmp_path)
+    assert "- Forward transfer: 6.25 %" in card.text and "- Overall accuracy: 69.50 %" in card.text
+    assert "- Task identification: 62.50 % (share of" in card.text
+    assert table_row(card, "pets")[:3] == ["90.0", "25.0", "25.0"]
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("peft-cl train /home/me/c.yaml --dataset /home/me/data/ -x", "peft-cl train c.yaml --dataset data -x"),
+        ("peft-cl train '/home/me/my runs/c d.yaml' --dataset ../x/birds", "peft-cl train 'c d.yaml' --dataset birds"),
+        ("train c.yaml --dataset '{a: ~/x/y, b: {path: /me/z}}'", "train c.yaml --dataset '{a: y, b: {path: z}}'"),
+        ("train c.yaml --training.image_cache_dir=/scratch/me", "train c.yaml --training.image_cache_dir=me"),
+        (r"train 'C:\Users\me\c.yaml'", "train c.yaml"),
+        ("python /home/me/what's this", "python what's this"),
+        *[(same, same) for same in ("train c.yaml --model owner/vit --output_dir out/run", "train https://a.b/c d/e")],
+    ],
+)
+def test_the_command_does_not_say_where_folders_lie(command: str, shown: str, tmp_path: Path) -> None:
+    card = read(model_card(run(command=command)), tmp_path)
+    assert table_row(card, "Command") == [f"`{shown}`"]

@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # ----------------------------------------------------------------------------------------------- a run
 
 
-def test_train_writes_adapter_processor_results_card_and_pictures(trained):
+def test_train_writes_adapter_processor_results_card_and_pictures(trained, place):
     files = {path.name for path in trained.iterdir()}
     assert files >= {
         "adapter_config.json",
@@ -43,7 +43,10 @@ def test_train_writes_adapter_processor_results_card_and_pictures(trained):
     assert results.finished_tasks == 2
     assert results.seed == 5
     assert results.command.startswith("peft-cl train ") and results.command.endswith("--training.seed 5")
-    assert "CODA-Prompt" in (trained / "README.md").read_text()
+    card = (trained / "README.md").read_text()
+    assert "CODA-Prompt" in card and "`peft-cl train config.yaml" in card
+    # Where things lie is in the record, to run it again, and not on the card.
+    assert str(place) not in card and str(place) in (trained / "results.json").read_text()
 
 
 def test_info_agrees_with_the_results_and_needs_no_base_model(trained, place, capsys, monkeypatch):

@@ -81,3 +81,51 @@ def test_a_wrong_domain_column(train, domains, tmp_path, capsys, column, expecte
     assert main(command) == 2
     error = capsys.readouterr().err
     assert f"--domain-column is {column!r}" in error and expected in error
+
+
+@pytest.fixture
+def sequence(train, place, tmp_path) -> str:
+    """An adapter of two data sets, in which classes have the same names."""
+    two = f"{{first: {place / 'data'}, second: {{path: {place / 'single'}, test_fraction: 0.3}}}}"
+    assert train("--dataset", two, "--scenario", "{kind: dataset-sequence}") == 0
+    return str(tmp_path / "out")
+
+
+def test_one_data_set_of_a_sequence(sequence, place, capsys):
+    results = RunResults.load(sequence)
+    whole = (("first", str(place / "data")), ("second", str(place / "single"), "--test-fraction", "0.3"))
+    for number, (task, *data) in enumerate(whole):
+        found = measured(capsys, sequence, "--task", task, "--dataset", *data)
+        assert found["left_out"] == 0 and found["images"] == results.test_sizes[number]
+        assert found["accuracy"] == pytest.approx(results.accuracy_matrix[-1][number])
+        assert found["tasks"][task] == found["accuracy"] and f"{task}/red" in found["classes"]
+
+
+def test_a_data_set_of_a_sequence_has_to_be_named(sequence, trained, place, capsys):
+    for words, expected in (
+        ([sequence], "or --task, one of first, second."),
+        ([sequence, "--task", "third"], "--task is 'third', but no class of the adapter bears that name (first/red"),
+        ([str(trained), "--task", "first"], "Leave it out."),
+    ):
+        assert main(["evaluate", *words, "--dataset", str(place / "data")]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_the_task_is_identified_as_the_run_counted_it(trained, place, capsys):
+    found, results = measured(capsys, str(trained), "--dataset", str(place / "data")), RunResults.load(trained)
+    assert found["task_identification"] == pytest.approx(results.task_identification)
+    assert found["classes"] == pytest.approx(results.per_class_accuracy)
+    assert main(["evaluate", str(trained), "--dataset", str(place / "data")]) == 0
+    assert f"task identified   {results.task_identification:8.2%}" in capsys.readouterr().out
+
+
+def test_forward_transfer_comes_from_a_configuration(train, domains, tmp_path, capsys):
+    words = ("--dataset", domains, "--scenario", "{kind: domain-incremental}", "--training.measure_ahead", "true")
+    assert train(*words) == 0
+    out, results = capsys.readouterr().out, RunResults.load(tmp_path / "out")
+    expected = results.accuracy_matrix[0][1] - results.baseline[1]
+    assert results.metrics["forward_transfer"] == pytest.approx(expected)
+    assert f"forward transfer {expected:.2%}" in out
+    assert f"- Forward transfer: {100 * expected:.2f} %" in (tmp_path / "out" / "README.md").read_text()
+    assert train(*words, "--scenario", "{num_tasks: 2}", "--output_dir", str(tmp_path / "new")) == 2
+    assert "measure_ahead is True, but task 'task_1' brings new classes" in capsys.readouterr().err

@@ -40,42 +40,54 @@ def same(folder: Path, expected: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """`whole(method)`: folder and number of events of a run that nothing interrupted."""
+    """`whole(method)`: folder of a run that nothing interrupted, and the kinds of its moments, in order."""
     done = {}
 
-    def get(method: str) -> tuple[Path, int]:
+    def get(method: str) -> tuple[Path, list[str]]:
         if method not in done:
             folder = tmp_path_factory.mktemp(method)
             process = run(folder, method)
             assert process.returncode == 0, process.stderr
-            done[method] = folder, int(process.stdout.splitlines()[-2])
+            done[method] = folder, process.stdout.splitlines()[-2].split(", ")
         return done[method]
 
     return get
 
 
-# Ten moments drawn at random: before, in and after a step, an evaluation, the writing of a file.
+# Ten moments, each drawn at random among those of its kind.
 KILLS = [
-    *(("l2p", draw) for draw in range(2)),
-    ("dualprompt", 0),
-    ("coda", 0),
-    *(("coda+checkpoints", draw) for draw in range(2)),
-    ("l2p+checkpoints", 0),
-    ("dualprompt+stream", 0),
-    ("probe+finetuning+ewc+checkpoints", 0),
-    ("l2p+er", 0),
+    ("l2p", "before a step"),
+    ("l2p", "replace"),
+    ("dualprompt", "between tasks"),
+    ("coda", "evaluation"),
+    ("coda+checkpoints", "in a step"),
+    ("coda+checkpoints", "fsync"),
+    ("l2p+checkpoints", "replace"),
+    ("dualprompt+stream", "between tasks"),
+    ("probe+finetuning+ewc+checkpoints", "evaluation"),
+    ("l2p+er", "in a step"),
 ]
 
 
-@pytest.mark.parametrize(("method", "draw"), KILLS)
-def test_kill_and_resume_gives_the_same_bits(method, draw, whole, tmp_path):
-    folder, events = whole(method)
-    kill_at = random.Random(f"{method} {draw}").randint(1, events)
+def test_a_run_is_killed_at_each_kind_of_moment(whole):
+    _, moments = whole("coda+checkpoints")
+    assert set(moments) == {kind for _, kind in KILLS}
+    assert moments.count("between tasks") == 2 and moments.count("in a step") == moments.count("before a step") > 6
+    # What is written within a task lies between its steps.
+    steps = [place for place, kind in enumerate(moments) if kind == "in a step"]
+    assert {"fsync", "replace"} <= set(moments[steps[0] : steps[2]])
+
+
+@pytest.mark.parametrize(("method", "kind"), KILLS)
+def test_kill_and_resume_gives_the_same_bits(method, kind, whole, tmp_path):
+    folder, moments = whole(method)
+    places = [place for place, each in enumerate(moments, start=1) if each == kind]
+    kill_at = random.Random(f"{method} {kind}").choice(places)
     killed = run(tmp_path, method, kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(tmp_path, method, resume=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert same(tmp_path, folder), f"killed at event {kill_at} of {events}"
+    assert same(tmp_path, folder), f"killed at moment {kill_at} of {len(moments)}, {kind}"
 
 
 def test_a_task_goes_on_from_its_last_whole_checkpoint(whole, tmp_path):
@@ -135,10 +147,10 @@ def test_a_full_disk_keeps_what_was_saved(whole, tmp_path):
 
 
 def test_finished_tasks_are_not_repeated(whole, tmp_path):
-    folder, events = whole("coda")
+    folder, _ = whole("coda")
     shutil.copytree(folder, tmp_path / "done")
     resumed = run(tmp_path / "done", "coda", resume=True)
-    assert resumed.returncode == 0 and int(resumed.stdout.splitlines()[-2]) == 0
+    assert resumed.returncode == 0 and resumed.stdout.splitlines()[-2] == ""  # no moment
 
 
 def test_other_settings_are_refused_with_their_difference(whole, tmp_path):

@@ -18,9 +18,10 @@ from peft_cl.metrics import (
     finished_tasks,
     forgetting,
     forward_transfer,
+    per_step_forgetting,
     results_table,
 )
-from peft_cl.metrics.results import differences, group_of
+from peft_cl.metrics.table import differences, group_of
 
 
 NAN = math.nan
@@ -45,6 +46,7 @@ def test_continual_metrics_names_them():
         "average_accuracy": final_average_accuracy(MATRIX),
         "average_incremental_accuracy": average_incremental_accuracy(MATRIX),
         "forgetting": forgetting(MATRIX),
+        "per_step_forgetting": per_step_forgetting(MATRIX),
         "backward_transfer": backward_transfer(MATRIX),
     }
     assert all(type(value) is float for value in metrics.values())
@@ -67,8 +69,7 @@ def test_forward_transfer_needs_its_measurements():
 
 
 def test_tasks_that_improve_have_negative_forgetting():
-    # 0.5 - 0.7
-    assert forgetting([[0.5, NAN], [0.7, 0.9]]) == pytest.approx(-0.2)
+    assert forgetting([[0.5, NAN], [0.7, 0.9]]) == pytest.approx(-0.2)  # 0.5 - 0.7
     assert backward_transfer([[0.5, NAN], [0.7, 0.9]]) == pytest.approx(0.2)
 
 
@@ -83,6 +84,7 @@ def test_single_task_has_nothing_to_forget():
         "average_accuracy": 0.75,
         "average_incremental_accuracy": 0.75,
         "forgetting": 0.0,
+        "per_step_forgetting": 0.0,
         "backward_transfer": 0.0,
     }
 

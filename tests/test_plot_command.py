@@ -182,3 +182,20 @@ def test_without_matplotlib_the_error_says_what_to_install(run, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plot", str(run)]) == 2
     assert "pip install peft-cl[plots]" in capsys.readouterr().err
+
+
+def test_intransigence_is_told_against_a_joint_run(run, tmp_path, capsys):
+    joint = [[0.9, np.nan, np.nan], [0.9, 0.8, np.nan], [0.9, 0.9, 0.9]]
+    results("L2P + joint training", accuracy_matrix=joint).save(_made(tmp_path / "joint"))
+    assert main(["plot", str(run), "--reference", str(tmp_path / "joint")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}: intransigence 16.67%"
+    results("joint", test_sizes=[5] * 3).save(tmp_path / "joint")
+    assert main(["plot", str(run), "--reference", str(tmp_path / "joint"), "--output", str(tmp_path / "new")]) == 2
+    assert "differs from the run in test_sizes" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_what_was_measured_ahead_does_not_disturb_pictures(run):
+    measured = np.where(np.isnan(MATRIX), 0.25, MATRIX)
+    metrics = continual_metrics(measured, baseline=[0.5, 0.25, 0.125])
+    results(accuracy_matrix=measured, metrics=metrics, baseline=[0.5, 0.25, 0.125]).save(run)
+    assert main(["plot", str(run)]) == 0

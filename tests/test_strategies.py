@@ -143,6 +143,10 @@ def test_bad_settings():
             ExperienceReplay(**settings)
     with pytest.raises(ValueError, match="strength is -1, but must be a number of at least 0"):
         EWC(-1)
+    assert EWC(np.float32(3), np.int64(8)).settings() == {"strength": 3.0, "fisher_samples": 8}
+    for strength in ("3", True, float("nan")):
+        with pytest.raises(ValueError, match="strength is .*, but must be a number of at least 0"):
+            EWC(strength)
     with pytest.raises(ValueError, match="fisher_samples is 0, but must be"):
         EWC(fisher_samples=0)
 

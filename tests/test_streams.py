@@ -160,6 +160,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
+            ({"blur": "0.5"}, "blur is '0.5', but must be a number of at least 0"),
+            ({"blur": True}, "blur is True, but must be a number of at least 0"),
+            ({"blur": float("nan")}, "blur is nan, but must be a number of at least 0"),
             ({"blur": -1}, "blur is -1, but must be a number of at least 0"),
             ({"passes": 0}, "passes is 0, but must be a whole number of at least 1"),
             ({"stream_seed": -1}, "stream_seed is -1, but must be a whole number of at least 0"),

@@ -12,6 +12,7 @@ from trainer_cases import CONFIGS
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from peft_cl import (
+    L2PConfig,
     LinearProbeConfig,
     RandomResizedCropFlip,
     RunResults,
@@ -77,6 +78,45 @@ def test_parts_have_learning_rates_of_their_own(make_trainer):
     trainer = make_trainer(CONFIGS["coda"](), callbacks=[Watch()], learning_rates=given, lr_scheduler_type="constant")
     trainer.train_task(trainer.scenario[0])
     assert rates == {"prompts": 0.5, "keys": 0.25, "attention": 0.25, "weight": 0.125, "bias": 0.125}
+
+
+WITH_PART = {
+    "keys": lambda: CONFIGS["l2p"](),
+    "query_projection": lambda: L2PConfig(pool_size=6, prompt_length=2, top_k=2, query_projection="mlp"),
+    "g_prompts": lambda: CONFIGS["dualprompt"](),
+    "attention": lambda: CONFIGS["coda"](),
+}
+
+
+@pytest.mark.parametrize("part", WITH_PART)
+def test_each_part_of_a_pool_has_its_rate_in_every_tasks_optimizer(part, make_trainer):
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {parameter: name for name, parameter in model.named_parameters() if "_pool." in name}
+            held = [(group, each) for group in optimizer.param_groups for each in group["params"] if each in names]
+            assert len(held) == len(names)
+            rates = [(group["lr"], group["weight_decay"]) for group, _ in held]
+            own = [names[each].partition("default.")[2] for _, each in held]
+            steps.append(dict(zip(own, rates, strict=True)))
+
+    trainer = make_trainer(
+        WITH_PART[part](),
+        callbacks=[Watch()],
+        learning_rates={part: 0.5},
+        learning_rate=0.25,
+        lr_scheduler_type="constant",
+        weight_decay=0.125,
+        num_tasks=2,
+        max_steps=1,
+    )
+    trainer.train()
+    assert len(steps) == 2
+    for rates in steps:
+        assert {name.split(".")[0] for name, (rate, _) in rates.items() if rate == 0.5} == {part}
+        assert {rate for rate, _ in rates.values()} == {0.25, 0.5}
+        assert all(decay == (0 if name.endswith("bias") else 0.125) for name, (_, decay) in rates.items())
 
 
 def test_rows_of_past_tasks_never_move(make_trainer):

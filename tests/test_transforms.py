@@ -215,13 +215,21 @@ def test_resize_comes_before_the_crop():
     "arguments",
     [
         *({"size": 0}, {"size": (8, 8, 8)}, {"size": 8.5}, {"resize": "8"}, {"flip": 1.5}),
+        *({"size": True}, {"size": (8, True)}, {"resize": []}, {"flip": "x"}, {"flip": None}, {"flip": True}),
+        *({"scale": 0.5}, {"scale": "ab"}, {"scale": (0.5,)}, {"scale": (0.1, 0.5, 1)}, {"scale": ("a", "b")}),
+        *({"ratio": None}, {"ratio": 1}, {"ratio": (1, float("inf"))}, {"ratio": (0.5, float("nan"))}),
         *({"scale": (0, 1)}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 2)}, {"ratio": (0, 1)}, {"ratio": (2, 1)}),
     ],
 )
 def test_augmentation_refuses_impossible_settings(arguments):
     (name,) = arguments
-    with pytest.raises(ValueError, match=f"^{name} "):
+    with pytest.raises(ValueError, match=f"^{name} .*, got .*; give one such as"):
         RandomResizedCropFlip(**arguments)
+
+
+def test_augmentation_takes_numbers_of_numpy_and_lists():
+    given = RandomResizedCropFlip(np.int64(16), scale=[0.5, np.float32(1)], flip=np.float64(0.5), resize=[20, 24])
+    assert given(noise(32, 32)).size == (16, 16)
 
 
 class TestContinualCollator:

@@ -14,13 +14,14 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..metrics import task_identification_accuracy
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
 from .sections import DatasetSettings
 from .sources import load_data, load_processor
-from .tasks import find_tasks
+from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="column of the images, if there are several")
     parser.add_argument(
         "--domain-column", metavar="NAME", help="column of the domains, where tasks share their classes"
+    )
+    parser.add_argument(
+        "--task", metavar="NAME", help="task that the data set was in a dataset-sequence, whose classes bear its name"
     )
     parser.add_argument("--test-fraction", type=float, metavar="F", help="measure on the share held back in training")
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that share (default: 0)")
@@ -54,6 +58,7 @@ class Evaluation:
     task_known: bool  # whether the model is told the task of each image, as in a task-incremental run
     accuracy: float
     average_accuracy: float | None  # mean over the tasks, the figure that runs are compared by
+    task_identification: float | None  # share of images given a class of their own task; None: told, or not by classes
     tasks: dict[str, float | None] | None
     tasks_missing: str | None  # why there are none
     classes: dict[str, float | None]
@@ -68,6 +73,8 @@ class Evaluation:
             f"accuracy          {_percent(self.accuracy)}  (of all images)",
             f"average accuracy  {_percent(self.average_accuracy)}  (mean over the tasks)",
         ]
+        if self.task_identification is not None:
+            lines += [f"task identified   {_percent(self.task_identification)}  (a class of the image's own task)"]
         if self.tasks_missing:
             lines += [f"no task by itself: {self.tasks_missing}"]
         for heading, entries in (("task", self.tasks or {}), ("class", self.classes)):
@@ -93,7 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     examples = load_split(settings)
     model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
-    evaluation = evaluate(model, adapter, examples, settings, arguments.domain_column, arguments.batch_size)
+    evaluation = evaluate(
+        model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task
+    )
     print(json.dumps(vars(evaluation), indent=2) if arguments.json else evaluation)
 
 
@@ -124,20 +133,24 @@ def evaluate(
     settings: DatasetSettings,
     domain_column: str | None,
     batch_size: int,
+    task: str | None = None,
 ) -> Evaluation:
-    """Measure the adapter on the examples whose classes it has learnt, by their names."""
+    """Measure the adapter on the examples whose classes it has learnt, by their names; those that the classes have in
+    the data sets' `task`, where it was learnt from a sequence of several."""
     classes = list(adapter.config.classes or ()) if adapter.config.tasks else []
     if not classes:
         raise CommandError("The adapter has learnt no classes yet, so there is nothing to measure. Train it first.")
     with explained(f"The data set {settings.path!r} cannot be used"):
         labels = read_labels(examples, examples, settings.label_column)
         image_column = find_image_column(examples, examples, settings.image_column)
-    index = np.array([classes.index(name) if name in classes else -1 for name in labels.names])
+    names = names_of_classes(adapter, labels.names, task)
+    index = np.array([classes.index(name) if name in classes else -1 for name in names])
     truth = index[labels.test]
     if not (truth >= 0).any():
         raise CommandError(
             f"No image of {settings.path!r} is of a class that the adapter has learnt ({some(classes)}); the classes "
-            f"of {settings.label_column!r} are {some(labels.names)}. Give another data set or --label-column."
+            f"of {settings.label_column!r} are {some(names)}. Give another data set or --label-column"
+            + (f", or --task, one of {', '.join(sequence_of(adapter))}." if sequence_of(adapter) else ".")
         )
     tasks = find_tasks(adapter, examples, truth, domain_column)
     known = np.flatnonzero((truth >= 0) & (tasks.numbers >= 0))
@@ -148,8 +161,12 @@ def evaluate(
     )
     batches = DataLoader(examples.select(known), batch_size, collate_fn=collator)
     task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
-    correct = predict(model, batches, numbers if task_known else None) == truth
+    predicted = predict(model, batches, numbers if task_known else None)
+    correct = predicted == truth
     accuracies = {name: _mean(correct[numbers == number]) for number, name in enumerate(tasks.names)}
+    identified = None
+    if tasks.names and domain_column is None and not task_known:
+        identified = task_identification_accuracy(predicted, numbers, task_of_rows(adapter))
     measured = [value for value in accuracies.values() if value is not None]
     return Evaluation(
         adapter=str(adapter.folder),
@@ -160,6 +177,7 @@ def evaluate(
         task_known=task_known,
         accuracy=float(correct.mean()),
         average_accuracy=float(np.mean(measured)) if measured else None,
+        task_identification=identified,
         tasks=accuracies or None,
         tasks_missing=tasks.missing,
         classes={name: _mean(correct[truth == row]) for row, name in enumerate(classes)},

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..metrics import RunResults, finished_tasks
-from ..metrics.results import group_of
+from ..metrics.table import group_of
 from .errors import CommandError, explained
 from .pictures import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
 from .sources import RESULTS_FILE
@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help=f"folder of a run, with its {RESULTS_FILE}")
     parser.add_argument(
         "--output", metavar="FOLDER", help="folder to write (default: one RUN's own; the current one for several)"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="RUN",
+        help="a run that kept all data (strategy joint), against which each run's intransigence is printed",
     )
     parser.epilog = (
         f"One RUN: {', '.join(PICTURE_FILES)}; the last two where the run counted which prompts it chose, and where "
@@ -33,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     if repeated:
         raise CommandError(f"The run {str(repeated[0])!r} is given more than once. Give each run once.")
     list_of_results = [read_run(folder) for folder in folders]
+    told = told_against(arguments.reference, folders, list_of_results) if arguments.reference else []
     default = folders[0] if len(folders) == 1 else Path()
     output = Path(arguments.output).expanduser() if arguments.output else default
     try:
@@ -48,7 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
             f"The pictures cannot be written to {str(output)!r}: {error}. Give a folder that you may write to with "
             "--output."
         ) from error
-    print("\n".join(str(file) for file in files))
+    print("\n".join([*map(str, files), *told]))
+
+
+def told_against(reference: str, folders: Sequence[Path], list_of_results: Sequence[RunResults]) -> list[str]:
+    """A line for each run: how much it lacks, on tasks just learnt, of what the reference reaches."""
+    joint = read_run(Path(reference).expanduser())
+    lines = []
+    for folder, results in zip(folders, list_of_results, strict=True):
+        with explained(f"The run in {str(folder)!r} has no intransigence against {reference!r}"):
+            lines.append(f"{folder}: intransigence {results.intransigence(joint):.2%}")
+    return lines
 
 
 def read_run(folder: Path) -> RunResults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,13 +61,45 @@ def find_tasks(adapter: SavedAdapter, examples: Dataset, truth: np.ndarray, colu
     return _by_class(adapter, truth) if rule == BY_CLASS else ImageTasks(np.zeros_like(truth), missing=rule)
 
 
-def _by_class(adapter: SavedAdapter, truth: np.ndarray) -> ImageTasks:
-    tasks = adapter.config.tasks
-    task_of_row = np.full(len(adapter.config.classes) + 1, -1)  # the last one is for -1, a class not learnt
-    for number, rows in enumerate(tasks):
+def sequence_of(adapter: SavedAdapter) -> tuple[str, ...]:
+    """The tasks of a sequence of data sets whose classes bear the data set's name; none of another adapter."""
+    named = adapter.results.task_names if adapter.scenario == "dataset-sequence" else ()
+    return tuple(name for name in named if _of(name, adapter.config.classes))
+
+
+def names_of_classes(adapter: SavedAdapter, names: Sequence[str], task: str | None) -> list[str]:
+    """Return what the adapter calls classes of these names, in the data set that was its `task` (None: the names).
+
+    Raises:
+        CommandError: It has no classes that bear that name.
+    """
+    if task is None:
+        return list(names)
+    if not _of(task, adapter.config.classes):
+        known = sequence_of(adapter)
+        remedy = f"Give one of {', '.join(known)}." if known else "Leave it out."
+        raise CommandError(
+            f"--task is {task!r}, but no class of the adapter bears that name ({some(adapter.config.classes)}). "
+            f"{remedy}"
+        )
+    return [f"{task}/{name}" for name in names]
+
+
+def task_of_rows(adapter: SavedAdapter) -> np.ndarray:
+    """Return the task of each row of the head, where each has one; the last entry, -1, is for a class not learnt."""
+    task_of_row = np.full(len(adapter.config.classes) + 1, -1)
+    for number, rows in enumerate(adapter.config.tasks):
         task_of_row[rows] = number
-    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(tasks)))
-    return ImageTasks(task_of_row[truth], names)
+    return task_of_row
+
+
+def _of(task: str, classes: Sequence[str]) -> bool:
+    return any(name.startswith(f"{task}/") for name in classes)
+
+
+def _by_class(adapter: SavedAdapter, truth: np.ndarray) -> ImageTasks:
+    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    return ImageTasks(task_of_rows(adapter)[truth], names)
 
 
 def _by_column(adapter: SavedAdapter, examples: Dataset, truth: np.ndarray, column: str) -> ImageTasks:

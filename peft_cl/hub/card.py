@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from ..metrics import RunResults, results_table
 from .papers import PAPERS, Paper
-from .sources import Source, find_source
+from .sources import Source, find_source, without_folders
 
 
 # metric in `RunResults.metrics`: type in the card's metadata, name, meaning
@@ -30,6 +30,12 @@ METRICS = {
         "mean over the steps of the average accuracy so far",
     ),
     "forgetting": ("forgetting", "Forgetting", "mean drop from a task's best accuracy to its last, lower is better"),
+    "overall_accuracy": ("", "Overall accuracy", "over all test examples, so that larger tasks weigh more"),
+    "per_step_forgetting": (
+        "",
+        "Per step forgetting",
+        "mean drop from one step to the next, what the code of CODA-Prompt calls forgetting",
+    ),
     "backward_transfer": ("", "Backward transfer", "mean change of a task's accuracy since it was learnt"),
     "forward_transfer": ("", "Forward transfer", "mean gain on a task before it is learnt"),
 }
@@ -78,8 +84,8 @@ def model_card(
     """Make the model card of an adapter from the record of its run.
 
     A run that is not finished gives a card too, which says so at its top. A backbone or data set given as a local path
-    appears by the name of its folder; a backbone without a name (one made from a configuration) is left out of the
-    metadata, where the Hub refuses an empty name.
+    appears by the name of its folder, and so does every local path in the command; a backbone without a name (one made
+    from a configuration) is left out of the metadata, where the Hub refuses an empty name.
 
     Args:
         results: The record of the run.
@@ -282,6 +288,11 @@ def _measured(results: RunResults) -> str:
         for name, value in results.metrics.items()
         if math.isfinite(value)
     ]
+    if results.task_identification is not None:
+        lines.append(
+            f"- Task identification: {100 * results.task_identification:.2f} % (share of test images whose predicted "
+            "class is one of their own task's)"
+        )
     names = [_cell(name) for name in results.task_names[:done]]
     header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
     rows = [
@@ -319,7 +330,7 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
     hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
     facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
     facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
-    facts["Command"] = f"`{results.command}`" if results.command else None
+    facts["Command"] = f"`{without_folders(results.command)}`" if results.command else None
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
     settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
     parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]

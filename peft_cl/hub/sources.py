@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,28 @@ class Source:
         if self.is_local:
             return f"a local {kind}, `{self.name}` (a folder, not a repository on the Hub)"
         return f"[`{self.name}`](https://huggingface.co/{path}{self.name})" if self.hub_id else f"`{self.name}`"
+
+
+#: How a path on the user's machine begins: from the root or a drive, the home, or a folder given by dots.
+BEGINS = r"""(?:(?:~|\.{1,2})?/|[A-Za-z]:[\\/])"""
+#: Such a path in a text, and one that is all of a word and may have blanks in it.
+PATH_INSIDE = re.compile(rf"""(?<![\w.:/~-]){BEGINS}[^\s'"{{}}\[\],]*""")
+PATH_ALONE = re.compile(rf"""{BEGINS}[^'"{{}}\[\],]*""")
+
+
+def without_folders(command: str) -> str:
+    """Return a command line with each local path's last name alone: where it lies is nobody else's business."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command line
+        return PATH_INSIDE.sub(_last_name, command)
+    return shlex.join(
+        (PATH_ALONE if PATH_ALONE.fullmatch(word) else PATH_INSIDE).sub(_last_name, word) for word in words
+    )
+
+
+def _last_name(path: re.Match[str]) -> str:
+    return re.split(r"[\\/]", path[0].rstrip("/\\"))[-1] or path[0]
 
 
 def find_source(name: str) -> Source:

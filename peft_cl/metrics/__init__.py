@@ -17,7 +17,8 @@ from .matrix import (
     per_step_forgetting,
 )
 from .predictions import accuracy_matrix, class_accuracies, task_identification_accuracy
-from .results import RunResults, results_table
+from .results import RunResults
+from .table import results_table
 from .usage import usage_entropy, usage_overlap, usage_shares
 
 

@@ -2,8 +2,8 @@
 
 Everywhere, `R[i, j]` is the accuracy (0 to 1) on the test data of task j after training on task i, both counted from
 0: an array of shape (T, T) for T tasks, or nested lists, with `None` or NaN for what was not measured. Row i is
-finished when `R[i, 0..i]` is measured. All functions but `forward_transfer` read the first finished rows only, so they
-also tell about a sequence that is still under way: the formulas below then hold with T finished tasks.
+finished when `R[i, 0..i]` is measured. All functions read the first finished rows only, so they also tell about a
+sequence that is still under way: the formulas below then hold with T finished tasks.
 
 All but `finished_tasks` raise ValueError for a matrix without a finished row.
 """
@@ -133,8 +133,8 @@ def backward_transfer(matrix: ArrayLike) -> float:
 def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
     """Mean gain on a task before it is learnt: `1/(T-1) sum_{j>=1} (R[j-1, j] - baseline[j])`.
 
-    "FWT" of Lopez-Paz & Ranzato 2017, equation 4. It needs what a run does not usually measure: the accuracy on every
-    task before its turn, hence a matrix that is finished and measured above the diagonal. 0.0 for a single task.
+    "FWT" of Lopez-Paz & Ranzato 2017, equation 4. It needs what a run measures with `measure_ahead=True` alone: the
+    accuracy on every task before its turn, above the diagonal. 0.0 for a single task.
 
     Args:
         matrix: The accuracy matrix, with `R[j-1, j]` measured.
@@ -147,12 +147,11 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> float:
         >>> forward_transfer([[0.75, 0.5], [0.5, 0.75]], baseline=[0.25, 0.25])
         0.25
     """
-    accuracies = _checked(matrix)
-    _finished(accuracies)
+    finished = _finished(matrix)
     start = _fractions(_of_each_task(baseline, matrix, "baseline"), "baseline")
-    if len(accuracies) == 1:
+    if len(finished) == 1:
         return 0.0
-    gains = accuracies.diagonal(offset=1) - start[1:]
+    gains = finished.diagonal(offset=1) - start[1 : len(finished)]
     if np.isnan(gains).any():
         tasks = (np.flatnonzero(np.isnan(gains)) + 1).tolist()
         raise ValueError(
@@ -183,19 +182,28 @@ def finished_tasks(matrix: ArrayLike) -> int:
     return count
 
 
-def continual_metrics(matrix: ArrayLike, baseline: Sequence[float] | None = None) -> dict[str, float]:
+def continual_metrics(
+    matrix: ArrayLike,
+    *,
+    test_sizes: Sequence[int] | None = None,
+    baseline: ArrayLike | None = None,
+    reference: ArrayLike | None = None,
+) -> dict[str, float]:
     """Returns the metrics of a run by name.
 
     Args:
         matrix: The accuracy matrix.
+        test_sizes: Number of test examples of each task; adds `overall_accuracy`.
         baseline: Accuracy of the untrained model on each task; adds `forward_transfer`.
+        reference: Accuracy of a model trained on all data so far on each task; adds `intransigence`.
 
     Returns:
-        `average_accuracy` (the final one), `average_incremental_accuracy`, `forgetting` and `backward_transfer`, as
-        fractions of 1, of the finished tasks; with a baseline `forward_transfer` too.
+        `average_accuracy` (the final one, in which each task counts alike), `average_incremental_accuracy`,
+        `forgetting`, `per_step_forgetting` and `backward_transfer`, as fractions of 1, of the finished tasks; and what
+        the arguments add (`overall_accuracy` counts each test example alike).
 
     Raises:
-        ValueError: No row is finished, or the matrix is not one of accuracies.
+        ValueError: No row is finished, the matrix is not one of accuracies, or an argument does not fit it.
 
     Example:
         >>> continual_metrics([[0.75, None], [0.5, 0.75]])["backward_transfer"]
@@ -205,11 +213,15 @@ def continual_metrics(matrix: ArrayLike, baseline: Sequence[float] | None = None
         "average_accuracy": final_average_accuracy(matrix),
         "average_incremental_accuracy": average_incremental_accuracy(matrix),
         "forgetting": forgetting(matrix),
+        "per_step_forgetting": per_step_forgetting(matrix),
         "backward_transfer": backward_transfer(matrix),
     }
-    if baseline is not None:
-        metrics["forward_transfer"] = forward_transfer(matrix, baseline)
-    return metrics
+    further = {
+        "overall_accuracy": (overall_accuracy, test_sizes),
+        "forward_transfer": (forward_transfer, baseline),
+        "intransigence": (intransigence, reference),
+    }
+    return metrics | {name: of(matrix, values) for name, (of, values) in further.items() if values is not None}
 
 
 def _checked(matrix: ArrayLike) -> np.ndarray:

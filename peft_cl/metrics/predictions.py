@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -87,6 +88,38 @@ def class_accuracies(predictions: ArrayLike, references: ArrayLike) -> dict[int,
     """
     predicted, true = _checked(predictions=predictions, references=references)
     return {int(label): float((predicted == true)[true == label].mean()) for label in np.unique(true)}
+
+
+def evaluation_details(
+    predictions: ArrayLike,
+    references: ArrayLike,
+    task_ids: ArrayLike,
+    classes: Sequence[str],
+    tasks: Sequence[Sequence[str]] | None,
+) -> dict[str, Any]:
+    """What the record of a run holds of its last evaluation beside the accuracies of tasks.
+
+    Args:
+        predictions, references: Predicted and true class of each test example, (N,), as numbers of `classes`.
+        task_ids: The task that it belongs to, (N,).
+        classes: Name of each class.
+        tasks: Names of each task's classes. `None`: a class does not say its task, or nobody has to find it out.
+
+    Returns:
+        `per_class_accuracy` (name -> accuracy, of classes with examples), and with `tasks` `task_identification`.
+
+    Example:
+        >>> evaluation_details([0, 1, 1], [0, 0, 1], [0, 0, 1], ["ant", "bee"], [["ant"], ["bee"]])
+        {'per_class_accuracy': {'ant': 0.5, 'bee': 1.0}, 'task_identification': 0.6666666666666666}
+    """
+    found = class_accuracies(predictions, references)
+    details: dict[str, Any] = {"per_class_accuracy": {classes[label]: value for label, value in found.items()}}
+    if tasks is not None:
+        task_of = {name: number for number, names in enumerate(tasks) for name in names}
+        # A class that the model had learnt before is of none of these tasks.
+        of_classes = [task_of.get(name, -1) for name in classes]
+        details["task_identification"] = task_identification_accuracy(predictions, task_ids, of_classes)
+    return details
 
 
 def _checked(**columns: ArrayLike) -> list[np.ndarray]:

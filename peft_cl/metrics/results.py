@@ -1,4 +1,4 @@
-"""The record of one run (`results.json`), and the table that compares runs."""
+"""The record of one run (`results.json`)."""
 
 from __future__ import annotations
 
@@ -6,43 +6,22 @@ import dataclasses
 import json
 import math
 import os
-import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from .usage import checked_counts
+from .matrix import intransigence
+from .usage import checked_counts, usage_entropy, usage_overlap
 
 
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
-ADDED_LATER = {"prompt_usage"}
-# Settings likewise, with what runs did that do not say.
-SETTINGS_ADDED_LATER = {
-    "scenario.boundaries": True,
-    "hyperparameters.adam_epsilon": 1e-8,
-    "hyperparameters.dataloader_drop_last": False,
-    "hyperparameters.train_sampling_strategy": "random",
-    "hyperparameters.load_best_model_at_end": False,
-    "hyperparameters.adapter.task_evidence": 0.0,
-}
-# Settings, by the last part of their names, that differ between seeds of one run, or say where it ran.
-NOT_COMPARED = {"seed", "data_seed", "stream_seed", "device", "threads", "peft_version", "format_version"}
-
-TABLE_COLUMNS = (
-    "Method",
-    "Final average accuracy (%)",
-    "Forgetting (%)",
-    "Training time",
-    "Trainable parameters",
-    "Adapter size",
-)
+ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy"}
+# What runs must have in common for the tasks of one to be those of the other.
+SAME_TASKS = ("dataset", "task_names", "test_sizes")
 
 
 @dataclass
@@ -74,6 +53,11 @@ class RunResults:
             finished task; a list for each finished task, an array is taken too. Where each layer has keys of its own,
             the rows of the first layer's come first. `None` where all rows take part in every image, or nothing was
             counted.
+        baseline: Accuracy on each task before the first one was learnt, `None` if it was not measured
+            (`measure_ahead`).
+        task_identification: Share of the test images, after the last finished task, whose predicted class is one of
+            their own task's; `None` where tasks share classes, or where the task of an image is known.
+        per_class_accuracy: Accuracy on each class that has test images, by its name, after the last finished task.
 
     Example:
         >>> results.save("out/results.json")
@@ -99,10 +83,15 @@ class RunResults:
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     prompt_usage: list[list[float]] | None = None
+    baseline: list[float] | None = None
+    task_identification: float | None = None
+    per_class_accuracy: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]
         self.metrics = {name: _number(value) for name, value in self.metrics.items()}
+        if self.baseline is not None:
+            self.baseline = [_number(value) for value in self.baseline]
         tasks = len(self.task_names)
         if len(self.accuracy_matrix) != tasks or any(len(row) != tasks for row in self.accuracy_matrix):
             lengths = [len(row) for row in self.accuracy_matrix]
@@ -114,6 +103,11 @@ class RunResults:
             raise ValueError(
                 f"test_sizes has {len(self.test_sizes)} entries and finished_tasks is {self.finished_tasks}, but "
                 f"there are {tasks} tasks; give one size per task, and at most {tasks} finished tasks."
+            )
+        if self.baseline is not None and len(self.baseline) != tasks:
+            raise ValueError(
+                f"baseline has {len(self.baseline)} entries, but there are {tasks} tasks; give an accuracy for each, "
+                "or None."
             )
         if self.prompt_usage is not None:
             self.prompt_usage = checked_counts(self.prompt_usage).tolist()
@@ -140,7 +134,7 @@ class RunResults:
         }
         record = {name: value for name, value in record.items() if value is not None or name not in ADDED_LATER}
         # Made before the disk is touched; allow_nan=False because NaN is not JSON and other readers refuse it.
-        text = json.dumps(_to_json(record), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_json(record), indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -193,155 +187,53 @@ class RunResults:
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error} Restore it, or run again.") from error
 
+    def intransigence(self, reference: RunResults) -> float:
+        """Returns the metric `intransigence`, of the finished tasks, against a run that kept all data.
+
+        Args:
+            reference: The record of such a run (`JointTraining`) on the same tasks; what it reached on each of them
+                when it had just learnt it counts.
+
+        Raises:
+            ValueError: The reference learnt other tasks, or fewer of them.
+        """
+        mine, others = (
+            {name: getattr(run, name) for name in SAME_TASKS} | {"class_order": run.scenario.get("class_order")}
+            for run in (self, reference)
+        )
+        different = [name for name, value in mine.items() if others[name] != value]
+        if different:
+            raise ValueError(
+                f"The reference differs from the run in {', '.join(different)}, so its accuracies are of other tasks; "
+                "train it on the same scenario with the same seed."
+            )
+        if reference.finished_tasks < self.finished_tasks:
+            raise ValueError(
+                f"The reference has finished {reference.finished_tasks} tasks, the run {self.finished_tasks}; let the "
+                "reference finish as many."
+            )
+        reached = np.array(reference.accuracy_matrix).diagonal()
+        return intransigence(self.accuracy_matrix, reached)
+
+    def usage_metrics(self) -> dict[str, float]:
+        """Returns how evenly, and how much in common, tasks use the rows of the pool; nothing without `prompt_usage`.
+
+        Returns:
+            `usage_entropy`, the mean over the tasks in bits, and `usage_overlap`, the mean over each two tasks, of the
+            functions of that name, which tell it task by task; without the latter for a single task.
+        """
+        if self.prompt_usage is None:
+            return {}
+        overlap = usage_overlap(self.prompt_usage)
+        others = overlap[~np.eye(len(overlap), dtype=bool)]
+        found = {"usage_entropy": float(usage_entropy(self.prompt_usage).mean())}
+        return found | ({"usage_overlap": float(others.mean())} if others.size else {})
+
     def markdown_row(self) -> str:
         """Returns this run as a line of the table that `results_table` makes."""
-        return _row([self])
+        from .table import row_of
 
-
-def results_table(results: Iterable[RunResults]) -> str:
-    """Returns the runs as a GitHub table, one line per method and its settings, in the order of their first run.
-
-    Runs that differ in their seed only become mean ± sample standard deviation (n - 1) with their number. Where a
-    method has several settings, its lines say what differs; runs that are not finished stand in lines of their own,
-    with the tasks done. Accuracy and forgetting come from each run's `metrics`; "–" where it has none.
-
-    Raises:
-        ValueError: No runs, runs of different data sets, backbones or scenarios (they do not compare), or two runs
-            with the same method, settings and seed.
-
-    Example:
-        >>> print(results_table([RunResults.load(path) for path in sorted(Path("out").glob("*/results.json"))]))
-    """
-    results = list(results)
-    if not results:
-        raise ValueError("There are no runs to put in a table; give at least one.")
-    settings = {(r.dataset, r.base_model, r.scenario.get("name"), len(r.task_names)) for r in results}
-    if len(settings) > 1:
-        listed = "; ".join(str(setting) for setting in sorted(settings, key=str))
-        raise ValueError(
-            f"These runs do not compare, they differ in (data set, backbone, scenario, number of tasks): {listed}. "
-            "Make one table for each."
-        )
-    groups: dict[tuple[Group, int], list[RunResults]] = {}
-    for run in results:
-        group = groups.setdefault((group_of(run), run.finished_tasks), [])
-        if any(other.seed == run.seed for other in group):
-            raise ValueError(
-                f"There are two runs of {run.method!r} with the same settings and the seed {run.seed}; leave one out, "
-                "or give them different names."
-            )
-        group.append(run)
-    methods = {group: runs[0].method for (group, _), runs in groups.items()}
-    details = dict(zip(methods, differences(list(methods.values()), list(methods)), strict=True))
-    header = f"| {' | '.join(TABLE_COLUMNS)} |\n|---|{'---:|' * (len(TABLE_COLUMNS) - 1)}"
-    return "\n".join([header, *(_row(runs, details[group]) for (group, _), runs in groups.items())])
-
-
-#: What runs have in common that differ in their seed only: (name, value) of all that is compared, by name.
-Group = tuple[tuple[str, Any], ...]
-
-
-def group_of(run: RunResults) -> Group:
-    """Returns what a run was, but for its seed and where it ran: runs with equal groups differ in their seed only.
-
-    Compared are method, data set, backbone, scenario and hyperparameters. An order of classes or tasks that the
-    scenario's seed drew counts as part of that seed: then tasks are compared by name, and numbers of examples in sum.
-    """
-    scenario, tasks = run.scenario, run.task_names
-    classes = zip_longest(tasks, scenario.get("classes_per_task") or (), fillvalue="")
-    facts = {
-        "method": run.method,
-        "dataset": run.dataset,
-        "base_model": run.base_model,
-        "scenario": {name: scenario[name] for name in ("name", "boundaries", "settings") if name in scenario},
-        "tasks": ", ".join(sorted(f"{name} {count}".strip() for name, count in classes)),
-        "train_examples": sum(scenario.get("train_sizes", ())),
-        "test_examples": sum(run.test_sizes),
-        "hyperparameters": run.hyperparameters,
-    }
-    if scenario.get("seed") is None:  # nothing was drawn: the order was chosen
-        facts |= {"task_order": tasks, "class_order": scenario.get("class_order")}
-    named = SETTINGS_ADDED_LATER | dict(_by_name(_to_json(facts)))
-    return tuple(sorted((name, value) for name, value in named.items() if name.split(".")[-1] not in NOT_COMPARED))
-
-
-def _by_name(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _by_name(entry, f"{name}.{key}".lstrip("."))
-    elif value is not None:  # a setting that is not set may as well be left out
-        yield name, json.dumps(value) if isinstance(value, list) else value
-
-
-def differences(labels: Sequence[Hashable], groups: Sequence[Group]) -> list[str]:
-    """Returns for each group what tells it from the others of the same label, briefly; "" where there are none."""
-    found = [""] * len(labels)
-    for label in dict.fromkeys(labels):
-        places = [place for place, other in enumerate(labels) if other == label]
-        if len(places) > 1:
-            for place, text in zip(places, _tell_apart([dict(groups[place]) for place in places]), strict=True):
-                found[place] = text
-    return found
-
-
-def _tell_apart(groups: list[dict[str, Any]]) -> list[str]:
-    names = [name for name in dict.fromkeys(chain(*groups)) if len({group.get(name) for group in groups}) > 1]
-    shown: list[str] = []
-    for name in names:  # two of them, and more only where they are needed
-        if len(shown) < 2 or _count(groups, [*shown, name]) > _count(groups, shown):
-            shown.append(name)
-    more = ["…"] if len(shown) < len(names) else []
-    texts = [", ".join([_setting(name, group.get(name)) for name in shown] + more) for group in groups]
-    # Long values are cut, so that they may read the same.
-    return [text if texts.count(text) == 1 else f"{text} #{place}" for place, text in enumerate(texts, start=1)]
-
-
-def _count(groups: list[dict[str, Any]], names: list[str]) -> int:
-    return len({tuple(group.get(name) for name in names) for group in groups})
-
-
-def _setting(name: str, value: Any) -> str:
-    short = re.sub(r"^((hyperparameters|adapter|strategy|data|scenario|settings)\.)+", "", name)
-    text = str(value)
-    return f"no {short}" if value is None else f"{short} {text if len(text) <= 30 else f'{text[:10]}…{text[-19:]}'}"
-
-
-def _row(runs: list[RunResults], details: str = "") -> str:
-    first = runs[0]
-    method = f"{first.method} ({details})" if details else first.method
-    method = method.replace("|", "\\|")
-    if first.finished_tasks < len(first.task_names):
-        method += f" ({first.finished_tasks} of {len(first.task_names)} tasks)"
-    if len(runs) > 1:
-        method += f" (n = {len(runs)})"
-    sizes = [run.adapter_bytes for run in runs if run.adapter_bytes is not None]
-    cells = (
-        method,
-        _percent([run.metrics.get("average_accuracy", math.nan) for run in runs]),
-        _percent([run.metrics.get("forgetting", math.nan) for run in runs]),
-        _duration(fmean(run.train_seconds for run in runs)),
-        f"{round(fmean(run.trainable_parameters for run in runs)):,}",
-        _size(fmean(sizes)) if sizes else "–",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _percent(values: list[float]) -> str:
-    if any(math.isnan(value) for value in values):
-        return "–"
-    mean = f"{100 * fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * stdev(values):.2f}"
-
-
-def _duration(seconds: float) -> str:
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+        return row_of([self])
 
 
 def _number(value: float | None) -> float:
@@ -349,15 +241,16 @@ def _number(value: float | None) -> float:
     return math.nan if value is None or math.isnan(value) else float(value)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Returns the value in types that JSON knows, NaN as None."""
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _to_json(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
+        return [to_json(entry) for entry in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(f"results.json cannot hold {value!r} ({type(value).__name__}); turn it into text or numbers.")

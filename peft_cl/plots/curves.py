@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..metrics import RunResults, final_average_accuracy, finished_tasks, forgetting
-from ..metrics.results import Group, differences, group_of
+from ..metrics.table import Group, differences, group_of
 from .matrix import as_matrix, mean_matrix
 from .style import COLOURS, DASHES, INK, MARKERS, MUTED, new_figure, save, set_title, short_name, wrap
 

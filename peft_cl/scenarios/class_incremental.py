@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -102,6 +104,18 @@ def class_incremental(
     )
 
 
+def check_settings(function: Callable, settings: Mapping[str, Any]) -> None:
+    """Refuses, in the name of a function that passes `settings` on to `class_incremental`, what neither knows."""
+    own, passed_on = (inspect.signature(each).parameters for each in (function, class_incremental))
+    unknown = [name for name in settings if name not in passed_on]
+    if unknown:
+        known = dict.fromkeys(name for name in (*own, *passed_on) if name != "settings")
+        raise TypeError(
+            f"{function.__name__}() got {', '.join(unknown)}, but its arguments are {', '.join(known)}. Correct the "
+            "name, or leave it out."
+        )
+
+
 def _check_sizes(
     num_tasks: int | None, classes_per_task: Sequence[int] | None, first_task_classes: int | None
 ) -> None:
@@ -116,7 +130,10 @@ def _check_sizes(
                 "for each task. For tasks of equal size give num_tasks= in its place."
             )
     elif not is_count(num_tasks):
-        raise ValueError(f"num_tasks must be a whole number of at least 1, got {num_tasks!r}.")
+        raise ValueError(
+            f"num_tasks must be a whole number of at least 1, got {num_tasks!r}; give the number of tasks that the "
+            "classes make, or classes_per_task= in its place."
+        )
     elif first_task_classes is not None and not (is_count(first_task_classes) and num_tasks > 1):
         raise ValueError(
             f"first_task_classes is {first_task_classes!r} with num_tasks={num_tasks}, but must be a whole number "

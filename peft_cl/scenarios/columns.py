@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Image, NamedSplit, Value
 
 
 # Integer labels become positions in a table of names, so an identifier of a billion is refused, not allocated.
@@ -41,9 +41,12 @@ def train_and_test(dataset: Any, train_split: str, test_split: str) -> tuple[Dat
     """Returns the train and the test split of a `DatasetDict`, a dict of splits or a (train, test) pair.
 
     Raises:
-        ValueError: A split is missing or empty, or both are the same.
+        ValueError: A split is missing or empty, both are the same, or a split's name is none.
         TypeError: Something else than these, or splits that are streamed.
     """
+    for argument, name in (("train_split", train_split), ("test_split", test_split)):
+        if not isinstance(name, (str, NamedSplit)):
+            raise ValueError(f"{argument} is {name!r}, but must be the name of a split, such as 'train'. Give one.")
     if isinstance(dataset, Mapping):
         if train_split == test_split:
             raise ValueError(
@@ -66,6 +69,12 @@ def train_and_test(dataset: Any, train_split: str, test_split: str) -> tuple[Dat
         )
     for name, split in zip((train_split, test_split), pair, strict=True):
         require_examples(split, name)
+    # Loaded twice it is two objects, of one fingerprint.
+    if pair[0]._fingerprint == pair[1]._fingerprint:
+        raise ValueError(
+            "The train and the test split are the very same data, so the model would be measured on what it was "
+            "trained on. Give two splits, or divide one by train_test_split()."
+        )
     return pair
 
 
@@ -182,6 +191,38 @@ def whole_data(
 def is_count(value: object, least: int = 1) -> bool:
     """Returns whether the value is a whole number of at least `least`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Returns whether the value is a number, of Python or numpy."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """Returns a number as Python's, which JSON and snapshots know, where it is numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Returns the truth value that the user gave as `name`; a text is none, as "no" would count as true.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, but must be True or False. Give one of them, not as text.")
+    return bool(value)
+
+
+def check_name(what: str, value: object) -> str:
+    """Returns the name that the user gave, described by `what`.
+
+    Raises:
+        ValueError: It is no text, or an empty one.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{what} is {value!r}, but must be a text that is not empty. Give a name such as 'birds'.")
+    return value
 
 
 def is_list(value: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from .columns import whole_data
+from .columns import check_flag, check_name, whole_data
 from .task import Scenario, Task
 
 
@@ -41,8 +41,8 @@ def dataset_sequence(
         The scenario, named `"dataset-sequence"`, its tasks named as the data sets.
 
     Raises:
-        ValueError, TypeError: No data set, and what `class_incremental` refuses in each of them; the message names the
-            data set.
+        ValueError, TypeError: No data set, a name that is no text, `shared_classes` that is not True or False, and
+            what `class_incremental` refuses in each of them; the message names the data set.
 
     Example:
         >>> scenario = dataset_sequence(    # doctest: +SKIP
@@ -54,6 +54,9 @@ def dataset_sequence(
             f"datasets is {type(datasets).__name__} of {len(datasets) if isinstance(datasets, Mapping) else '?'}, but "
             'must be a dict of at least one data set by name, {"mnist": load_dataset(...), ...}.'
         )
+    for name in datasets:
+        check_name("The name of a data set", name)
+    shared_classes = check_flag("shared_classes", shared_classes)
     for argument, columns in (("label_columns", label_columns), ("image_columns", image_columns)):
         unknown = sorted(set(columns) - set(datasets)) if isinstance(columns, Mapping) else []
         if unknown:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_seed, read_label_ids, require_column, require_examples, whole_data
+from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples, whole_data
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class Scenario(Sequence[Task]):
         settings: What else made the sequence what it is, in types that JSON knows.
 
     Raises:
-        ValueError: No tasks, indices out of order, a task's name twice, a class that is not in the label names, or a
-            task without classes, with a class twice, without examples or a column, or with examples of other classes.
-        TypeError: A split that is streamed.
+        ValueError: No tasks, indices out of order, a task's name twice or no text, a class that is not in the label
+            names, or a task without classes, with a class twice, without examples or a column, or with examples of
+            other classes; a `name` that is no text, or a `task_known` or `boundaries` that is not True or False.
+        TypeError: Something else than tasks, or a split that is streamed.
 
     Example:
         >>> scenario = class_incremental(load_dataset("uoft-cs/cifar100"), num_tasks=10, label_column="fine_label")
@@ -84,21 +85,27 @@ class Scenario(Sequence[Task]):
         boundaries: bool = True,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self._tasks = tuple(tasks)
-        self.name = name
+        self._tasks = tuple(tasks) if isinstance(tasks, Iterable) else (tasks,)
+        others = [task for task in self._tasks if not isinstance(task, Task)]
+        if others:
+            raise TypeError(
+                f"tasks has {others[0]!r}, but a scenario is made of a list of Task; make one from a data set by "
+                "class_incremental() or another of the functions."
+            )
+        self.name = check_name("The scenario's name", name)
         self.image_column = image_column
         self.label_column = label_column
         self.label_names = tuple(label_names)
         self.seed = None if seed is None else check_seed("seed", seed)
-        self.task_known = task_known
-        self.boundaries = boundaries
+        self.task_known = check_flag("task_known", task_known)
+        self.boundaries = check_flag("boundaries", boundaries)
         self.settings = dict(settings or {})
         if not self._tasks:
             raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
         indices = [task.index for task in self._tasks]
         if indices != list(range(len(indices))):
             raise ValueError(f"Task indices must be 0, 1, 2, ... in order, got {indices}; number the tasks anew.")
-        names = [task.name for task in self._tasks]
+        names = [check_name(f"The name of task {task.index}", task.name) for task in self._tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"Task names must differ, as results are kept by them, got {names}; name the tasks anew.")
         # A class may come back in a later task (domain-incremental): the first appearance fixes its place.
@@ -232,7 +239,8 @@ class Scenario(Sequence[Task]):
                 "they are taken for the same classes. Cast the label column to a ClassLabel with other names if not.",
                 stacklevel=2,
             )
-        task = Task(len(self), name or f"task_{len(self)}", labels.trained(), train, test, labels.names)
+        name = f"task_{len(self)}" if name is None else name
+        task = Task(len(self), name, labels.trained(), train, test, labels.names)
         return self.changed([*self, task])
 
     def changed(self, tasks: Iterable[Task], **changes: Any) -> Scenario:

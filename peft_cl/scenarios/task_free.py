@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .class_incremental import class_incremental
-from .columns import check_seed, is_count
+from .class_incremental import check_settings, class_incremental
+from .columns import check_seed, is_count, is_number, plain
 from .task import Scenario, Task
 
 
@@ -32,6 +32,9 @@ def task_free(
     al. 2021, arXiv 2105.13327). No image is copied. After each stretch the groups so far are measured; the model is
     told neither groups nor stretches.
 
+    What is not hidden is which classes there are: the head and the pool have the rows of all of them when the stream
+    begins, and the result is that of such a head. A stream whose classes are not known beforehand is not of this kind.
+
     Args:
         dataset, num_tasks, label_column, **settings: As for `class_incremental`.
         blur: Standard deviation of a group's moments, in widths of its stretch; 0: one group after the other.
@@ -50,10 +53,13 @@ def task_free(
         >>> scenario.boundaries                                                                   # doctest: +SKIP
         False
     """
-    if isinstance(blur, bool) or not isinstance(blur, (int, float)) or not 0 <= blur < np.inf:
-        raise ValueError(f"blur is {blur!r}, but must be a number of at least 0, in widths of a stretch.")
+    check_settings(task_free, settings)
+    if not is_number(blur) or not 0 <= blur < np.inf:
+        raise ValueError(
+            f"blur is {blur!r}, but must be a number of at least 0, in widths of a stretch. Give one such as 0.5."
+        )
     if not is_count(passes):
-        raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1.")
+        raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1. Give 1 for one pass.")
     stream_seed = check_seed("stream_seed", stream_seed)
     groups = class_incremental(dataset, num_tasks, label_column, **settings)
     train = dataset[settings.get("train_split", "train")] if isinstance(dataset, Mapping) else dataset[0]
@@ -77,5 +83,5 @@ def task_free(
         [replace(task, train=train.select(stretch)) for task, stretch in zip(groups, stretches, strict=True)],
         name="task-free",
         boundaries=False,
-        settings={"blur": blur, "passes": int(passes), "stream_seed": stream_seed},
+        settings={"blur": plain(blur), "passes": int(passes), "stream_seed": stream_seed},
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .class_incremental import class_incremental
+from .class_incremental import check_settings, class_incremental
 from .task import Scenario
 
 
@@ -36,5 +36,6 @@ def task_incremental(
         >>> scenario.task_known                                                                # doctest: +SKIP
         True
     """
+    check_settings(task_incremental, settings)
     scenario = class_incremental(dataset, num_tasks, label_column, **settings)
     return scenario.changed(scenario, name="task-incremental", task_known=True)

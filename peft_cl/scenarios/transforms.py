@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .columns import is_count, is_list, is_number
+
 
 # Draws for one random crop before the central crop is taken instead, as in torchvision.
 CROP_ATTEMPTS = 10
@@ -41,7 +43,7 @@ class RandomResizedCropFlip:
             DualPrompt use 256 with `size=224`, CODA-Prompt nothing.
 
     Raises:
-        ValueError: A size below 1, or a range that is empty, reversed or out of bounds.
+        ValueError: A size below 1, a range that is none, empty, reversed or out of bounds, or no probability.
 
     Example:
         >>> RandomResizedCropFlip(size=224, resize=256)(Image.new("RGB", (32, 32))).size
@@ -57,15 +59,23 @@ class RandomResizedCropFlip:
     def __post_init__(self) -> None:
         for name in ("size", "resize"):
             value = getattr(self, name)
-            sides = (1, 1) if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-            if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-                raise ValueError(f"{name} must be a number of pixels of at least 1 or (height, width), got {value!r}.")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {self.scale!r}.")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be (low, high) of width/height with 0 < low <= high, got {self.ratio!r}.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability from 0 to 1, got {self.flip!r}.")
+            sides = (1, 1) if value is None else tuple(value) if is_list(value) else (value, value)
+            if len(sides) != 2 or not all(map(is_count, sides)):
+                raise ValueError(
+                    f"{name} must be a number of pixels of at least 1 or (height, width), got {value!r}; give one "
+                    "such as 224."
+                )
+        if not _is_range(self.scale) or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"scale must be (low, high) with 0 < low <= high <= 1, got {self.scale!r}; give one such as (0.05, 1)."
+            )
+        if not _is_range(self.ratio) or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(
+                f"ratio must be (low, high) of width/height with 0 < low <= high, got {self.ratio!r}; give one such "
+                "as (0.75, 1.33)."
+            )
+        if not is_number(self.flip) or not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability from 0 to 1, got {self.flip!r}; give one such as 0.5.")
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if self.resize is not None:
@@ -289,8 +299,12 @@ class ImageTransform:
         return torch.from_numpy(values)
 
 
+def _is_range(value: object) -> bool:
+    return is_list(value) and len(value) == 2 and all(map(is_number, value))
+
+
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(size) if is_list(size) else (size, size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..scenarios import Task
-from ..scenarios.columns import is_count
+from ..scenarios.columns import is_count, is_number, plain
 from ..trainer import ContinualTrainer, Strategy
 
 
@@ -34,12 +34,15 @@ class EWC(Strategy):
     learns_streams = False
 
     def __init__(self, strength: float = 1000.0, fisher_samples: int = 256):
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-            raise ValueError(f"strength is {strength!r}, but must be a number of at least 0.")
+        if not is_number(strength) or not 0 <= strength < float("inf"):
+            raise ValueError(f"strength is {strength!r}, but must be a number of at least 0. Give one such as 1000.")
         if not is_count(fisher_samples):
-            raise ValueError(f"fisher_samples is {fisher_samples!r}, but must be a whole number of at least 1.")
-        self.strength = strength
-        self.fisher_samples = fisher_samples
+            raise ValueError(
+                f"fisher_samples is {fisher_samples!r}, but must be a whole number of at least 1. Give one such as "
+                "256."
+            )
+        self.strength = plain(strength)
+        self.fisher_samples = plain(fisher_samples)
         #: By parameter: sum of F_k, and sum of F_k w*_k over it.
         self.curvature: dict[str, torch.Tensor] = {}
         self.centre: dict[str, torch.Tensor] = {}

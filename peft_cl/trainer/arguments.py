@@ -50,6 +50,7 @@ RULES = {
         "'random' or 'sequential': images have no length",
     ),
     "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
+    "measure_ahead": (lambda value: isinstance(value, bool), "True or False"),
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
     "metric_for_best_model": (
         lambda value: (
@@ -91,6 +92,10 @@ class ContinualTrainingArguments(TrainingArguments):
         image_cache_dir: a folder in which images are kept decoded and scaled, 3 H W bytes an image, where they are not
             augmented one by one (`batch_augmentation` works on them): a step then needs no Python for each image.
             None: images are decoded each time.
+        measure_ahead: measure the tasks to come as well: all of them before the first is learnt, when head and prompts
+            have just begun (the `baseline` of the record), and after each task those after it. It fills the accuracy
+            matrix above its diagonal and gives `forward_transfer`. Later tasks must bring no new classes, as the
+            domains of a domain-incremental scenario: the head has no rows for those yet.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -137,6 +142,10 @@ class ContinualTrainingArguments(TrainingArguments):
     image_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Folder in which images are kept decoded and scaled; null: decoded each time."},
+    )
+    measure_ahead: bool = field(
+        default=False,
+        metadata={"help": "Measure tasks before they are learnt too, for forward transfer; not with new classes."},
     )
 
     def __post_init__(self):

@@ -56,6 +56,7 @@ def check_fit(
     config = model.peft_config[model.active_adapter]
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
+    check_ahead(config, args, scenario)
 
 
 def check_functions(processing_class: Any, augmentation: Any, batch_augmentation: Any) -> None:
@@ -129,6 +130,23 @@ def check_scenario(
             f"task_evidence is {config.task_evidence}, but {strategy.name} has no use for it: a task's mean query "
             "comes from training steps on its own images alone, with a frozen backbone. Leave it at 0."
         )
+
+
+def check_ahead(config: PromptPoolConfig, args: ContinualTrainingArguments, scenario: Scenario) -> None:
+    """Refuse to measure tasks before they are learnt where the model has no rows for their classes, or not their
+    number."""
+    known = {*(config.classes if config.tasks else ()), *scenario[0].classes}
+    if not args.measure_ahead or not scenario.boundaries:  # a stream begins with all classes
+        return
+    for task in scenario:
+        new = [name for name in task.classes if name not in known]
+        if new or scenario.task_known:
+            why = f"brings new classes ({', '.join(new[:3])})" if new else "is told to the model by its number"
+            raise ValueError(
+                f"measure_ahead is True, but task {task.name!r} {why}, which the model does not know before it learns "
+                "the task. Leave measure_ahead at False; it is for scenarios whose tasks share their classes, such as "
+                "domain_incremental."
+            )
 
 
 def check_stream_arguments(args: ContinualTrainingArguments) -> None:

@@ -29,6 +29,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         settings["batch_augmentation"] = described(trainer.batch_augmentation)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
+    if trainer.args.measure_ahead:
+        settings["measure_ahead"] = True
     return RunResults(
         method=strategy.title(config.title),
         peft_type=config.peft_type.value,
@@ -49,6 +51,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         command=None,
         finished_tasks=trainer.finished_tasks,
         prompt_usage=usage_of_finished_tasks(trainer),
+        baseline=trainer.baseline,
+        **(trainer.details if trainer.finished_tasks else {}),
     )
 
 

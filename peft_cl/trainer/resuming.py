@@ -40,6 +40,8 @@ class ResumableTrainer(TaskTrainer):
         accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
         finished_tasks: tasks learnt and measured.
         prompt_usage: (tasks seen, rows) counts of the last measurement, None where no rows are chosen.
+        details: what the last measurement between tasks tells beside accuracies of tasks, by its field in the record.
+        baseline: accuracy on each task before the first is learnt, with `measure_ahead`.
         train_seconds: of the finished tasks, without evaluations.
         under_way: whether a task has begun and is not finished.
     """
@@ -53,6 +55,8 @@ class ResumableTrainer(TaskTrainer):
         self._examples: dict[int, str] = {}
         self.finished_tasks = 0
         self.prompt_usage: np.ndarray | None = None
+        self.details: dict[str, Any] = {}
+        self.baseline: list[float] | None = None
         self.train_seconds = 0.0
         self.began: float | None = None
         self.under_way = False
@@ -68,6 +72,8 @@ class ResumableTrainer(TaskTrainer):
         matrix = np.full((len(scenario), len(scenario)), np.nan)
         matrix[:tasks, :tasks] = self.accuracy_matrix
         self.accuracy_matrix, self.scenario = matrix, scenario
+        if self.baseline is not None:
+            self.baseline += [float("nan")] * (len(scenario) - tasks)
         self.make_collators()
 
     def check_not_interrupted(self) -> None:
@@ -100,6 +106,8 @@ class ResumableTrainer(TaskTrainer):
             "accuracy_matrix": self.accuracy_matrix.tolist(),
             "finished_tasks": self.finished_tasks,
             "prompt_usage": usage_of_finished_tasks(self),
+            "details": self.details,
+            "baseline": self.baseline,
             "train_seconds": self.seconds(),
             "weights": weights,
             "strategy": self.strategy.state_dict(),
@@ -129,6 +137,7 @@ class ResumableTrainer(TaskTrainer):
         self.accuracy_matrix = np.array(state["accuracy_matrix"])
         self.finished_tasks = state["finished_tasks"]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
+        self.details, self.baseline = state.get("details", {}), state.get("baseline")
         self.train_seconds = state["train_seconds"]
         for task in self.scenario[: self.finished_tasks]:
             self._start(task)  # for the shapes

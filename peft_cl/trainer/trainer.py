@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
+from ..metrics.predictions import evaluation_details
 from ..metrics.results import FILE_NAME
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
@@ -46,7 +47,8 @@ class ContinualTrainer(ResumableTrainer):
 
     Attributes:
         accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
-        metrics: average accuracy, average incremental accuracy, forgetting, backward transfer (fractions).
+        metrics: average and overall accuracy, average incremental accuracy, forgetting, backward transfer, ..., as
+            `continual_metrics` names them (fractions).
         results: the record of the run, as saved in `results.json`.
 
     Raises:
@@ -154,6 +156,9 @@ class ContinualTrainer(ResumableTrainer):
                 "are learnt in the scenario's order."
             )
         self._begin(task)
+        if self.args.measure_ahead and task.index == 0:
+            self.evaluate()
+            self.baseline, self.accuracy_matrix[0] = self.accuracy_matrix[0].tolist(), np.nan
         self.began = time.perf_counter()
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
@@ -206,7 +211,8 @@ class ContinualTrainer(ResumableTrainer):
         if eval_dataset is None:
             if self.task is None:
                 raise ValueError("No task has begun, so there is nothing to measure. Call train() first.")
-            self._measured = list(self.scenario[: self.task.index + 1])
+            ahead = self.args.measure_ahead and self.began is None  # between tasks
+            self._measured = list(self.scenario if ahead else self.scenario[: self.task.index + 1])
             self.selected_rows = []
             eval_dataset = self.examples(self._measured, "test")
         else:
@@ -267,14 +273,35 @@ class ContinualTrainer(ResumableTrainer):
         if len(correct) != ends[-1]:
             raise RuntimeError(f"{len(correct)} predictions came back for {ends[-1]} test examples")
         accuracies = [part.mean() for part in np.split(correct, ends[:-1])]
+        seen = self.task.index + 1
+        if self.began is None:
+            self.details = self._details(prediction, np.diff(ends[:seen], prepend=0))
         return {
-            "average_accuracy": float(np.mean(accuracies)),
+            "average_accuracy": float(np.mean(accuracies[:seen])),
             **{f"accuracy_{task.name}": float(value) for task, value in zip(self._measured, accuracies, strict=True)},
         }
 
+    def _details(self, prediction: Any, sizes: np.ndarray) -> dict[str, Any]:
+        """What is told by predictions for the tasks seen, of so many examples each, beside their accuracies."""
+        seen = self.scenario[: len(sizes)]
+        asked = self.scenario.boundaries and not self.scenario.task_known
+        disjoint = sum(len(task.classes) for task in seen) == len({name for task in seen for name in task.classes})
+        return evaluation_details(
+            np.asarray(prediction.predictions)[: sizes.sum()],
+            np.asarray(prediction.label_ids)[: sizes.sum()],
+            np.repeat(np.arange(len(sizes)), sizes),
+            list(dict.fromkeys([*self.classes_before, *self.scenario.classes])),
+            [task.classes for task in seen] if asked and disjoint else None,
+        )
+
     @property
     def metrics(self) -> dict[str, float]:
-        return continual_metrics(self.accuracy_matrix) if self.finished_tasks else {}
+        if not self.finished_tasks:
+            return {}
+        sizes = [len(task.test) for task in self.scenario]
+        # A task that was added later has no accuracy from before the first one.
+        whole = self.baseline is not None and not np.isnan(self.baseline).any()
+        return continual_metrics(self.accuracy_matrix, test_sizes=sizes, baseline=self.baseline if whole else None)
 
     # ----------------------------------------------------------------------------------------------- results
 

@@ -13,9 +13,7 @@ from peft_cl.metrics import (
     accuracy_matrix,
     class_accuracies,
     continual_metrics,
-    intransigence,
     overall_accuracy,
-    per_step_forgetting,
     task_identification_accuracy,
 )
 
@@ -85,16 +83,13 @@ class ContinualLearning(evaluate.Metric):
         predicted, true, tasks = predicted[final], true[final], tasks[final]
         found = {
             "accuracy_matrix": [[None if value != value else value for value in row] for row in matrix.tolist()],
-            **continual_metrics(matrix, baseline),
-            "per_step_forgetting": per_step_forgetting(matrix),
+            **continual_metrics(matrix, baseline=baseline, reference=reference),
             "overall_accuracy": overall_accuracy(learnt, np.bincount(tasks)),
             "task_accuracies": learnt[-1].tolist(),
             "class_accuracies": class_accuracies(predicted, true),
         }
         if task_of_class is not None:
             found["task_identification_accuracy"] = task_identification_accuracy(predicted, tasks, task_of_class)
-        if reference is not None:
-            found["intransigence"] = intransigence(matrix, reference)
         return found
 
 
