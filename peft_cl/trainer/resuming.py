@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
 from .files import explained_writes
+from .processes import kept_buffers
 from .provenance import digest_of_examples
 from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
@@ -215,17 +216,18 @@ class ResumableTrainer(TaskTrainer):
     @contextmanager
     def _joined_counts(self) -> Iterator[None]:
         """Each process has all processes' counts inside the block, and its own again behind it."""
-        own = {name: buffer.clone() for name, buffer in self.tuner.named_buffers()}
-        self.join_counts()
-        try:
+        with kept_buffers(self.tuner):
+            self.join_counts()
             yield
-        finally:
-            for name, buffer in self.tuner.named_buffers():
-                buffer.copy_(own[name])
 
     def join_counts(self) -> None:
         """Give each process the sum of what the processes counted in this task."""
         self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
+
+    def leave_counts_to_first(self) -> None:
+        """Where each process has the sum, have it on the first alone: the sum to come must not hold it twice."""
+        if not self.is_world_process_zero():
+            self.tuner.merge_counts(torch.zeros_like)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
@@ -250,8 +252,7 @@ class ResumableTrainer(TaskTrainer):
         self._check_settings(state, Path(resume_from_checkpoint))
         self.train_seconds = state["train_seconds"]
         self._take(state)
-        if not self.is_world_process_zero():  # they are the sum over the processes
-            self.tuner.merge_counts(torch.zeros_like)
+        self.leave_counts_to_first()
 
     def _nothing_left(self, checkpoint: str) -> None:
         """The Trainer takes up the random state with the first step only."""
@@ -260,6 +261,7 @@ class ResumableTrainer(TaskTrainer):
 
     def _load_best_model(self) -> None:
         self._take_weights(load_snapshot(Path(self.state.best_model_checkpoint))["weights"])
+        self.leave_counts_to_first()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What is shared is the adapter after a task, not one in the middle of it."""

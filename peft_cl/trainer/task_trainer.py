@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from .checks import check_image_size
 from .examples import TaskExamples, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
+from .processes import kept_buffers, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
@@ -105,6 +106,8 @@ class TaskTrainer(Trainer):
         self.key_sets = 1
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
+        self._weights: list[float] = []
+        self._weight = 1.0
         self._was_stopped = False
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -198,12 +201,23 @@ class TaskTrainer(Trainer):
             self.optimizer_state = None
         return optimizer
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The Trainer's batches of a step; the last of an epoch is of real examples alone on every process."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._weights = [1.0] * len(batches)
+        if batches:
+            batches[-1], self._weights[-1] = without_repeats(batches[-1], self.accelerator)
+        return batches, items
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
-        if self.batch_augmentation is not None:
-            with torch.no_grad():
-                inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._weight = self._weights.pop(0) if self._weights else 1.0
+        # Of weight 0 is an example that another process learns: it must not be counted.
+        with nullcontext() if self._weight else kept_buffers(self.tuner):
+            inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
+            if self.batch_augmentation is not None:
+                with torch.no_grad():
+                    inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.strategy.after_backward(self)
         return loss
@@ -212,9 +226,9 @@ class TaskTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             terms = self.strategy.losses(self)
-            loss = loss + sum(terms.values())
+            loss = (loss + sum(terms.values())) * self._weight
             for name, value in {**self.tuner.head.last_losses, **terms}.items():
-                self._losses[name] = self._losses.get(name, 0.0) + value.detach()
+                self._losses[name] = self._losses.get(name, 0.0) + value.detach() * self._weight
             self._losses_counted += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -228,10 +242,11 @@ class TaskTrainer(Trainer):
         return loss, self.strategy.predict(self, inputs, logits), labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the loss, log its terms one by one: means since the last log."""
+        """Beside the loss, log its terms one by one: means since the last log, over all processes."""
         if "loss" in logs and self._losses_counted:
-            means = {name: float(value) / self._losses_counted for name, value in self._losses.items()}
-            logs = {**logs, **means, "task": self.task.index}
+            means = torch.stack([value.float() for value in self._losses.values()]) / self._losses_counted
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs = {**logs, **dict(zip(self._losses, means, strict=True)), "task": self.task.index}
             self._losses, self._losses_counted = {}, 0
         super().log(logs, start_time)
 
