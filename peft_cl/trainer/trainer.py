@@ -17,7 +17,7 @@ from ..metrics import RunResults, continual_metrics
 from ..metrics.results import FILE_NAME
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
-from .checks import check_fit, check_functions
+from .checks import check_callbacks, check_fit, check_functions, check_optimizer
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
 from .record import record_of
@@ -74,6 +74,8 @@ class ContinualTrainer(ResumableTrainer):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_functions(processing_class, augmentation, batch_augmentation)
         check_fit(model, args, scenario, processing_class, strategy)
+        check_callbacks(args, kwargs.get("callbacks"))
+        check_optimizer(args)
         for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
