@@ -102,6 +102,7 @@ class ResumableTrainer(TaskTrainer):
             "finished_tasks": self.finished_tasks,
             "prompt_usage": usage_of_finished_tasks(self),
             "train_seconds": self.seconds(),
+            "steps": self.steps_before + self.state.global_step,
             "weights": weights,
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
@@ -131,6 +132,7 @@ class ResumableTrainer(TaskTrainer):
         self.finished_tasks = state["finished_tasks"]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.train_seconds = state["train_seconds"]
+        self.steps_before = state.get("steps", 0)  # runs of earlier versions do not say
         for task in self.scenario[: self.finished_tasks]:
             self._start(task)  # for the shapes
             self.task = task

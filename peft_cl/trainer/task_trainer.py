@@ -46,6 +46,7 @@ class TaskTrainer(Trainer):
         task: the task that is learnt or was learnt last; None before the first.
         queries: the frozen model's features of the images, where they are the same each time.
         optimizer_state: what the next optimizer takes up from an interrupted run.
+        steps_before: steps of the optimizer before the present `fit`, those of an interrupted run included.
         selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
     """
 
@@ -104,6 +105,7 @@ class TaskTrainer(Trainer):
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
         self.key_sets = 1
+        self.steps_before = 0
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
         self._weights: list[float] = []
@@ -159,6 +161,7 @@ class TaskTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train")
         self._losses, self._losses_counted = {}, 0
+        self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         try:
             output = super().train(resume_from_checkpoint=checkpoint)
@@ -242,13 +245,23 @@ class TaskTrainer(Trainer):
         return loss, self.strategy.predict(self, inputs, logits), labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the loss, log its terms one by one: means since the last log, over all processes."""
+        """Beside the loss, log its terms one by one: means since the last log, over all processes.
+
+        Each log names its task. To callbacks the steps go on from task to task, so that curves do not overlap.
+        """
         if "loss" in logs and self._losses_counted:
             means = torch.stack([value.float() for value in self._losses.values()]) / self._losses_counted
             means = self.accelerator.reduce(means, "mean").tolist()
-            logs = {**logs, **dict(zip(self._losses, means, strict=True)), "task": self.task.index}
+            logs.update(zip(self._losses, means, strict=True))
             self._losses, self._losses_counted = {}, 0
-        super().log(logs, start_time)
+        if self.task is not None:
+            logs["task"] = self.task.index
+        own = self.state.global_step
+        self.state.global_step += self.steps_before
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state.global_step = own
 
     # ----------------------------------------------------------------------------------------------- data
 
