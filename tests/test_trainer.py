@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from trainer_cases import CONFIGS
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -321,15 +321,17 @@ def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
     assert results.adapter_bytes > 4 * 150_000
 
 
-def test_a_fine_tuned_model_comes_back(make_trainer, data, tmp_path):
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_a_fine_tuned_model_comes_back(adapter, make_trainer, tiny_vit, data, tmp_path):
     """The folder holds the trained backbone beside the head, as a base model of its own."""
-    trainer = make_trainer(
-        LinearProbeConfig(train_mask=False), strategy=FineTuning(), learning_rate=1e-3, num_train_epochs=1
-    )
+    model = get_peft_model(tiny_vit(), LinearProbeConfig(train_mask=False), adapter_name=adapter)
+    trainer = make_trainer(None, model=model, strategy=FineTuning(), learning_rate=1e-3, num_train_epochs=1)
     trainer.train_task(trainer.scenario[0])  # what is there after each task, not only at the end
-    folder = PeftConfig.from_pretrained(str(tmp_path / "run")).base_model_name_or_path
+    place = tmp_path / "run" / ("" if adapter == "default" else adapter)
+    assert [file.parent for file in (tmp_path / "run").rglob("adapter_config.json")] == [place]
+    folder = PeftConfig.from_pretrained(str(place)).base_model_name_or_path
     base = AutoModelForImageClassification.from_pretrained(folder)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    loaded = PeftModel.from_pretrained(base, place).eval()
     pixels = trainer._collators[False](list(data["test"]))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixels).logits, trainer.model.eval()(pixels).logits)

@@ -14,9 +14,9 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
-from .files import explained_writes
+from .files import explained_writes, finish_writing
 from .processes import kept_buffers
-from .provenance import digest_of_examples
+from .provenance import MEASURING, digest_of_examples, measuring
 from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
 from .snapshot import (
@@ -111,6 +111,11 @@ class ResumableTrainer(TaskTrainer):
             "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
         }
 
+    def save_snapshot(self) -> None:
+        """Write the state between tasks, on the first process."""
+        if self.is_world_process_zero():
+            save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
+
     def resume(self, folder: Path) -> None:
         """Go to where the run in `folder` last finished a task, or nowhere if it finished none."""
         if self.task is not None:
@@ -119,6 +124,8 @@ class ResumableTrainer(TaskTrainer):
                 "and trainer anew."
             )
         self._resumed_from = folder
+        if self.is_world_process_zero():
+            finish_writing(folder)
         state = load_snapshot(folder / STATE_FOLDER)
         if state is None:
             if folder != self.folder and not (folder / STATE_FOLDER).is_dir():
@@ -167,6 +174,7 @@ class ResumableTrainer(TaskTrainer):
         return {
             **what,
             **settings,
+            **measuring(self.args),
             "processor": json.loads(self.processing_class.to_json_string()),
             "learnt_before": {"tasks": self.tasks_before, "classes": list(self.classes_before)},
             "backbone": {"weights": self._backbone, "attention": attention},
@@ -179,8 +187,10 @@ class ResumableTrainer(TaskTrainer):
         return self._examples[task.index]
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
-        changed = differences(state["settings"], self.settings())
-        added = state["settings"]["scenario"]["task_names"][len(self.scenario) :]
+        now, before = self.settings(), state["settings"]
+        # Runs of earlier versions do not say when they measured.
+        changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
+        added = before["scenario"]["task_names"][len(self.scenario) :]
         remedy = f" If {', '.join(added)} came by train_task, make the scenario with_task(data)." if added else ""
         if changed:
             raise ValueError(

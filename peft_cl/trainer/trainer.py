@@ -22,7 +22,6 @@ from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
 from .record import record_of
 from .resuming import ResumableTrainer
-from .snapshot import STATE_FOLDER, save_snapshot
 from .strategy import Combined, Strategy
 
 
@@ -121,8 +120,6 @@ class ContinualTrainer(ResumableTrainer):
         self.check_not_interrupted()
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
-        elif self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
-            self.forget_finished_run()
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
@@ -155,6 +152,8 @@ class ContinualTrainer(ResumableTrainer):
                 f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
                 "are learnt in the scenario's order."
             )
+        if self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
+            self.forget_finished_run()
         self._begin(task)
         self.began = time.perf_counter()
         output = self.strategy.learn(self, task)
@@ -166,8 +165,8 @@ class ContinualTrainer(ResumableTrainer):
         self.finished_tasks, self.under_way = self.finished_tasks + 1, False
         with explained_writes(self.folder, self.finished_tasks - 1):
             self.save()
+            self.save_snapshot()
             if self.is_world_process_zero():
-                save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
                 self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
         self.progress.end_task(self._summary(task))
         return output
@@ -182,6 +181,8 @@ class ContinualTrainer(ResumableTrainer):
         longer = self.scenario.with_task(data, **columns)
         check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
         self.take_scenario(longer)
+        with explained_writes(self.folder, self.finished_tasks):  # so that an interruption finds the task in it
+            self.save_snapshot()
         return longer[-1]
 
     def _begin(self, task: Task) -> None:
@@ -284,8 +285,9 @@ class ContinualTrainer(ResumableTrainer):
         """Write adapter, processor and `results.json` into the output folder; old files are replaced by whole ones."""
         with written_aside(self.folder, self.is_world_process_zero()) as aside:
             self.save_model(str(aside), _internal_call=True)
+            if self.is_world_process_zero():
+                self.strategy.save(self, aside)
         if self.is_world_process_zero():
-            self.strategy.save(self, self.folder)
             self.results.save(self.folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
