@@ -83,7 +83,10 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         own = {name: training.pop(name) for name in names if name in training}
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(
-            str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **{"logging_steps": 1, **settings}
+            str(tmp_path / folder),
+            use_cpu=True,
+            disable_tqdm=True,
+            **{"logging_steps": 1, "pictures": False, **settings},
         )
         return ContinualTrainer(
             get_peft_model(tiny_vit(), config) if model is None else model,

@@ -141,6 +141,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
             use_cpu=True,
             disable_tqdm=True,
             report_to="none",
+            pictures=False,
         ),
         (task_free if stream else class_incremental)(
             # 11, 10 and 9 images: of the last batch of 4 the first of two processes has 2, 2 and 1, the other 1, 0, 0.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from trainer_cases import CONFIGS
 from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers.utils import logging
 
 from peft_cl import (
     LinearProbeConfig,
@@ -19,6 +22,7 @@ from peft_cl import (
     domain_incremental,
     task_incremental,
 )
+from peft_cl.plots.run import PICTURE_FILES
 from peft_cl.strategies import FineTuning, NearestClassMean
 
 
@@ -319,6 +323,23 @@ def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
     results = trainer.results
     assert results.trainable_parameters > 150_000
     assert results.adapter_bytes > 4 * 150_000
+
+
+def test_a_run_in_python_leaves_card_and_pictures(make_trainer, tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(CONFIGS["l2p"](), num_train_epochs=1, num_tasks=2, pictures=True)
+    trainer.train()
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PICTURE_FILES)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"Final average accuracy: {100 * trainer.metrics['average_accuracy']:.2f} %" in card
+    assert "a backbone without a name" in card and "Model ID" not in card and "base_model" not in card.split("---")[1]
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("peft_cl"), "propagate", True)
+    make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1, pictures=True, folder="without").train()
+    (line,) = [record.getMessage() for record in caplog.records if "pictures" in record.getMessage()]
+    assert line.endswith("which is not installed: `pip install peft-cl[plots]`.")
+    assert not list((tmp_path / "without").glob("*.png"))
 
 
 @pytest.mark.parametrize("adapter", ["default", "mine"])

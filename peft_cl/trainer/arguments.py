@@ -120,6 +120,8 @@ class ContinualTrainingArguments(TrainingArguments):
         image_cache_dir: a folder in which images are kept decoded and scaled, 3 H W bytes an image, where they are not
             augmented one by one (`batch_augmentation` works on them): a step then needs no Python for each image.
             None: images are decoded each time.
+        pictures: whether `train()` ends by drawing the run into its folder (needs matplotlib): the accuracy matrix,
+            curves, and the use of prompts and the similarity of keys where there are such.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -163,6 +165,10 @@ class ContinualTrainingArguments(TrainingArguments):
     image_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Folder in which images are kept decoded and scaled; null: decoded each time."},
+    )
+
+    pictures: bool = field(
+        default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}
     )
 
     def __post_init__(self):

@@ -11,10 +11,12 @@ import numpy as np
 from datasets import ClassLabel
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
 from ..metrics.results import FILE_NAME
+from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer
@@ -23,6 +25,9 @@ from .files import check_writable, explained_writes, written_aside
 from .record import record_of
 from .resuming import ResumableTrainer
 from .strategy import Combined, Strategy
+
+
+logger = logging.get_logger(__name__)
 
 
 class ContinualTrainer(ResumableTrainer):
@@ -128,6 +133,8 @@ class ContinualTrainer(ResumableTrainer):
                 output = self.train_task(task)
         finally:
             self.progress.end_sequence()
+        if self.args.pictures and self.finished_tasks:
+            self.draw()
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
@@ -282,13 +289,23 @@ class ContinualTrainer(ResumableTrainer):
     # ----------------------------------------------------------------------------------------------- results
 
     def save(self) -> None:
-        """Write adapter, processor and `results.json` into the output folder; old files are replaced by whole ones."""
+        """Write adapter, processor, `results.json` and card into the output folder; whole files replace old ones."""
         with written_aside(self.folder, self.is_world_process_zero()) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.is_world_process_zero():
                 self.strategy.save(self, aside)
         if self.is_world_process_zero():
             self.results.save(self.folder)
+            self.create_model_card()
+
+    def draw(self) -> None:
+        """Draw the run into its folder, on the first process; without matplotlib, say what to install."""
+        if not self.is_world_process_zero():
+            return
+        try:
+            write_pictures(self.folder, self.results)
+        except ImportError as error:
+            logger.warning("No pictures of %s: %s", self.folder, error)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
