@@ -76,14 +76,15 @@ def test_two_processes_equal_one(method, tmp_path):
     check_same(tmp_path / "two", tmp_path / "one", 1e-4, 1e-3)
 
 
-def test_two_processes_go_on_from_a_checkpoint_with_the_counts_of_both(tmp_path):
+@pytest.mark.parametrize("method", ["l2p+checkpoints", "l2p+checkpoints+uneven"])
+def test_two_processes_go_on_from_a_checkpoint_with_the_counts_of_both(method, tmp_path):
     """L2P counts the rows it chose, task evidence averages queries, each process for itself until a task's end."""
-    run(2, tmp_path / "whole", "l2p+checkpoints")
+    run(2, tmp_path / "whole", method)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     state = tmp_path / "resumed" / "_state"
     os.replace(state / PREVIOUS, state / FILE)  # two of three tasks are finished
-    shutil.rmtree(state / "task_2" / "checkpoint-6")
-    run(2, tmp_path / "resumed", "l2p+checkpoints", resume=True)
+    shutil.rmtree(state / "task_2" / "checkpoint-6")  # that of step 4 lies within an epoch of 3 steps
+    run(2, tmp_path / "resumed", method, resume=True)
     check_same(tmp_path / "resumed", tmp_path / "whole", 1e-6, 0)
 
 

@@ -208,8 +208,9 @@ class TaskTrainer(Trainer):
         """The Trainer's batches of a step; the last of an epoch is of real examples alone on every process."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._weights = [1.0] * len(batches)
-        if batches:
-            batches[-1], self._weights[-1] = without_repeats(batches[-1], self.accelerator)
+        if batches and not self.args.dataloader_drop_last:
+            examples = len(self.train_dataset)
+            batches[-1], self._weights[-1] = without_repeats(batches[-1], examples, self.accelerator)
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
