@@ -169,6 +169,7 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
         seed=seed,
         use_cpu=on_cpu,
         disable_tqdm=options.quiet,
+        measure_ahead=options.scenario == "domain-incremental",
         query_cache_dir=options.cache and f"{options.cache}/queries",
         image_cache_dir=options.cache and f"{options.cache}/images",
         **{"learning_rate": LEARNING_RATE, **entry.training},

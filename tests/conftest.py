@@ -108,7 +108,9 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         own = {name: training.pop(name) for name in names if name in training}
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(
-            str(tmp_path / folder), disable_tqdm=True, **{"logging_steps": 1, "use_cpu": True, **settings}
+            str(tmp_path / folder),
+            disable_tqdm=True,
+            **{"logging_steps": 1, "use_cpu": True, "pictures": False, **settings},
         )
         return ContinualTrainer(
             get_peft_model(tiny_vit(), config) if model is None else model,

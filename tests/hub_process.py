@@ -63,6 +63,7 @@ def make_trainer(place: Path, folder: Path, **arguments: Any) -> ContinualTraine
             use_cpu=True,
             disable_tqdm=True,
             report_to="none",
+            pictures=False,
             **arguments,
         ),
         class_incremental(load_dataset(str(place / "data")), num_tasks=2),

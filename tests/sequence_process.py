@@ -1,7 +1,8 @@
 """A process that trains a small sequence, and may kill itself: `sequence_process.py FOLDER METHOD KILL_AT RESUME`.
 
 METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
-(queries in files), `+stopping` (early, with checkpoints), `+er`, `+ewc`, `+finetuning`.
+(queries in files), `+stopping` (early, with checkpoints), `+best` (checkpoint at the end), `+uneven` (tasks that
+batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+er`, `+ewc`, `+finetuning`.
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -85,7 +86,7 @@ def counting_steps(function):
     return call
 
 
-def examples(per_class: int, seed: int) -> Dataset:
+def examples(per_class: int | list[int], seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(6), per_class)
     pixels = rng.normal(128, 30, (len(labels), 16, 16, 3)) + 20 * labels[:, None, None, None]
@@ -111,7 +112,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     stream = "stream" in options
     augmented = "augmented" in options or not os.environ.get("PLAIN")
     settings = {"task_evidence": 2.0} if name == "l2p" and not strategies else {}
-    if strategies:
+    if strategies or "unmasked" in options:
         settings["train_mask"] = False
     if "checkpoints" in options:
         training = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "num_train_epochs": 2}
@@ -121,6 +122,12 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         training |= {"num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
     if "short" in options:
         training["max_steps"] = 4
+    if "best" in options:
+        training |= {"num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+        training |= {"load_best_model_at_end": True, "greater_is_better": True}  # the first, that is
+        training["save_total_limit"] = None
+    if "accumulated" in options:
+        training["gradient_accumulation_steps"] = 2
     if stream:
         training["lr_scheduler_type"] = "constant"
     torch.set_num_threads(1)
@@ -147,8 +154,14 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
             use_cpu=True,
             disable_tqdm=True,
             report_to="none",
+            pictures=False,
         ),
-        (task_free if stream else class_incremental)((examples(6, 0), examples(3, 1)), 3, seed=1),
+        (task_free if stream else class_incremental)(
+            # 11, 10 and 9 images: of the last batch of 4 the first of two processes has 2, 2 and 1, the other 1, 0, 0.
+            (examples([6, 5, 5, 5, 5, 4] if "uneven" in options else 6, 0), examples(3, 1)),
+            3,
+            seed=None if "uneven" in options else 1,
+        ),
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
         augmentation=RandomResizedCropFlip(size=16) if augmented else None,
         strategy=strategies,
@@ -157,6 +170,8 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     if os.environ.get("EVALUATE_FIRST"):
         print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])
     trainer.train(resume_from_checkpoint=resume == "resume")
+    counts = {name: buffer for name, buffer in trainer.tuner.named_buffers() if "chosen" in name or "evidence" in name}
+    torch.save(counts, f"{folder}/counts-{trainer.args.process_index}.pt")
     print("training steps", training_steps)
     print(", ".join(events))
     print("processes", trainer.accelerator.num_processes)

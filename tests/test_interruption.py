@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from trainer_cases import CONFIGS
 
@@ -183,6 +184,9 @@ def test_an_interrupted_run_is_not_trained_over(make_trainer):
         ValueError, match=r"run was interrupted after 1 of 3 tasks. Call train\(resume_from_checkpoint"
     ):
         make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1).train()
+    with pytest.raises(ValueError, match="run was interrupted after 1 of 3 tasks"):
+        loop = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
+        loop.train_task(loop.scenario[0])
     resumed = make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.finished_tasks == 3
@@ -191,3 +195,27 @@ def test_an_interrupted_run_is_not_trained_over(make_trainer):
 
 def test_without_a_snapshot_there_is_nothing_to_load(tmp_path):
     assert load_snapshot(tmp_path) is None
+
+
+def test_an_adapter_that_was_half_renamed_is_completed(make_trainer, tiny_vit, tmp_path, monkeypatch):
+    """Killed when the configuration of two tasks is in its place, and the weights there are those of one."""
+    first = make_trainer(CONFIGS["coda"](), num_train_epochs=1)
+    first.train_task(first.scenario[0])
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == tmp_path / "run" / "adapter_model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.train_task(first.scenario[1])
+    monkeypatch.undo()
+    with pytest.raises(ValueError):
+        PeftModel.from_pretrained(tiny_vit(), tmp_path / "run")
+    make_trainer(CONFIGS["coda"](), num_train_epochs=1).resume(tmp_path / "run")
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "run")
+    assert list(loaded.config.id2label.values()) == list(first.model.peft_config["default"].classes)
+    assert torch.equal(loaded.base_model.pool.keys, first.tuner.pool.keys)
+    assert not (tmp_path / "run" / ".saved").exists()

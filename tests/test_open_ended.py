@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 from peft import PeftModel
 from trainer_cases import CONFIGS, images
+from transformers import TrainerCallback
 
 from peft_cl import ContinualTrainer, class_incremental, dataset_sequence
 
@@ -97,6 +99,35 @@ def test_an_added_task_is_part_of_what_is_resumed(halves, make_trainer):
     )
     assert again.train(resume_from_checkpoint=True) is None  # nothing is left to learn
     np.testing.assert_array_equal(again.accuracy_matrix, trainer.accuracy_matrix)
+
+
+def test_an_added_task_that_was_interrupted_goes_on(halves, make_trainer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if kwargs["model"].peft_config["default"].num_tasks == 2 and state.global_step == 2:
+                raise KeyboardInterrupt
+
+    words = {"name": "later", "label_column": "what"}
+
+    def trainer(longer=False, **more):
+        scenario = class_incremental(halves["ids"], 1)
+        scenario = scenario.with_task(halves["texts"], **words) if longer else scenario
+        return make_trainer(CONFIGS["coda"](), scenario=scenario, save_strategy="steps", save_steps=1, **more)
+
+    whole = trainer(folder="whole")
+    whole.train()
+    whole.train_task(halves["texts"], **words)
+    interrupted = trainer(callbacks=[Stop()])
+    interrupted.train()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train_task(halves["texts"], **words)
+    with pytest.raises(ValueError, match=r"If later came by train_task, make the scenario with_task\(data\)"):
+        trainer().train(resume_from_checkpoint=True)
+    resumed = trainer(longer=True)
+    resumed.train(resume_from_checkpoint=True)
+    np.testing.assert_array_equal(resumed.accuracy_matrix, whole.accuracy_matrix)
+    for name, value in whole.tuner.lasting_parameters().items():
+        assert torch.equal(value, resumed.tuner.lasting_parameters()[name])
 
 
 def test_only_the_next_task_can_be_learnt(make_trainer, data):

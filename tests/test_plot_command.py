@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from peft_cl.cli import main
-from peft_cl.commands.pictures import PICTURE_FILES, read_keys
 from peft_cl.commands.plot import tell_apart
 from peft_cl.metrics import RunResults, continual_metrics
+from peft_cl.plots.run import PICTURE_FILES, read_keys
 
 
 MATRIX = [[0.8, np.nan, np.nan], [0.9, 0.6, np.nan], [0.5, 0.4, 0.7]]

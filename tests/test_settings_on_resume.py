@@ -11,7 +11,8 @@ from trainer_cases import CONFIGS, images
 from transformers import ViTImageProcessorPil
 
 from peft_cl import class_incremental, task_free
-from peft_cl.trainer.snapshot import differences
+from peft_cl.trainer.provenance import MEASURING
+from peft_cl.trainer.snapshot import differences, load_snapshot, save_snapshot
 
 
 def augment(image):
@@ -47,11 +48,32 @@ def test_the_same_run_has_the_same_settings(settings):
         ({"processor": ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False)}, "processor."),
         ({"config": CONFIGS["l2p"]()}, "method"),
         ({"data_seed": 3}, "data_seed"),
+        ({"eval_strategy": "epoch"}, "eval_strategy"),
+        ({"eval_strategy": "steps", "eval_steps": 3}, "eval_steps"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+        ({"greater_is_better": True}, "greater_is_better"),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model_at_"),
     ],
 )
 def test_a_change_is_found_and_named(settings, change, name):
     found = differences(settings(), settings(**change))
     assert any(entry.startswith(name) for entry in found), found
+
+
+def test_a_run_of_an_earlier_version_goes_on(make_trainer, tmp_path):
+    """Its snapshot does not say when it measured."""
+    words = {"num_train_epochs": 1, "eval_strategy": "epoch"}
+    first = make_trainer(CONFIGS["linear-probe"](), **words)
+    first.train_task(first.scenario[0])
+    state = load_snapshot(tmp_path / "run" / "_state")
+    for name in MEASURING:
+        del state["settings"][name]
+    save_snapshot(tmp_path / "run" / "_state", state)
+    resumed = make_trainer(CONFIGS["linear-probe"](), **words)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.finished_tasks == 3
+    assert resumed.results.hyperparameters["eval_strategy"] == "epoch"
+    assert "eval_strategy" not in make_trainer(CONFIGS["linear-probe"](), folder="plain").results.hyperparameters
 
 
 def test_other_weights_of_the_backbone(settings, tiny_vit):

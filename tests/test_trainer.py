@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 from trainer_cases import CONFIGS
 from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers.utils import logging
 
 from peft_cl import (
     L2PConfig,
@@ -20,6 +23,7 @@ from peft_cl import (
     domain_incremental,
     task_incremental,
 )
+from peft_cl.plots.run import PICTURE_FILES
 from peft_cl.strategies import FineTuning, NearestClassMean
 
 
@@ -141,6 +145,36 @@ def test_loss_terms_are_logged_one_by_one(make_trainer):
     assert {entry["task"] for entry in steps} == {0, 1, 2}
     for entry in steps:
         assert entry["loss"] == pytest.approx(entry["cross_entropy"] + entry["pull"], abs=2e-4)
+
+
+def test_logged_steps_go_on_from_task_to_task_and_after_a_resume(make_trainer):
+    """What `report_to` draws: each point has a place of its own, and the same in a run that was interrupted."""
+
+    class Watch(TrainerCallback):
+        def __init__(self, stop=None):
+            self.logged, self.stop = [], stop
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            kind = next((name for name in ("loss", "eval_loss", "train_loss") if name in logs), None)
+            self.logged.append((logs["task"], state.global_step, kind))
+            assert state.log_history[-1]["step"] == state.global_step
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            assert state.global_step < 4  # a task's own
+            if self.stop == self.logged[-1:]:
+                raise KeyboardInterrupt
+
+    words = {"max_steps": 4, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = Watch()
+    make_trainer(CONFIGS["linear-probe"](), callbacks=[whole], folder="whole", **words).train()
+    kinds = [(2, "loss"), (4, "loss"), (4, "train_loss"), (4, "eval_loss")]
+    assert whole.logged == [(task, 4 * task + step, kind) for task in range(3) for step, kind in kinds]
+
+    first, second = Watch(stop=[(1, 6, "loss")]), Watch()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(CONFIGS["linear-probe"](), callbacks=[first], **words).train()
+    make_trainer(CONFIGS["linear-probe"](), callbacks=[second], **words).train(resume_from_checkpoint=True)
+    assert first.logged + second.logged[1:] == whole.logged and second.logged[0] == (1, 6, "loss")
 
 
 def test_logged_terms_are_of_one_task(make_trainer):
@@ -331,15 +365,34 @@ def test_fine_tuning_moves_the_backbone_and_counts_it(make_trainer, tiny_vit):
     assert results.adapter_bytes > 4 * 150_000
 
 
-def test_a_fine_tuned_model_comes_back(make_trainer, data, tmp_path):
+def test_a_run_in_python_leaves_card_and_pictures(make_trainer, tmp_path, monkeypatch, caplog):
+    trainer = make_trainer(CONFIGS["l2p"](), num_train_epochs=1, num_tasks=2, pictures=True)
+    trainer.train()
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == set(PICTURE_FILES)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"Final average accuracy: {100 * trainer.metrics['average_accuracy']:.2f} %" in card
+    assert "a backbone without a name" in card and "Model ID" not in card and "base_model" not in card.split("---")[1]
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("peft_cl"), "propagate", True)
+    make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1, pictures=True, folder="without").train()
+    (line,) = [record.getMessage() for record in caplog.records if "pictures" in record.getMessage()]
+    assert line.endswith("which is not installed: `pip install peft-cl[plots]`.")
+    assert not list((tmp_path / "without").glob("*.png"))
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_a_fine_tuned_model_comes_back(adapter, make_trainer, tiny_vit, data, tmp_path):
     """The folder holds the trained backbone beside the head, as a base model of its own."""
-    trainer = make_trainer(
-        LinearProbeConfig(train_mask=False), strategy=FineTuning(), learning_rate=1e-3, num_train_epochs=1
-    )
+    model = get_peft_model(tiny_vit(), LinearProbeConfig(train_mask=False), adapter_name=adapter)
+    trainer = make_trainer(None, model=model, strategy=FineTuning(), learning_rate=1e-3, num_train_epochs=1)
     trainer.train_task(trainer.scenario[0])  # what is there after each task, not only at the end
-    folder = PeftConfig.from_pretrained(str(tmp_path / "run")).base_model_name_or_path
+    place = tmp_path / "run" / ("" if adapter == "default" else adapter)
+    assert [file.parent for file in (tmp_path / "run").rglob("adapter_config.json")] == [place]
+    folder = PeftConfig.from_pretrained(str(place)).base_model_name_or_path
     base = AutoModelForImageClassification.from_pretrained(folder)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    loaded = PeftModel.from_pretrained(base, place).eval()
     pixels = trainer._collators[False](list(data["test"]))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixels).logits, trainer.model.eval()(pixels).logits)

@@ -9,6 +9,7 @@ import pytest
 from datasets import Image
 from peft import get_peft_model
 from trainer_cases import CONFIGS
+from transformers import EarlyStoppingCallback
 
 from peft_cl import (
     ContinualTrainer,
@@ -16,6 +17,7 @@ from peft_cl import (
     DualPromptConfig,
     LinearProbeConfig,
     class_incremental,
+    task_free,
 )
 from peft_cl.strategies import EWC, FineTuning, NearestClassMean
 
@@ -65,7 +67,20 @@ class TestBadInput:
             ("neftune_noise_alpha", 5.0, "None: its noise is for embeddings of text"),
             ("eval_do_concat_batches", False, "True: accuracies are counted"),
             ("metric_for_best_model", "f1", "'loss', 'average_accuracy'"),
+            ("metric_for_best_model", "losses", "'loss', 'average_accuracy'"),
             ("query_cache_dir", 5, "a folder, or None"),
+            ("logging_steps", 0, "a whole number of at least 1, or a part"),
+            ("save_steps", 1.5, "a whole number of at least 1, or a part"),
+            ("eval_steps", -1, "a whole number of at least 1, a part"),
+            ("eval_accumulation_steps", 0, "a whole number of at least 1, or None"),
+            ("learning_rate_per_256", True, "a number above 0, such as 0.03"),
+            ("learning_rate_per_256", "0.03", "a number above 0, such as 0.03"),
+            ("cache_queries", "yes", "True or False"),
+            ("load_best_model_at_end", "false", "True or False"),
+            ("greater_is_better", "no", "True, False or None"),
+            ("torch_compile_backend", "gpu", "one of no, eager, "),
+            ("use_liger_kernel", True, "False: its kernels are for language models"),
+            ("optim_target_modules", "all-linear", "None: it names linear layers"),
         ],
     )
     def test_values_that_the_trainer_would_take(self, name, value, rule, tmp_path):
@@ -75,6 +90,53 @@ class TestBadInput:
     def test_a_task_smaller_than_a_batch_that_must_be_full(self, make_trainer):
         with pytest.raises(ValueError, match=r"dataloader_drop_last is True, but 'task_0' has 32 training examples"):
             make_trainer(CONFIGS["coda"](), dataloader_drop_last=True, per_device_train_batch_size=33)
+
+    def test_a_stretch_of_a_stream_smaller_than_a_batch_that_must_be_full(self, make_trainer, data):
+        words = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "dataloader_drop_last": True}
+        with pytest.raises(ValueError, match=r"dataloader_drop_last is True, but 'task_0' has 32 training examples"):
+            scenario = task_free(data, 3)
+            make_trainer(CONFIGS["coda"](), scenario=scenario, per_device_train_batch_size=33, **words)
+
+    def test_half_precision_that_a_cpu_does_not_have(self, tmp_path):
+        with pytest.raises(ValueError, match="fp16 is True, but on a CPU.*Set it to False, or bf16 to True"):
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True, fp16=True)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (
+                {"optim_args": "foo"},
+                "optim is 'adamw_torch.*' with optim_args='foo', which fails: .*Correct optim_args",
+            ),
+            ({"optim": "galore_adamw"}, "optim is 'galore_adamw' with optim_args=None, which fails"),
+            (
+                {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+                "lr_scheduler_type is 'cosine' with lr_scheduler_kwargs={'cycles': 2}, which fails: .*Correct",
+            ),
+            ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' with lr_scheduler_kwargs=.*fails"),
+            (
+                {"metric_for_best_model": "accuracy_task_9"},
+                "'task_9' is none of the scenario's tasks.*accuracy_task_0",
+            ),
+            (
+                {"metric_for_best_model": "eval_accuracy_task_1"},
+                "'eval_accuracy_task_1', but 'task_1' is not measured while earlier tasks are learnt. Take",
+            ),
+            (
+                {"callbacks": [EarlyStoppingCallback(), 3]},
+                "EarlyStoppingCallback, but metric_for_best_model is None",
+            ),
+            (
+                {"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "loss"},
+                "EarlyStoppingCallback, but eval_strategy is 'no', so nothing says when to stop. Set",
+            ),
+            ({"callbacks": [print]}, "callbacks has <built-in function print>, but must hold .*TrainerCallback"),
+            ({"callbacks": print}, "callbacks is <built-in function print>, but must be a list"),
+        ],
+    )
+    def test_what_would_fail_in_the_first_task(self, words, message, make_trainer):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(CONFIGS["linear-probe"](), **words)
 
     @pytest.mark.parametrize("strategy", [EWC, "ewc", [None]], ids=["class", "name", "none"])
     def test_no_strategy(self, strategy, make_trainer):

@@ -92,7 +92,6 @@ def test_the_best_checkpoint_of_a_trained_pool_comes_back(make_trainer, tmp_path
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"gradient_checkpointing": True},
         {"bf16": True},
-        {"fp16": True},
         {"dataloader_drop_last": True},
         {"optim": "adafactor"},
         {"auto_find_batch_size": True},

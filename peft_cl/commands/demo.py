@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 from transformers.utils import logging
 
 from ..assets import default_backbone
-from ..hub import write_model_card
 from ..metrics import RunResults, results_table
 from ..plots import plot_comparison
 from ..scenarios import Scenario, class_incremental
@@ -149,15 +148,14 @@ def train(name: str, scenario: Scenario, folder: Path, seed: int, quick: bool) -
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
             report_to="none",
+            pictures=False,
         ),
         scenario,
         processing_class=AutoImageProcessor.from_pretrained(default_backbone()),
         strategy=method.strategy_class(),
     )
     trainer.train()
-    results = trainer.results
-    write_model_card(folder, results, limits=trainer.strategy.limits)
-    return results
+    return trainer.results
 
 
 def accuracy(results: RunResults) -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..metrics import RunResults, finished_tasks
 from ..metrics.table import group_of
+from ..plots.run import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
 from .errors import CommandError, explained
-from .pictures import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
 from .sources import RESULTS_FILE
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             files = write_pictures(folders[0], list_of_results[0], output)
         else:
             files = write_comparison(output, tell_apart(folders, list_of_results))
-    except ImportError as error:  # matplotlib is missing, the message says what to install
+    except (ImportError, ValueError) as error:  # matplotlib is missing, or an adapter is damaged
         raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from ..hub import write_model_card
 from ..hub.card import NOT_SETTINGS
 from ..metrics import RunResults, results_table
+from ..plots.run import PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
@@ -24,7 +25,6 @@ from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
-from .pictures import PICTURE_FILES, write_pictures
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
@@ -203,11 +203,8 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
     results.save(folder)
     write_model_card(folder, results, limits=trainer.strategy.limits)
-    if importlib.util.find_spec("matplotlib"):
-        write_pictures(folder, results)
-        written = "Adapter, results, model card and pictures"
-    else:
-        written = "No pictures: they need matplotlib, `pip install peft-cl[plots]`.\nAdapter, results and model card"
+    drawn = trainer.args.pictures and importlib.util.find_spec("matplotlib")
+    written = "Adapter, results, model card and pictures" if drawn else "Adapter, results and model card"
     return f"\n{summary(results)}\n{written} are in {folder}."
 
 

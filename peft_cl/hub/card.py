@@ -84,8 +84,8 @@ def model_card(
     """Make the model card of an adapter from the record of its run.
 
     A run that is not finished gives a card too, which says so at its top. A backbone or data set given as a local path
-    appears by the name of its folder, and so does every local path in the command; a backbone without a name (one made
-    from a configuration) is left out of the metadata, where the Hub refuses an empty name.
+    appears by the name of its folder, and in the text alone: in the metadata the Hub would take it for one of its own.
+    So do every local path in the command, and a backbone without a name (one made from a configuration).
 
     Args:
         results: The record of the run.
@@ -184,13 +184,14 @@ def _metadata(
         for metric in METRICS
         if METRICS[metric][0] and math.isfinite(results.metrics.get(metric, math.nan))
     ]
+    base_model = None if backbone.is_local else backbone.hub_id  # the Hub looks for it among its own
     name = adapter_id.split("/")[-1] if adapter_id else _title(results, data)
     return ModelCardData(
         license=license,
         library_name="peft",
         pipeline_tag="image-classification",
-        base_model=backbone.hub_id,
-        base_model_relation="adapter" if backbone.hub_id else None,
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
         datasets=[data.hub_id] if data.hub_id and not data.is_local else None,
         metrics=["accuracy"] if eval_results else None,
         tags=[

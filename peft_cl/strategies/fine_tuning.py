@@ -52,9 +52,11 @@ class FineTuning(Strategy):
         }
         with model.disable_adapter():  # the base model's own labels go into its config
             base.save_pretrained(folder / BACKBONE_FOLDER, state_dict=weights)
-        config = model.peft_config[model.active_adapter]
-        config.base_model_name_or_path = str(folder / BACKBONE_FOLDER)
-        config.save_pretrained(str(folder))
+        adapter = model.active_adapter
+        config = model.peft_config[adapter]
+        config.base_model_name_or_path = str(trainer.folder / BACKBONE_FOLDER)
+        # PEFT saves adapters of other names into folders of their own.
+        config.save_pretrained(str(folder if adapter == "default" else folder / adapter))
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """The backbone has changed, so it must be kept with the head."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from .learning_rates import check_rates
@@ -24,6 +25,10 @@ def _number(value: Any) -> bool:
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _steps(value: Any) -> bool:
+    return _number(value) and (0 < value < 1 or (1 <= value < math.inf and value == int(value)))
 
 
 #: What values must be that the Trainer would take as they are, or only fail on in the middle: a test, and its words.
@@ -54,9 +59,36 @@ RULES = {
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
     "metric_for_best_model": (
         lambda value: (
-            value is None or value.removeprefix("eval_").startswith(("loss", "average_accuracy", "accuracy_"))
+            value is None
+            or (name := str(value).removeprefix("eval_")) in ("loss", "average_accuracy")
+            or name.startswith("accuracy_")
         ),
-        "'loss', 'average_accuracy' or 'accuracy_<name of a task>'",
+        "'loss', 'average_accuracy' or 'accuracy_<name of the first task>'",
+    ),
+    **dict.fromkeys(
+        ("logging_steps", "save_steps"),
+        (_steps, "a whole number of at least 1, or a part of all steps between 0 and 1"),
+    ),
+    "eval_steps": (
+        lambda value: value is None or _steps(value),
+        "a whole number of at least 1, a part of all steps between 0 and 1, or None",
+    ),
+    "eval_accumulation_steps": (
+        lambda value: value is None or _whole(value, 1),
+        "a whole number of at least 1, or None",
+    ),
+    "learning_rate_per_256": (
+        lambda value: value is None or (_number(value) and 0 < value < math.inf),
+        "a number above 0, such as 0.03, or None",
+    ),
+    "torch_compile_backend": (
+        lambda value: value is None or str(value).upper() in DynamoBackend.list(),
+        "one of " + ", ".join(each.lower() for each in DynamoBackend.list()),
+    ),
+    "use_liger_kernel": (lambda value: not value, "False: its kernels are for language models"),
+    "optim_target_modules": (
+        lambda value: value is None,
+        "None: it names linear layers of the backbone, which is frozen or trained as a whole",
     ),
     **dict.fromkeys(
         ("query_cache_dir", "image_cache_dir"),
@@ -96,6 +128,8 @@ class ContinualTrainingArguments(TrainingArguments):
             have just begun (the `baseline` of the record), and after each task those after it. It fills the accuracy
             matrix above its diagonal and gives `forward_transfer`. Later tasks must bring no new classes, as the
             domains of a domain-incremental scenario: the head has no rows for those yet.
+        pictures: whether `train()` ends by drawing the run into its folder (needs matplotlib): the accuracy matrix,
+            curves, and the use of prompts and the similarity of keys where there are such.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -148,18 +182,37 @@ class ContinualTrainingArguments(TrainingArguments):
         metadata={"help": "Measure tasks before they are learnt too, for forward transfer; not with new classes."},
     )
 
+    pictures: bool = field(
+        default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}
+    )
+
     def __post_init__(self):
+        for each in fields(self):
+            setattr(self, each.name, _plain(getattr(self, each.name)))
         for name, (holds, rule) in RULES.items():
-            value = _plain(getattr(self, name, None))
-            setattr(self, name, value)
+            value = getattr(self, name)
             if not holds(value):
                 raise ValueError(f"{name} is {value!r}, but must be {rule}.")
+        self._check_switches()
         own_loading = self.accelerator_config is None
         if self.torch_compile and self.tf32 is None:
             self.tf32 = False
         super().__post_init__()
         if own_loading and self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True
+        self._check_data_and_device()
+        if isinstance(self.learning_rates, dict):
+            self.learning_rates = {name: _plain(rate) for name, rate in self.learning_rates.items()}
+        check_rates(self.learning_rates)
+        self._scale_rate()
+        self._check_evaluation_and_saving()
+
+    def _check_data_and_device(self) -> None:
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 is True, but on a CPU the Trainer would compute in float32 all the same. Set it to False, or "
+                "bf16 to True."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is True, but the image column would be removed before it is turned into pixels."
@@ -175,11 +228,17 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"query_cache_dir is {self.query_cache_dir!r}, but cache_queries is False, so nothing would be kept. "
                 "Take one of them out."
             )
-        if isinstance(self.learning_rates, dict):
-            self.learning_rates = {name: _plain(rate) for name, rate in self.learning_rates.items()}
-        check_rates(self.learning_rates)
-        self._scale_rate()
-        self._check_evaluation_and_saving()
+
+    def _check_switches(self) -> None:
+        """A word is true, whatever it says."""
+        for each in fields(self):
+            allowed = {"bool": (True, False), "bool | None": (True, False, None)}.get(
+                "bool" if each.type is bool else str(each.type), ()
+            )
+            value = getattr(self, each.name)
+            if allowed and not any(value is one for one in allowed):
+                words = ", ".join(map(str, allowed[:-1]))
+                raise ValueError(f"{each.name} is {value!r}, but must be {words} or {allowed[-1]}.")
 
     def _check_evaluation_and_saving(self) -> None:
         for name in ("fp16_full_eval", "bf16_full_eval"):
@@ -207,11 +266,6 @@ class ContinualTrainingArguments(TrainingArguments):
 
     def _scale_rate(self) -> None:
         if self.learning_rate_per_256 is not None:
-            if not 0 < self.learning_rate_per_256 < math.inf:
-                raise ValueError(
-                    f"learning_rate_per_256 is {self.learning_rate_per_256}, but must be a number above 0, "
-                    "such as 0.03."
-                )
             self.learning_rate = self.learning_rate_per_256 * self.images_per_step / 256
 
     @property

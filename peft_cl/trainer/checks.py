@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 
 from ..scenarios import Scenario
 from ..tuners.base.config import PromptPoolConfig
@@ -45,7 +48,8 @@ def check_fit(
                 "so a process holds its weights once, without gradients or optimizer state."
             )
     check_images(args, scenario)
-    if args.dataloader_drop_last and scenario.boundaries:
+    check_metric(args, scenario)
+    if args.dataloader_drop_last:
         for task in scenario[finished_tasks:]:
             if len(task.train) < args.train_batch_size * args.world_size:
                 raise ValueError(
@@ -57,6 +61,69 @@ def check_fit(
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
     check_ahead(config, args, scenario)
+
+
+def check_metric(args: ContinualTrainingArguments, scenario: Scenario) -> None:
+    """Refuse a metric that some task would lack: a task is measured from the time on when it is learnt."""
+    name, first = (args.metric_for_best_model or "").removeprefix("eval_"), scenario[0].name
+    if name.startswith("accuracy_") and name != f"accuracy_{first}":
+        known = name.removeprefix("accuracy_") in [task.name for task in scenario]
+        why = "is not measured while earlier tasks are learnt" if known else "is none of the scenario's tasks"
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model!r}, but {name.removeprefix('accuracy_')!r} {why}. "
+            f"Take 'average_accuracy', 'loss' or 'accuracy_{first}'."
+        )
+
+
+def check_callbacks(args: ContinualTrainingArguments, callbacks: Any) -> None:
+    """Refuse callbacks that are none, and early stopping that has nothing to go by."""
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise ValueError(f"callbacks is {callbacks!r}, but must be a list of TrainerCallback. Put it into a list.")
+    for each in callbacks or ():
+        kind = each if isinstance(each, type) else type(each)
+        if not issubclass(kind, TrainerCallback):
+            raise ValueError(f"callbacks has {each!r}, but must hold objects (or classes) of TrainerCallback.")
+        if issubclass(kind, EarlyStoppingCallback):
+            lacking = {"metric_for_best_model": args.metric_for_best_model, "eval_strategy": args.eval_strategy.value}
+            for name, value in lacking.items():
+                if value in (None, "no"):
+                    raise ValueError(
+                        f"callbacks has {kind.__name__}, but {name} is {value!r}, so nothing says when to stop. Set "
+                        "metric_for_best_model, for instance to 'average_accuracy', and eval_strategy to 'epoch' or "
+                        "'steps'."
+                    )
+
+
+def check_optimizer(args: ContinualTrainingArguments) -> None:
+    """Make optimizer and schedule once, of one parameter: what they refuse is told before anything is trained."""
+    model = nn.Linear(2, 2)
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            return  # a maker of several optimizers, which needs the whole model
+        parameters = next(
+            (settings.pop(name) for name in ("params", "model", "optimizer_dict") if name in settings), 0
+        )
+        optimizer = kind(parameters or model.parameters(), **settings)
+    except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"optim is {str(args.optim.value)!r} with optim_args={args.optim_args!r}, which fails: {error}. Correct "
+            "optim_args, or take optim='adamw_torch'."
+        ) from error
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,  # or what comes after would not be tried
+            num_training_steps=100,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type is {str(args.lr_scheduler_type.value)!r} with lr_scheduler_kwargs="
+            f"{args.lr_scheduler_kwargs!r}, which fails: {error}. Correct lr_scheduler_kwargs, or take "
+            "lr_scheduler_type='linear'."
+        ) from error
 
 
 def check_functions(processing_class: Any, augmentation: Any, batch_augmentation: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+#: Folders in the run's for files that are written, and for whole ones that are put into their places.
+ASIDE, COMPLETE = ".saving", ".saved"
+
+
 def check_writable(folder: Path) -> None:
     """Raise an `OSError` that names the folder and the remedy if nothing can be written into it."""
-    probe = folder / f".writable.{os.getpid()}"
+    probe = temporary(folder / "writable")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
@@ -43,24 +48,42 @@ def explained_writes(folder: Path, finished_tasks: int) -> Iterator[None]:
 
 @contextmanager
 def written_aside(folder: Path, writes: bool) -> Iterator[Path]:
-    """A folder to write into, whose files then replace those in `folder` one by one.
+    """A folder to write into, whose files then replace those in `folder`.
+
+    Files can be renamed one by one only, and weights that grew need the configuration written with them: killed in
+    between, a process leaves two that do not fit. So the files wait in a folder that is renamed when all are whole,
+    and `finish_writing` moves those that an interruption left there.
 
     Args:
         folder: where the files go.
         writes: whether this process is the one that writes.
     """
-    aside = folder / ".saving"
+    aside = folder / ASIDE
     if writes:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, folder / COMPLETE):  # all of it is written anew
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
     try:
         yield aside
         if writes:
-            for path in sorted(aside.rglob("*")):
-                place = folder / path.relative_to(aside)
-                if path.is_file():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, place)
+            os.replace(aside, folder / COMPLETE)
+            finish_writing(folder)
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def finish_writing(folder: Path) -> None:
+    """Put whole files into their places in `folder` that an interrupted process had not moved there."""
+    complete = folder / COMPLETE
+    for path in sorted(complete.rglob("*")):
+        place = folder / path.relative_to(complete)
+        if path.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    shutil.rmtree(complete, ignore_errors=True)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

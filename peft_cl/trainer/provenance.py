@@ -43,6 +43,8 @@ RECORDED = (
     "train_sampling_strategy",
     "load_best_model_at_end",
 )
+#: Those that do by what is measured within a task and kept for it.
+MEASURING = ("eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "full_determinism")
 #: Images of a split that stand for all of them.
 LOOKED_AT = 8
 
@@ -50,6 +52,8 @@ LOOKED_AT = 8
 def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> dict[str, Any]:
     """Settings of the run in types that JSON knows."""
     settings = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
+    # On record where they are at work: other records, those of earlier versions among them, have no word of them.
+    settings |= {name: value for name, value in measuring(args).items() if value not in (None, False, "no")}
     settings["devices"] = args.world_size
     settings["device"] = args.device.type
     settings["threads"] = torch.get_num_threads()
@@ -68,6 +72,12 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         name: _plain(value) for name, value in config.to_dict().items() if name not in written and value is not None
     }
     return settings
+
+
+def measuring(args: Any) -> dict[str, Any]:
+    """The settings of `MEASURING`, in types that JSON knows."""
+    settings = {name: _plain(getattr(args, name)) for name in MEASURING}
+    return settings if settings["eval_strategy"] == "steps" else {**settings, "eval_steps": None}
 
 
 def described(function: Any) -> str | None:

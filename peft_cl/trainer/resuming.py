@@ -14,8 +14,9 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
-from .files import explained_writes
-from .provenance import digest_of_examples
+from .files import explained_writes, finish_writing
+from .processes import kept_buffers
+from .provenance import MEASURING, digest_of_examples, measuring
 from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
 from .snapshot import (
@@ -109,6 +110,7 @@ class ResumableTrainer(TaskTrainer):
             "details": self.details,
             "baseline": self.baseline,
             "train_seconds": self.seconds(),
+            "steps": self.steps_before + self.state.global_step,
             "weights": weights,
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
@@ -116,6 +118,11 @@ class ResumableTrainer(TaskTrainer):
             # A task has an optimizer of its own, a stream one for all.
             "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
         }
+
+    def save_snapshot(self) -> None:
+        """Write the state between tasks, on the first process."""
+        if self.is_world_process_zero():
+            save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
 
     def resume(self, folder: Path) -> None:
         """Go to where the run in `folder` last finished a task, or nowhere if it finished none."""
@@ -125,6 +132,8 @@ class ResumableTrainer(TaskTrainer):
                 "and trainer anew."
             )
         self._resumed_from = folder
+        if self.is_world_process_zero():
+            finish_writing(folder)
         state = load_snapshot(folder / STATE_FOLDER)
         if state is None:
             if folder != self.folder and not (folder / STATE_FOLDER).is_dir():
@@ -139,6 +148,7 @@ class ResumableTrainer(TaskTrainer):
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
         self.train_seconds = state["train_seconds"]
+        self.steps_before = state.get("steps", 0)  # runs of earlier versions do not say
         for task in self.scenario[: self.finished_tasks]:
             self._start(task)  # for the shapes
             self.task = task
@@ -173,6 +183,7 @@ class ResumableTrainer(TaskTrainer):
         return {
             **what,
             **settings,
+            **measuring(self.args),
             "processor": json.loads(self.processing_class.to_json_string()),
             "learnt_before": {"tasks": self.tasks_before, "classes": list(self.classes_before)},
             "backbone": {"weights": self._backbone, "attention": attention},
@@ -185,8 +196,10 @@ class ResumableTrainer(TaskTrainer):
         return self._examples[task.index]
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
-        changed = differences(state["settings"], self.settings())
-        added = state["settings"]["scenario"]["task_names"][len(self.scenario) :]
+        now, before = self.settings(), state["settings"]
+        # Runs of earlier versions do not say when they measured.
+        changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
+        added = before["scenario"]["task_names"][len(self.scenario) :]
         remedy = f" If {', '.join(added)} came by train_task, make the scenario with_task(data)." if added else ""
         if changed:
             raise ValueError(
@@ -224,17 +237,18 @@ class ResumableTrainer(TaskTrainer):
     @contextmanager
     def _joined_counts(self) -> Iterator[None]:
         """Each process has all processes' counts inside the block, and its own again behind it."""
-        own = {name: buffer.clone() for name, buffer in self.tuner.named_buffers()}
-        self.join_counts()
-        try:
+        with kept_buffers(self.tuner):
+            self.join_counts()
             yield
-        finally:
-            for name, buffer in self.tuner.named_buffers():
-                buffer.copy_(own[name])
 
     def join_counts(self) -> None:
         """Give each process the sum of what the processes counted in this task."""
         self.tuner.merge_counts(lambda counts: self.accelerator.reduce(counts.clone(), "sum"))
+
+    def leave_counts_to_first(self) -> None:
+        """Where each process has the sum, have it on the first alone: the sum to come must not hold it twice."""
+        if not self.is_world_process_zero():
+            self.tuner.merge_counts(torch.zeros_like)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, with the state of the sequence in it, and older ones removed when it is whole."""
@@ -259,8 +273,7 @@ class ResumableTrainer(TaskTrainer):
         self._check_settings(state, Path(resume_from_checkpoint))
         self.train_seconds = state["train_seconds"]
         self._take(state)
-        if not self.is_world_process_zero():  # they are the sum over the processes
-            self.tuner.merge_counts(torch.zeros_like)
+        self.leave_counts_to_first()
 
     def _nothing_left(self, checkpoint: str) -> None:
         """The Trainer takes up the random state with the first step only."""
@@ -269,6 +282,7 @@ class ResumableTrainer(TaskTrainer):
 
     def _load_best_model(self) -> None:
         self._take_weights(load_snapshot(Path(self.state.best_model_checkpoint))["weights"])
+        self.leave_counts_to_first()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What is shared is the adapter after a task, not one in the middle of it."""

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import temporary
+
 
 #: Folder in the run's for snapshots and checkpoints. The Trainer's uploads leave out what begins with "_".
 STATE_FOLDER = "_state"
@@ -34,7 +36,8 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
-    path, aside = folder / FILE, folder / f".{FILE}.{os.getpid()}.tmp"
+    path = folder / FILE
+    aside = temporary(path)
     try:
         with open(aside, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)
@@ -93,7 +96,7 @@ def forget_state(folder: Path) -> None:
 def seal_checkpoint(checkpoint: Path) -> None:
     """Note what the files of a checkpoint are, which makes it whole."""
     files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    aside = checkpoint / f".{SEAL}.tmp"
+    aside = temporary(checkpoint / SEAL)
     aside.write_text(json.dumps(files, indent=2))
     os.replace(aside, checkpoint / SEAL)
 

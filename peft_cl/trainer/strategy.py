@@ -92,7 +92,8 @@ class Strategy:
         """Take back what `state_dict` returned."""
 
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:
-        """Write what the adapter's file does not hold into its folder, after each task (on the first process)."""
+        """Write what the adapter's file does not hold into `folder`, after each task (on the first process); from
+        there it comes into the run's folder with the adapter."""
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """Bytes that must be kept to use what was learnt. Default: the adapter's file."""

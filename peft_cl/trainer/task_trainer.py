@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from .checks import check_image_size
 from .examples import TaskExamples, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
+from .processes import kept_buffers, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
@@ -45,6 +46,7 @@ class TaskTrainer(Trainer):
         task: the task that is learnt or was learnt last; None before the first.
         queries: the frozen model's features of the images, where they are the same each time.
         optimizer_state: what the next optimizer takes up from an interrupted run.
+        steps_before: steps of the optimizer before the present `fit`, those of an interrupted run included.
         selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
     """
 
@@ -103,8 +105,11 @@ class TaskTrainer(Trainer):
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
         self.key_sets = 1
+        self.steps_before = 0
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
+        self._weights: list[float] = []
+        self._weight = 1.0
         self._was_stopped = False
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -158,6 +163,7 @@ class TaskTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train")
         self._losses, self._losses_counted = {}, 0
+        self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         try:
             output = super().train(resume_from_checkpoint=checkpoint)
@@ -212,12 +218,24 @@ class TaskTrainer(Trainer):
         """None are counted: the Trainer's estimate is one for text, and walks through the model at each step."""
         return 0
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The Trainer's batches of a step; the last of an epoch is of real examples alone on every process."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._weights = [1.0] * len(batches)
+        if batches and not self.args.dataloader_drop_last:
+            examples = len(self.train_dataset)
+            batches[-1], self._weights[-1] = without_repeats(batches[-1], examples, self.accelerator)
+        return batches, items
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
-        if self.batch_augmentation is not None:
-            with torch.no_grad():
-                inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._weight = self._weights.pop(0) if self._weights else 1.0
+        # Of weight 0 is an example that another process learns: it must not be counted.
+        with nullcontext() if self._weight else kept_buffers(self.tuner):
+            inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
+            if self.batch_augmentation is not None:
+                with torch.no_grad():
+                    inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.strategy.after_backward(self)
         return loss
@@ -226,9 +244,9 @@ class TaskTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             terms = self.strategy.losses(self)
-            loss = loss + sum(terms.values())
+            loss = (loss + sum(terms.values())) * self._weight
             for name, value in {**self.tuner.head.last_losses, **terms}.items():
-                self._losses[name] = self._losses.get(name, 0.0) + value.detach()
+                self._losses[name] = self._losses.get(name, 0.0) + value.detach() * self._weight
             self._losses_counted += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -242,12 +260,23 @@ class TaskTrainer(Trainer):
         return loss, self.strategy.predict(self, inputs, logits), labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside the loss, log its terms one by one: means since the last log."""
+        """Beside the loss, log its terms one by one: means since the last log, over all processes.
+
+        Each log names its task. To callbacks the steps go on from task to task, so that curves do not overlap.
+        """
         if "loss" in logs and self._losses_counted:
-            means = {name: float(value) / self._losses_counted for name, value in self._losses.items()}
-            logs = {**logs, **means, "task": self.task.index}
+            means = torch.stack([value.float() for value in self._losses.values()]) / self._losses_counted
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs.update(zip(self._losses, means, strict=True))
             self._losses, self._losses_counted = {}, 0
-        super().log(logs, start_time)
+        if self.task is not None:
+            logs["task"] = self.task.index
+        own = self.state.global_step
+        self.state.global_step += self.steps_before
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state.global_step = own
 
     # ----------------------------------------------------------------------------------------------- data
 

@@ -11,20 +11,24 @@ import numpy as np
 from datasets import ClassLabel
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
 from ..metrics.predictions import evaluation_details
 from ..metrics.results import FILE_NAME
+from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
-from .checks import check_fit, check_functions
+from .checks import check_callbacks, check_fit, check_functions, check_optimizer
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
 from .record import record_of
 from .resuming import ResumableTrainer
-from .snapshot import STATE_FOLDER, save_snapshot
 from .strategy import Combined, Strategy
+
+
+logger = logging.get_logger(__name__)
 
 
 class ContinualTrainer(ResumableTrainer):
@@ -76,6 +80,8 @@ class ContinualTrainer(ResumableTrainer):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_functions(processing_class, augmentation, batch_augmentation)
         check_fit(model, args, scenario, processing_class, strategy)
+        check_callbacks(args, kwargs.get("callbacks"))
+        check_optimizer(args)
         for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -121,8 +127,6 @@ class ContinualTrainer(ResumableTrainer):
         self.check_not_interrupted()
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
-        elif self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
-            self.forget_finished_run()
         output = None
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
@@ -131,6 +135,8 @@ class ContinualTrainer(ResumableTrainer):
                 output = self.train_task(task)
         finally:
             self.progress.end_sequence()
+        if self.args.pictures and self.finished_tasks:
+            self.draw()
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
@@ -155,6 +161,8 @@ class ContinualTrainer(ResumableTrainer):
                 f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
                 "are learnt in the scenario's order."
             )
+        if self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
+            self.forget_finished_run()
         self._begin(task)
         if self.args.measure_ahead and task.index == 0:
             self.evaluate()
@@ -169,8 +177,8 @@ class ContinualTrainer(ResumableTrainer):
         self.finished_tasks, self.under_way = self.finished_tasks + 1, False
         with explained_writes(self.folder, self.finished_tasks - 1):
             self.save()
+            self.save_snapshot()
             if self.is_world_process_zero():
-                save_snapshot(self.folder / STATE_FOLDER, self.sequence_state())
                 self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
         self.progress.end_task(self._summary(task))
         return output
@@ -185,6 +193,8 @@ class ContinualTrainer(ResumableTrainer):
         longer = self.scenario.with_task(data, **columns)
         check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
         self.take_scenario(longer)
+        with explained_writes(self.folder, self.finished_tasks):  # so that an interruption finds the task in it
+            self.save_snapshot()
         return longer[-1]
 
     def _begin(self, task: Task) -> None:
@@ -306,12 +316,23 @@ class ContinualTrainer(ResumableTrainer):
     # ----------------------------------------------------------------------------------------------- results
 
     def save(self) -> None:
-        """Write adapter, processor and `results.json` into the output folder; old files are replaced by whole ones."""
+        """Write adapter, processor, `results.json` and card into the output folder; whole files replace old ones."""
         with written_aside(self.folder, self.is_world_process_zero()) as aside:
             self.save_model(str(aside), _internal_call=True)
+            if self.is_world_process_zero():
+                self.strategy.save(self, aside)
         if self.is_world_process_zero():
-            self.strategy.save(self, self.folder)
             self.results.save(self.folder)
+            self.create_model_card()
+
+    def draw(self) -> None:
+        """Draw the run into its folder, on the first process; without matplotlib, say what to install."""
+        if not self.is_world_process_zero():
+            return
+        try:
+            write_pictures(self.folder, self.results)
+        except ImportError as error:
+            logger.warning("No pictures of %s: %s", self.folder, error)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the measured results, which `push_to_hub` shares with the adapter."""

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ..metrics import RunResults
-from ..plots import (
-    plot_accuracy_matrix,
-    plot_comparison,
-    plot_curves,
-    plot_key_similarity,
-    plot_prompt_usage,
-)
-from .errors import explained
-from .sources import CONFIG_FILE, WEIGHTS_FILE
+from .comparison import plot_comparison
+from .curves import plot_curves
+from .keys import plot_key_similarity
+from .matrix import plot_accuracy_matrix
+from .usage import plot_prompt_usage
 
 
 MATRIX_FILE, CURVES_FILE = "accuracy_matrix.png", "curves.png"
@@ -58,7 +55,7 @@ def write_pictures(folder: Path, results: RunResults, output: Path | None = None
 
     Raises:
         ImportError: matplotlib is not installed.
-        CommandError: The adapter in the folder is damaged.
+        ValueError: The adapter in the folder is damaged.
         OSError: The pictures cannot be written.
     """
     keys = read_keys(folder)  # before anything is written
@@ -94,24 +91,20 @@ def read_keys(folder: Path) -> Keys | None:
     """Read the keys of the adapter in a folder; `None` if there is no adapter, or one without keys.
 
     Raises:
-        CommandError: The weight file or the configuration beside it is damaged.
+        ValueError: The weight file or the configuration beside it is damaged.
     """
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return None
-    with explained(f"The keys of the adapter in {str(folder)!r} cannot be read"):
-        tensors = {}
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            for name in weights.keys():
-                place, _, part = name.rpartition(".")
-                if place.endswith("_pool") and part in ("keys", "past_keys"):
-                    tensors[part] = weights.get_tensor(name).float()
-        if "keys" not in tensors:
-            return None
-        past = tensors.get("past_keys")
-        values = tensors["keys"] if past is None else torch.cat([past, tensors["keys"]], dim=-2)
-        layers = None
-        if (folder / CONFIG_FILE).is_file():
-            layers = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("layers")
+    try:
+        tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+        config = folder / CONFIG_NAME
+        layers = json.loads(config.read_text(encoding="utf-8")).get("layers") if config.is_file() else None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"The keys of the adapter in {str(folder)!r} cannot be read: {error}") from error
+    if "keys" not in tensors:
+        return None
+    past = tensors.get("past_keys")
+    values = tensors["keys"] if past is None else torch.cat([past, tensors["keys"]], dim=-2)
     rows_of_tasks, sets = None, len(values)
     if past is not None:  # a pool that keeps past rows apart takes as many new ones for each task
         rows, new = values.shape[-2], tensors["keys"].shape[-2]
@@ -119,3 +112,14 @@ def read_keys(folder: Path) -> Keys | None:
     is_by_layer = isinstance(layers, list) and len(layers) == sets
     names = [f"layer {layer}" for layer in layers] if is_by_layer else [f"set {index}" for index in range(sets)]
     return Keys(values.numpy(), rows_of_tasks, names)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The keys of a pool in an adapter's weight file: `keys` and, of some methods, `past_keys`."""
+    tensors = {}
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():
+            place, _, part = name.rpartition(".")
+            if place.endswith("_pool") and part in ("keys", "past_keys"):
+                tensors[part] = weights.get_tensor(name).float()
+    return tensors

@@ -1,0 +1,46 @@
+"""Several processes: what the last batch of an epoch holds on each of them, and counts that are kept meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+def without_repeats(
+    batch: dict[str, torch.Tensor], examples: int, accelerator: Accelerator
+) -> tuple[dict[str, torch.Tensor], float]:
+    """A batch without the examples that fill up an epoch's last one, and what its mean counts for.
+
+    Where a task's size does not divide by the batches of all processes together, accelerate completes the last ones
+    with examples from the start, which would be learnt twice. The mean over processes of the weighted means is the
+    mean over the real examples. A process without any keeps one, of weight 0: all processes take each step.
+
+    Args:
+        batch: this process's.
+        examples: of an epoch, on all processes.
+    """
+    state, processes = accelerator.gradient_state, accelerator.num_processes
+    if processes == 1 or not state.end_of_dataloader:
+        return batch, 1.0
+    size = len(next(iter(batch.values())))
+    # accelerate does not know it (-1) in an epoch that is gone on with from a checkpoint.
+    left = state.remainder if state.remainder >= 0 else examples % (size * processes)
+    if left == 0:
+        return batch, 1.0
+    real = min(max(left - accelerator.process_index * size, 0), size)
+    return {name: value[: max(real, 1)] for name, value in batch.items()}, real * processes / left
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Put the buffers of `module` back, at the block's end, to what they were."""
+    own = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in module.named_buffers():
+            buffer.copy_(own[name])
