@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from datasets import load_from_disk
 from trainer_cases import images
 
 from peft_cl import class_incremental, dataset_sequence, domain_incremental, task_free, task_incremental
@@ -58,9 +59,10 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_what_is_trained_on_is_not_measured(make, data):
-    one, again = images(4, 5), images(4, 5)
-    for leak in ((one, one), {"train": one, "test": one}, (one, again)):
+def test_what_is_trained_on_is_not_measured(make, tmp_path):
+    one = images(4, 5)
+    one.save_to_disk(tmp_path)
+    for leak in ((one, one), {"train": one, "test": one}, (load_from_disk(tmp_path), load_from_disk(tmp_path))):
         with pytest.raises(ValueError, match=r"very same data, .* Give two splits, or divide one by train_test_split"):
             make(leak)
 

@@ -199,7 +199,7 @@ def test_wrong_arguments_are_refused(arguments, message):
         ),
         (splits(train=(0, 1), test=(0, 9), feature=Value("int64")), r"labels \[9\].*train split does not have"),
         (splits(train=("a", "b"), test=("a", "B"), feature=Value("string")), r"labels \['B'\].*train split does not"),
-        (splits(train=(0.5,), test=(0.6,), feature=Value("float32")), "float32.*class_encode_column"),
+        (splits(train=(0.5,), test=(0.5,), feature=Value("float32")), "float32.*class_encode_column"),
         (splits(test=(0, 1, 4)), r"Task 2 with the classes \['cat'\] has no test examples"),
         (splits(test=()), "'test' split has no examples"),
         (splits().remove_columns("image"), r"no column with an Image feature.*\['label'\].*image_column="),

@@ -103,7 +103,7 @@ def test_images_in_files(settings, tmp_path):
         labels = images(4, 0)["label"]
         paths = [str(tmp_path / f"{index}.png") for index in range(len(labels))]
         data = Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image())
-        found.append(settings(scenario=class_incremental((data, data), 2)))
+        found.append(settings(scenario=class_incremental((data, data.select(range(len(data)))), 2)))
     assert {entry.partition(":")[0] for entry in differences(*found)} == {"examples.task_0", "examples.task_1"}
 
 

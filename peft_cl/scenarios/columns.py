@@ -69,8 +69,8 @@ def train_and_test(dataset: Any, train_split: str, test_split: str) -> tuple[Dat
         )
     for name, split in zip((train_split, test_split), pair, strict=True):
         require_examples(split, name)
-    # Loaded twice it is two objects, of one fingerprint.
-    if pair[0]._fingerprint == pair[1]._fingerprint:
+    # Loaded twice from files it is two objects, of one fingerprint.
+    if pair[0] is pair[1] or (pair[0].cache_files and pair[0]._fingerprint == pair[1]._fingerprint):
         raise ValueError(
             "The train and the test split are the very same data, so the model would be measured on what it was "
             "trained on. Give two splits, or divide one by train_test_split()."
