@@ -166,7 +166,6 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Folder in which images are kept decoded and scaled; null: decoded each time."},
     )
-
     pictures: bool = field(
         default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}
     )
