@@ -51,7 +51,6 @@ def measure(name: str, data: tuple[Dataset, Dataset], images: str, options: argp
                 dataloader_num_workers=options.workers,
                 image_cache_dir=images,
                 torch_compile=options.compile,
-                torch_compile_mode=options.compile_mode,
                 logging_steps=100,
             ),
             class_incremental((train, test), options.tasks),
@@ -68,7 +67,7 @@ def measure(name: str, data: tuple[Dataset, Dataset], images: str, options: argp
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "batch": options.batch_size,
         "epochs": options.epochs,
-        "compiled": options.compile and (options.compile_mode or "default"),
+        "compiled": options.compile,
         "images": [len(train), len(test)],
         "seconds": seconds,
         "train_seconds": trainer.train_seconds,
@@ -88,7 +87,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="processes that fetch images")
     parser.add_argument("--compile", action="store_true", help="compile the layers")
-    parser.add_argument("--compile-mode", help="of torch.compile; reduce-overhead replays CUDA graphs")
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     options = parser.parse_args()
     classes, size = 10 * options.tasks, backbone_and_size(options.backbone, torch.float32)[1]

@@ -92,7 +92,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="BACKEND",
         help="compile the layers of the methods and of the bare model",
     )
-    parser.add_argument("--compile-mode", help="of torch.compile; reduce-overhead replays CUDA graphs")
     parser.add_argument(
         "--channels-last", action="store_true", help="images and patch embedding in this format of memory"
     )
@@ -190,7 +189,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     products = {key: step.products() for key, step in steps.items()}
     if options.compile:  # nothing can be compiled while bytes and products are counted
         for backbone, models in built:
-            compile_layers(backbone, models, backend=options.compile, mode=options.compile_mode)
+            compile_layers(backbone, models, backend=options.compile)
         for step in steps.values():
             step.seconds()
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
@@ -203,7 +202,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "batch": options.batch_size,
         "device": torch.cuda.get_device_name(options.device) if "cuda" in options.device else options.device,
         "attention": options.attention,
-        "compiled": options.compile and f"{options.compile} {options.compile_mode or ''}".strip(),
+        "compiled": options.compile,
         "channels_last": options.channels_last,
         "threads": options.threads,
         "repeats": options.repeats,

@@ -181,7 +181,6 @@ class ContinualTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Measure tasks before they are learnt too, for forward transfer; not with new classes."},
     )
-
     pictures: bool = field(
         default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}
     )

@@ -83,7 +83,6 @@ class PromptedEncoder(AdapterLayer):
         #: Whether a last layer of the kind tried here can be run for some of its tokens alone; False runs it whole.
         self.reads_last_layer = can_read(family, self._layers[-1])
         self._tried = type(self._layers[-1])
-        self._replays_graphs = False
 
     def forward(
         self,
@@ -108,7 +107,6 @@ class PromptedEncoder(AdapterLayer):
                 "model inside `with model.disable_adapter():`."
             )
         interpolate = bool(interpolate_pos_encoding)
-        self._begin_step()
         call = self.call or Call()
         trace = Trace(
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
@@ -152,7 +150,6 @@ class PromptedEncoder(AdapterLayer):
             options.setdefault("recompile_limit", COMPILED_CASES)
         else:  # torch before 2.12
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_CASES)
-        self._replays_graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
         for layer in self._layers:
             layer.compile(**options)
 
@@ -166,14 +163,7 @@ class PromptedEncoder(AdapterLayer):
         Returns:
             (B, D): the CLS token after the final norm, in the encoder's dtype.
         """
-        self._begin_step()
         return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
-
-    def _begin_step(self) -> None:
-        """CUDA graphs keep results in memory of their own, which is free again from here on; within a step the layers'
-        graphs are replayed one after the other, twice each."""
-        if self._replays_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
 
     def encode(self, pixel_values: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, int]:
         """The prompted pass alone, with no work left out.
@@ -190,7 +180,7 @@ class PromptedEncoder(AdapterLayer):
         with evaluation_mode(self.base_layer):
             start = self._start(pixel_values, interpolate, first, Trace())
             tokens, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
-        return tokens[:, 0].clone(), start  # not a view of all tokens, nor of a graph's memory
+        return tokens[:, 0].clone(), start  # not a view, which would keep all tokens
 
     def _is_fixed(self, pixel_values: torch.Tensor, first: int) -> bool:
         """Whether the input of layer `first` is the same in both passes, and needs no graph in either."""
