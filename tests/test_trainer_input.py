@@ -79,6 +79,7 @@ class TestBadInput:
             ("load_best_model_at_end", "false", "True or False"),
             ("greater_is_better", "no", "True, False or None"),
             ("torch_compile_backend", "gpu", "one of no, eager, "),
+            ("torch_compile_mode", "reduce-overhead", "None, 'default' or 'max-autotune-no-cudagraphs'"),
             ("use_liger_kernel", True, "False: its kernels are for language models"),
             ("optim_target_modules", "all-linear", "None: it names linear layers"),
         ],

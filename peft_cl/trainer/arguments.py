@@ -85,6 +85,11 @@ RULES = {
         lambda value: value is None or str(value).upper() in DynamoBackend.list(),
         "one of " + ", ".join(each.lower() for each in DynamoBackend.list()),
     ),
+    "torch_compile_mode": (
+        lambda value: value in (None, "default", "max-autotune-no-cudagraphs"),
+        "None, 'default' or 'max-autotune-no-cudagraphs': layers are compiled one by one, and CUDA graphs of single "
+        "layers overwrite each other's results",
+    ),
     "use_liger_kernel": (lambda value: not value, "False: its kernels are for language models"),
     "optim_target_modules": (
         lambda value: value is None,
