@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from trainer_cases import CONFIGS
+from transformers import TrainerCallback
 
 from peft_cl.trainer.snapshot import FILE, PREVIOUS, load_snapshot, save_snapshot
 
@@ -191,6 +192,24 @@ def test_an_interrupted_run_is_not_trained_over(make_trainer):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.finished_tasks == 3
     make_trainer(CONFIGS["linear-probe"](), num_train_epochs=1).train()  # of a finished run nothing is lost
+
+
+def test_a_run_that_was_interrupted_in_its_first_task_is_not_trained_over(make_trainer):
+    """There is no snapshot yet, but a checkpoint."""
+
+    class Interrupt(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1}
+    with pytest.raises(KeyboardInterrupt):
+        first = make_trainer(CONFIGS["linear-probe"](), callbacks=[Interrupt()], **settings)
+        first.train()
+    with pytest.raises(ValueError, match="run was interrupted after 0 of 3 tasks"):
+        make_trainer(CONFIGS["linear-probe"](), **settings).train()
+    resumed = make_trainer(CONFIGS["linear-probe"](), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.finished_tasks == 3
 
 
 def test_without_a_snapshot_there_is_nothing_to_load(tmp_path):

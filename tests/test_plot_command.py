@@ -93,6 +93,11 @@ def test_rows_of_a_pool_without_past_rows_belong_to_no_task(tmp_path):
     assert keys.rows_of_tasks is None and keys.set_names == ["set 0"]  # shared by the three layers
 
 
+def test_keys_of_an_adapter_with_a_name_are_in_a_folder_of_that_name(tmp_path):
+    save_adapter(_made(tmp_path / "birds"), [0], keys=torch.ones(1, 5, 4))
+    assert read_keys(tmp_path).values.shape == (1, 5, 4)
+
+
 def test_only_what_the_run_has_is_drawn(tmp_path):
     results(finished=1).save(tmp_path)
     assert main(["plot", str(tmp_path)]) == 0

@@ -60,6 +60,7 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
         "probe+finetuning+ewc",
         "l2p+augmented",
         "l2p+uneven",
+        "l2p+er+uneven",
         "coda+uneven+accumulated",
         "probe+er",
         "dualprompt+stream+unmasked",

@@ -90,10 +90,14 @@ def write_comparison(output: Path, list_of_results: Sequence[RunResults]) -> lis
 def read_keys(folder: Path) -> Keys | None:
     """Read the keys of the adapter in a folder; `None` if there is no adapter, or one without keys.
 
+    PEFT saves an adapter that is not named "default" into a folder of its name.
+
     Raises:
         ValueError: The weight file or the configuration beside it is damaged.
     """
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    named = sorted(path.parent for path in folder.glob(f"[!_.]*/{SAFETENSORS_WEIGHTS_NAME}"))
+    folder = next((each for each in (folder, *named) if (each / SAFETENSORS_WEIGHTS_NAME).is_file()), None)
+    if folder is None:
         return None
     try:
         tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)

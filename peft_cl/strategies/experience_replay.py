@@ -62,11 +62,13 @@ class ExperienceReplay(Strategy):
     def batch(self, trainer: ContinualTrainer, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self._examples is None:
             return inputs
-        count = self.replay_batch_size or len(inputs["labels"])
-        # All processes draw for all of them and each takes its part.
+        # All processes draw for all of them, as many whatever their batches hold, and each takes its part.
         processes, own = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        drawn = torch.randint(len(self._examples), (count * processes,))[own::processes]
-        replayed = trainer.training_batch(self._examples, drawn.tolist())
+        most = self.replay_batch_size or max(len(inputs["labels"]), trainer.args.train_batch_size)
+        drawn = torch.randint(len(self._examples), (most * processes,))[own * most :]
+        replayed = trainer.training_batch(
+            self._examples, drawn[: self.replay_batch_size or len(inputs["labels"])].tolist()
+        )
         return {name: torch.cat([value, replayed[name].to(value.dtype)]) for name, value in inputs.items()}
 
     def end_task(self, trainer: ContinualTrainer, task: Task) -> None:

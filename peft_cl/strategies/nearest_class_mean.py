@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from ..scenarios import Task
+from ..scenarios.columns import check_flag
 from ..trainer import ContinualTrainer, Strategy
 
 
@@ -21,13 +22,16 @@ class NearestClassMean(Strategy):
 
     Args:
         cosine: compare directions instead of distances.
+
+    Raises:
+        ValueError: `cosine` is neither True nor False.
     """
 
     name = "Nearest class mean"
     has_task_evidence = False
 
     def __init__(self, cosine: bool = False):
-        self.cosine = cosine
+        self.cosine = check_flag("cosine", cosine)
         #: Of all images so far, by class name: a class may come again in another domain.
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}

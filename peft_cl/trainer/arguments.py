@@ -227,6 +227,11 @@ class ContinualTrainingArguments(TrainingArguments):
                 "ddp_broadcast_buffers is True, but the first process's counts would overwrite the others'. Leave it "
                 "at False."
             )
+        if self.world_size > 1 and not self.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config.even_batches is False, but then one process has fewer steps than the others, and "
+                "these wait for it for ever. Leave it at True: what completes a last batch is left out again."
+            )
         if self.query_cache_dir is not None and not self.cache_queries:
             raise ValueError(
                 f"query_cache_dir is {self.query_cache_dir!r}, but cache_queries is False, so nothing would be kept. "

@@ -163,11 +163,14 @@ class ResumableTrainer(TaskTrainer):
             state = load_snapshot(self.folder / STATE_FOLDER)
         except ValueError:  # nothing that could be gone on from
             state = None
-        tasks = state["settings"]["scenario"]["num_tasks"] if state else 0
-        if state and state["finished_tasks"] < tasks:
+        finished = state["finished_tasks"] if state else 0
+        tasks = state["settings"]["scenario"]["num_tasks"] if state else len(self.scenario)
+        # Before the first task is finished there is no snapshot, but there may be checkpoints.
+        begun = state or whole_checkpoint(checkpoint_folder(self.folder, self.scenario[0]))
+        if begun and finished < tasks:
             raise ValueError(
-                f"In {str(self.folder)!r} a run was interrupted after {state['finished_tasks']} of {tasks} tasks. "
-                "Call train(resume_from_checkpoint=True) to go on with it; to begin anew, give another output_dir or "
+                f"In {str(self.folder)!r} a run was interrupted after {finished} of {tasks} tasks. Call "
+                "train(resume_from_checkpoint=True) to go on with it; to begin anew, give another output_dir or "
                 f"remove {str(self.folder / STATE_FOLDER)!r}."
             )
         forget_state(self.folder)

@@ -75,11 +75,14 @@ def prefix_attention(
         # The prefix may be read by every query; a boolean mask says so with True, an additive one with 0.
         readable = True if attention_mask.dtype == torch.bool else 0.0
         attention_mask = F.pad(attention_mask, (view.keys.shape[1], 0), value=readable)
-    # The view has done its work: what comes now (flash attention) looks up the user's implementation by its name.
-    view._attn_implementation = view.config._attn_implementation
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(view.config._attn_implementation, eager)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    # Meanwhile the view says what is true: flash attention looks up what to load by the name.
+    view._attn_implementation = view.config._attn_implementation
+    try:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        del view._attn_implementation
 
 
 def _as_heads(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -67,15 +67,17 @@ def selection_entropy_term(similarity: torch.Tensor) -> torch.Tensor:
     return (mean * mean.clamp_min(1e-12).log()).sum(-1).mean()
 
 
-def gram_penalty(rows: torch.Tensor) -> torch.Tensor:
-    """mean((R R' - I)^2) of rows (sets, k, D), summed over sets (CODA-Prompt, eq. 8, as its code has it)."""
-    gram = rows @ rows.transpose(-1, -2)
-    return (gram - torch.eye(gram.shape[-1], device=gram.device)).square().mean(dim=(-1, -2)).sum()
+def gram_sum(rows: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """What `rows` (sets, k, D) add, beside `past` rows (sets, n, D), to the sum of (R R' - I)^2, over all sets.
+
+    Products among the past rows are left out: they are constant, and there are n^2 of them.
+    """
+    own = rows @ rows.transpose(-1, -2) - torch.eye(rows.shape[-2], device=rows.device)
+    return own.square().sum() + 2 * (rows @ past.transpose(-1, -2)).square().sum()
 
 
-def pairwise_penalty(rows: torch.Tensor) -> torch.Tensor:
-    """Sum over ordered pairs of the absolute cosine of rows (sets, k, D), averaged over sets (the textbook form)."""
-    rows = F.normalize(rows, dim=-1)
-    gram = rows @ rows.transpose(-1, -2)
-    off_diagonal = gram.abs().sum(dim=(-1, -2)) - gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
-    return off_diagonal.mean()
+def pair_sum(rows: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """The same of the absolute cosines of different rows."""
+    rows, past = F.normalize(rows, dim=-1), F.normalize(past, dim=-1)
+    own = (rows @ rows.transpose(-1, -2)).abs()
+    return own.sum() - own.diagonal(dim1=-2, dim2=-1).sum() + 2 * (rows @ past.transpose(-1, -2)).abs().sum()

@@ -12,7 +12,7 @@ from torch import nn
 from ..base.initialisation import RowSpan
 from ..base.pool import Geometry, PromptPool
 from ..base.prompts import Injection, Prompts
-from ..base.similarity import gram_penalty, pairwise_penalty, selection_entropy_term
+from ..base.similarity import gram_sum, pair_sum, selection_entropy_term
 from .config import CodaPromptConfig
 
 
@@ -39,6 +39,8 @@ class CodaPromptPool(PromptPool):
         for name in self.trained:
             setattr(self, name, nn.Parameter(self._new_rows(name)))
         self.spans.clear()
+        #: Of each name, the sum over pairs of past rows in the orthogonality term: it is constant within a task.
+        self.past_sums: dict[str, float] = {}
 
     @property
     def needs_query(self) -> bool:
@@ -55,6 +57,9 @@ class CodaPromptPool(PromptPool):
     def begin_task(self, index: int) -> None:
         """Rows [s, f): Gram-Schmidt against all earlier rows, then unit norm, for P, K and A of each layer."""
         earlier = self.rows_in_use
+        for name in self._penalised:
+            if name in self.past_sums:
+                self.past_sums[name] += self._pairs_with(name, getattr(self, name), self._flat_past(name)).item()
         for name in self.trained:
             for place, span in enumerate(self._spans(name)):
                 span.follow(earlier, partial(self._some_rows, name, place))
@@ -78,6 +83,7 @@ class CodaPromptPool(PromptPool):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.spans.clear()  # they were of other rows
+        self.past_sums.clear()
 
     def forward(self, query: torch.Tensor | None) -> Prompts:
         if not self.needs_query:
@@ -132,16 +138,38 @@ class CodaPromptPool(PromptPool):
 
     def losses(self, similarity: torch.Tensor) -> dict[str, torch.Tensor]:
         losses = {}
-        if self.config.orthogonality_coefficient:
-            rows = {name: self.rows(name).flatten(2) for name in self.trained}
-            if self.config.orthogonality == "gram":
-                penalty = sum(gram_penalty(value) for value in rows.values())
-            else:
-                penalty = pairwise_penalty(rows["prompts"])
+        if self._penalised:
+            # Gram: mean((R R' - I)^2), summed over layers (eq. 8, as its code has it); else the sum over ordered
+            # pairs, averaged over layers (the textbook form).
+            count = self.rows_in_use**2 if self.config.orthogonality == "gram" else len(self.config.layers)
+            penalty = sum(self._sum_over_pairs(name) for name in self._penalised) / count
             losses["orthogonality"] = self.config.orthogonality_coefficient * penalty
         if self.config.entropy_coefficient:
             losses["entropy"] = self.config.entropy_coefficient * selection_entropy_term(similarity)
         return losses
+
+    @property
+    def _penalised(self) -> list[str]:
+        """Names of the parameters that the orthogonality term is of."""
+        if not self.config.orthogonality_coefficient:
+            return []
+        return self.trained if self.config.orthogonality == "gram" else ["prompts"]
+
+    def _flat_past(self, name: str) -> torch.Tensor:
+        return getattr(self, f"past_{name}").flatten(2)
+
+    def _pairs_with(self, name: str, rows: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+        pairs = gram_sum if self.config.orthogonality == "gram" else pair_sum
+        return pairs(rows.flatten(2), past.to(rows))
+
+    def _sum_over_pairs(self, name: str) -> torch.Tensor:
+        """Over all pairs of past and current rows; only the current ones get a gradient."""
+        past = self._flat_past(name)
+        if name not in self.past_sums:
+            size = self.config.components_per_task
+            parts = [(past[:, first : first + size], past[:, :first]) for first in range(0, past.shape[1], size)]
+            self.past_sums[name] = sum(self._pairs_with(name, *part).item() for part in parts)
+        return self._pairs_with(name, getattr(self, name), past) + self.past_sums[name]
 
 
 class LayerwisePrompts(Prompts):
