@@ -29,6 +29,9 @@ POOLS: dict[str, Callable[[int, int], PromptPool]] = {
     "l2p": lambda tasks, rows: L2PPool(L2PConfig(pool_size=tasks * rows), Geometry(768, 12)),
     "dualprompt": lambda tasks, rows: DualPromptPool(DualPromptConfig(pool_size=None), Geometry(768, 12)),
     "coda": lambda tasks, rows: CodaPromptPool(CodaPromptConfig(components_per_task=rows), Geometry(768, 12)),
+    "coda-orthogonal": lambda tasks, rows: CodaPromptPool(
+        CodaPromptConfig(components_per_task=rows, orthogonality_coefficient=0.1), Geometry(768, 12)
+    ),
 }
 
 

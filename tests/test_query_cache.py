@@ -13,7 +13,8 @@ from PIL import Image
 from trainer_cases import CONFIGS, images
 from transformers import ViTImageProcessorPil
 
-from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+from peft_cl import ContinualTrainer, ContinualTrainingArguments, RandomResizedCropFlip, class_incremental
+from peft_cl.strategies import ExperienceReplay
 from peft_cl.trainer.tensor_files import images_outside
 from peft_cl.tuners.base.model import PromptPoolModel
 
@@ -210,3 +211,45 @@ def test_a_data_set_with_a_transform_has_no_queries(run, passes, data):
 def test_a_folder_without_a_cache_is_refused(tmp_path):
     with pytest.raises(ValueError, match="query_cache_dir is 'q', but cache_queries is False"):
         ContinualTrainingArguments(str(tmp_path), cache_queries=False, query_cache_dir="q")
+
+
+# ----------------------------------------------------------------------------------------------- augmentations
+
+
+@pytest.mark.parametrize("name", ["coda", "l2p", "linear-probe"])
+def test_augmentations_that_come_again_have_their_queries_kept(name, make_trainer, passes):
+    """Two draws of each image in four epochs: two queries each, and the same training as with none kept."""
+    common = {"augmentation": RandomResizedCropFlip(size=32), "num_train_epochs": 4, "augmentation_draws": 2}
+    kept = make_trainer(CONFIGS[name](), **common)
+    kept.train()
+    assert sum(passes) == 2 * 96 + 48
+    passes.clear()
+    without = make_trainer(CONFIGS[name](), folder="without", cache_queries=False, **common)
+    without.train()
+    assert passes == []
+    torch.testing.assert_close(weights(kept), weights(without), rtol=1e-3, atol=1e-4)
+    examples = kept.examples([kept.scenario[0]], "train")
+    seeds = []
+    for epoch in range(4):
+        examples.begin_epoch(epoch)
+        seeds.append([examples[row]["draw"] for row in range(3)])
+    assert seeds[0] == seeds[2] != seeds[1] == seeds[3]
+    assert kept.results.hyperparameters["augmentation_draws"] == 2
+
+
+def test_replayed_images_bring_their_queries_too(make_trainer):
+    config = CONFIGS["coda"]()
+    config.train_mask = False
+    trainer = make_trainer(
+        config,
+        strategy=ExperienceReplay(12),
+        augmentation=RandomResizedCropFlip(size=32, scale=(0.8, 1.0)),
+        augmentation_draws=1,
+    )
+    trainer.train()
+    assert trainer.metrics["average_accuracy"] > 0.5
+
+
+def test_draws_without_an_augmentation_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="augmentation_draws is 3, but no augmentation is given"):
+        make_trainer(CONFIGS["coda"](), augmentation_draws=3)

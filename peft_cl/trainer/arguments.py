@@ -73,6 +73,10 @@ RULES = {
         lambda value: value is None or _steps(value),
         "a whole number of at least 1, a part of all steps between 0 and 1, or None",
     ),
+    "augmentation_draws": (
+        lambda value: value is None or _whole(value, 1),
+        "a whole number of at least 1, or None",
+    ),
     "eval_accumulation_steps": (
         lambda value: value is None or _whole(value, 1),
         "a whole number of at least 1, or None",
@@ -123,6 +127,8 @@ class ContinualTrainingArguments(TrainingArguments):
             have it. Rates in `learning_rates` are taken as they are.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
+        augmentation_draws: how many different augmentations of an image there are: after as many epochs they come
+            again, and its query under each is computed once for a task and kept, 4 D bytes. None: ever new ones.
         query_cache_dir: a folder in which these are kept for later runs too; several runs and processes may share it,
             and whatever has changed (data, image processor, a weight of the backbone, ...) is computed anew. None: not
             kept. Files that are not needed any more may be deleted.
@@ -173,6 +179,10 @@ class ContinualTrainingArguments(TrainingArguments):
     cache_queries: bool = field(
         default=True,
         metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
+    )
+    augmentation_draws: int | None = field(
+        default=None,
+        metadata={"help": "Augmentations of an image that come again, with cached queries; null: ever new ones."},
     )
     query_cache_dir: str | None = field(
         default=None,

@@ -126,8 +126,13 @@ def check_optimizer(args: ContinualTrainingArguments) -> None:
         ) from error
 
 
-def check_functions(processing_class: Any, augmentation: Any, batch_augmentation: Any) -> None:
+def check_functions(processing_class: Any, augmentation: Any, batch_augmentation: Any, draws: int | None) -> None:
     """Refuse what cannot be applied to images."""
+    if draws is not None and augmentation is None:
+        raise ValueError(
+            f"augmentation_draws is {draws}, but no augmentation is given that could be drawn. Give one as "
+            "augmentation=, such as RandomResizedCropFlip(), or leave augmentation_draws out."
+        )
     if not callable(processing_class) or not hasattr(processing_class, "to_json_string"):
         raise ValueError(
             f"processing_class is {processing_class!r}, but images need the backbone's processor: "

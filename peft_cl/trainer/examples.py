@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback
 
 
 class TaskExamples(TorchDataset):
@@ -19,13 +20,15 @@ class TaskExamples(TorchDataset):
     With `images` a batch is not a list of examples but one mapping of tensors, the images under `image_bytes`.
 
     With a `seed` each example also brings a `draw`, the seed of its augmentation: a number of its own in every epoch,
-    the same whatever process or worker fetches it, and whatever was fetched before.
+    the same whatever process or worker fetches it, and whatever was fetched before. With `draws` they come again after
+    as many epochs, and `drawn` holds tensors (draws, examples, ...) of what belongs to an example in an epoch.
 
     Args:
         parts: the data.
         tensors: name -> tensor (examples, ...), in the same order.
         seed: whole numbers of at least 0; None: no draws.
         images: for each data set, its images (examples, 3, H, W) uint8, which then need not be fetched from it.
+        draws: after how many epochs draws come again; None: never.
     """
 
     def __init__(
@@ -34,18 +37,21 @@ class TaskExamples(TorchDataset):
         tensors: Mapping[str, torch.Tensor],
         seed: Sequence[int] | None = None,
         images: Sequence[torch.Tensor] | None = None,
+        draws: int | None = None,
     ):
         self.parts = list(parts)
         self.images = images
         self.tensors = dict(tensors)
         self.seed = seed
+        self.draws = draws
+        self.drawn: dict[str, torch.Tensor] = {}
         # In shared memory, where workers that live on see it change.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def begin_epoch(self, epoch: int) -> None:
         """Other draws from now on."""
-        self.epoch.fill_(epoch)
+        self.epoch.fill_(epoch % self.draws if self.draws else epoch)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -63,6 +69,7 @@ class TaskExamples(TorchDataset):
             rows = self.parts[part].__getitems__(rows.tolist())
             for place, row in zip(places, rows, strict=True):
                 own = {name: tensor[indices[place]] for name, tensor in self.tensors.items()}
+                own |= {name: tensor[int(self.epoch), indices[place]] for name, tensor in self.drawn.items()}
                 if self.seed is not None:
                     own["draw"] = self._draw(indices[place])
                 examples[place] = {**row, **own}
@@ -84,6 +91,16 @@ class TaskExamples(TorchDataset):
     def _draw(self, index: int) -> int:
         entropy = [*self.seed, int(self.epoch), int(index)]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+class EpochDraws(TrainerCallback):
+    """Tells the training examples which epoch it is; accelerate's loader tells either the sampler or the data set."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
 
 
 def has_transform(data: Dataset) -> bool:

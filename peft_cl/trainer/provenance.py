@@ -43,8 +43,15 @@ RECORDED = (
     "train_sampling_strategy",
     "load_best_model_at_end",
 )
-#: Those that do by what is measured within a task and kept for it.
-MEASURING = ("eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "full_determinism")
+#: Those that are seldom at work: by what is measured within a task and kept for it, or by draws that come again.
+MEASURING = (
+    "eval_strategy",
+    "eval_steps",
+    "metric_for_best_model",
+    "greater_is_better",
+    "full_determinism",
+    "augmentation_draws",
+)
 #: Images of a split that stand for all of them.
 LOOKED_AT = 8
 

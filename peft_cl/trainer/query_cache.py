@@ -57,15 +57,19 @@ class QueryCache:
         Args:
             loader: makes an iterable of un-augmented batches, in order, of a task's split.
         """
-        pool, base = tuner.pool, tuner.encoder.base_layer
-        useful = pool.needs_query or pool.query_is_feature
-        frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        if not (useful and frozen) or (split == "train" and not self.training_images):
+        base = tuner.encoder.base_layer
+        if not self.are_fixed(tuner) or (split == "train" and not self.training_images):
             return None
         if any(has_transform(getattr(task, split)) for task in tasks):
             return None
         self._look_at(base)
         return torch.cat([self._of(task, split, tuner, loader) for task in tasks])
+
+    @staticmethod
+    def are_fixed(tuner: PromptPoolModel) -> bool:
+        """Whether the same pixels have the same query each time, and the pool has a use for it."""
+        frozen = not any(parameter.requires_grad for parameter in tuner.encoder.base_layer.parameters())
+        return frozen and (tuner.pool.needs_query or tuner.pool.query_is_feature)
 
     def forget(self, tasks: Sequence[Task]) -> None:
         """Drop the training queries of tasks that are learnt; their files stay."""

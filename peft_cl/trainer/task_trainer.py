@@ -13,30 +13,20 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .checks import check_image_size
-from .examples import TaskExamples, rows_by_image
+from .examples import EpochDraws, TaskExamples, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
 from .processes import kept_buffers, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
-
-
-class EpochDraws(TrainerCallback):
-    """Tells the training examples which epoch it is; accelerate's loader tells either the sampler or the data set."""
-
-    def __init__(self, trainer: TaskTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
 
 
 class TaskTrainer(Trainer):
@@ -301,7 +291,19 @@ class TaskTrainer(Trainer):
         # What is trained on, so that two tasks' draws differ.
         seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
         parts = [getattr(task, split) for task in tasks]
-        return TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts))
+        draws = self.args.augmentation_draws
+        examples = TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts), draws)
+        come_again = augmented and draws and self.batch_augmentation is None
+        if come_again and self.args.cache_queries and self.queries.are_fixed(self.tuner):
+            examples.drawn["query"] = torch.stack([self._queries_of_draw(examples, draw) for draw in range(draws)])
+        return examples
+
+    def _queries_of_draw(self, examples: TaskExamples, draw: int) -> torch.Tensor:
+        """Queries of augmented images, (examples, D) float32."""
+        examples.begin_epoch(draw)
+        with self.accelerator.autocast():
+            batches = self._batches(examples, training=True)
+            return torch.cat([self.tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
 
     def part_of(self, task: Task, rows: Sequence[int]) -> Task:
         """The task with some of its training examples, in the order of `rows`. `forget` it after use."""
@@ -332,11 +334,16 @@ class TaskTrainer(Trainer):
         labels = torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))
         parts = [getattr(task, split)]
         examples = TaskExamples(parts, {"model_label": labels}, images=self._image_bytes(parts))
+        return self._batches(examples, batch_size)
+
+    def _batches(
+        self, examples: TaskExamples, batch_size: int | None = None, training: bool = False
+    ) -> Iterator[dict[str, torch.Tensor]]:
         # A generator of its own: the order of the training images must not depend on whether queries are cached.
         loader = DataLoader(
             examples,
             batch_size or self.args.eval_batch_size,
-            collate_fn=self._collators[False],
+            collate_fn=self._collators[training],
             generator=torch.Generator(),
         )
         return (self._prepare_inputs(batch) for batch in loader)

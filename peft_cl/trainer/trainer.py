@@ -78,7 +78,7 @@ class ContinualTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
-        check_functions(processing_class, augmentation, batch_augmentation)
+        check_functions(processing_class, augmentation, batch_augmentation, args.augmentation_draws)
         check_fit(model, args, scenario, processing_class, strategy)
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
