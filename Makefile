@@ -3,6 +3,8 @@
 # The interpreter that creates the environment, and the environment's folder.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that the tests run in: as many as there are cores, or a number.
+JOBS ?= auto
 # More arguments for the target's command, as in: make test ARGS="-k coda -x"
 ARGS ?=
 
@@ -43,7 +45,7 @@ demo: install  ## Train and compare the methods on small data, from nothing (set
 
 test: install  ## Run the tests (with those on real images if PEFT_CL_DATA names their folder)
 	@echo "$(SELECTION_NOTE)"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(SELECTION) $(ARGS); status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(SELECTION) $(ARGS); status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
 
 quality: install  ## Check lint and format, change nothing
 	@$(BIN)/ruff check $(RUFF_EXISTING)

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     ("script", "options", "rows"),
     [
-        ("growth", ["--tasks", "10", "20", "--repeats", "1"], 6),
+        ("growth", ["--tasks", "10", "20", "--repeats", "1"], 8),
         ("trainer_share", ["--batch-size", "4", "--steps", "2"], 2),
         ("sequence_time", ["--backbone", "vit-tiny-64", "--tasks", "2", "--images", "1", "--methods", "coda"], 1),
     ],
