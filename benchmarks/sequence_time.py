@@ -90,9 +90,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     options = parser.parse_args()
     classes, size = 10 * options.tasks, backbone_and_size(options.backbone, torch.float32)[1]
-    data = tuple(
-        photographs(count * classes, size, classes) for count in (options.images, max(1, options.images // 5))
-    )
+    counts = options.images, max(1, options.images // 5)
+    data = tuple(photographs(count * classes, size, classes, distinct=2000) for count in counts)
     rows: list[dict[str, Any]] = []
     print("| Method | Device | Images | Epochs | Training | Whole sequence |")
     print("|---|---|---:|---:|---:|---:|")

@@ -33,15 +33,19 @@ from peft_cl import CodaPromptConfig, ContinualTrainer, ContinualTrainingArgumen
 from peft_cl.assets import default_backbone
 
 
-def photographs(count: int, size: int, classes: int = 2) -> Dataset:
-    """Smooth random images of `size` pixels, as JPEG files in memory, equally many of each class."""
+def photographs(count: int, size: int, classes: int = 2, distinct: int | None = None) -> Dataset:
+    """Smooth random images of `size` pixels, as JPEG files in memory, equally many of each class.
+
+    Of thousands of images only some need be `distinct`: the others are the same files again, which take as long.
+    """
     rng = np.random.default_rng(0)
     files = []
-    for _ in range(count):
+    for _ in range(min(count, distinct or count)):
         coarse = PILImage.fromarray(rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         coarse.resize((size, size), PILImage.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         files.append({"bytes": buffer.getvalue(), "path": None})
+    files = [files[index % len(files)] for index in range(count)]
     labels = [index % classes for index in range(count)]
     return Dataset.from_dict(
         {"image": files, "label": labels},

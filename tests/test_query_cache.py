@@ -213,6 +213,17 @@ def test_a_folder_without_a_cache_is_refused(tmp_path):
         ContinualTrainingArguments(str(tmp_path), cache_queries=False, query_cache_dir="q")
 
 
+def test_workers_fetch_kept_queries_and_images(run, passes, tmp_path):
+    """Processes that fetch examples read what this one keeps, and compute nothing."""
+    plain = run(folder="plain")
+    passes.clear()
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    fetched = run(folder="fetched", image_cache_dir=str(tmp_path / "images"), **workers)
+    assert passes == []
+    assert torch.equal(weights(plain), weights(fetched))
+    np.testing.assert_array_equal(plain.accuracy_matrix, fetched.accuracy_matrix)
+
+
 # ----------------------------------------------------------------------------------------------- augmentations
 
 
