@@ -46,7 +46,7 @@ class Setting:
 
 
 SETTINGS = {
-    "l2p": Setting({"head_init": "zeros"}, 5e-3, 3, pool_rate=1e-3),
+    "l2p": Setting({"head_init": "zeros"}, 5e-3, 3, pool_rate=3e-4),
     "dualprompt": Setting({"head_init": "zeros"}, 2e-3, 3, pool_rate=2e-2),
     "coda": Setting({"head_init": "zeros", "components_per_task": 4}, 5e-3, 3),
     "linear-probe": Setting({"head_init": "zeros"}, 5e-3, 3, is_prompt=False),
