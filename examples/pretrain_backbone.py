@@ -238,7 +238,7 @@ def train(arguments: argparse.Namespace) -> None:
             with torch.autocast(device.type, torch.bfloat16):
                 logits = forward(pixel_values, interpolate_pos_encoding=size != IMAGE_SIZE).logits
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=arguments.label_smoothing)
-            loss.backward()
+            loss.backward()  # without clipping: compiled on a GPU (torch 2.11), training with it hardly learnt
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
