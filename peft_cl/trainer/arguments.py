@@ -7,20 +7,11 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
+from ..scenarios.columns import is_number, plain
 from .learning_rates import check_rates
-
-
-def _plain(value: Any) -> Any:
-    """Of a sweep over `np.logspace`, say: JSON does not know numpy's numbers."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -28,7 +19,7 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _steps(value: Any) -> bool:
-    return _number(value) and (0 < value < 1 or (1 <= value < math.inf and value == int(value)))
+    return is_number(value) and (0 < value < 1 or (1 <= value < math.inf and value == int(value)))
 
 
 #: What values must be that the Trainer would take as they are, or only fail on in the middle: a test, and its words.
@@ -41,21 +32,20 @@ RULES = {
         ("seed", "dataloader_num_workers"), (lambda value: _whole(value, 0), "a whole number of at least 0")
     ),
     "data_seed": (lambda value: value is None or _whole(value, 0), "a whole number of at least 0, or None"),
-    "num_train_epochs": (lambda value: _number(value) and 0 < value < math.inf, "a number above 0"),
+    "num_train_epochs": (lambda value: is_number(value) and 0 < value < math.inf, "a number above 0"),
     "max_steps": (lambda value: _whole(value, 1) or value == -1, "a whole number of at least 1, or -1 for epochs"),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"),
-        (lambda value: _number(value) and 0 <= value < math.inf, "a number of at least 0"),
+        (lambda value: is_number(value) and 0 <= value < math.inf, "a number of at least 0"),
     ),
     **dict.fromkeys(
-        ("adam_beta1", "adam_beta2"), (lambda value: _number(value) and 0 <= value < 1, "at least 0 and below 1")
+        ("adam_beta1", "adam_beta2"), (lambda value: is_number(value) and 0 <= value < 1, "at least 0 and below 1")
     ),
     "train_sampling_strategy": (
         lambda value: value in ("random", "sequential"),
         "'random' or 'sequential': images have no length",
     ),
     "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
-    "measure_ahead": (lambda value: isinstance(value, bool), "True or False"),
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
     "metric_for_best_model": (
         lambda value: (
@@ -73,16 +63,12 @@ RULES = {
         lambda value: value is None or _steps(value),
         "a whole number of at least 1, a part of all steps between 0 and 1, or None",
     ),
-    "augmentation_draws": (
-        lambda value: value is None or _whole(value, 1),
-        "a whole number of at least 1, or None",
-    ),
-    "eval_accumulation_steps": (
-        lambda value: value is None or _whole(value, 1),
-        "a whole number of at least 1, or None",
+    **dict.fromkeys(
+        ("augmentation_draws", "eval_accumulation_steps"),
+        (lambda value: value is None or _whole(value, 1), "a whole number of at least 1, or None"),
     ),
     "learning_rate_per_256": (
-        lambda value: value is None or (_number(value) and 0 < value < math.inf),
+        lambda value: value is None or (is_number(value) and 0 < value < math.inf),
         "a number above 0, such as 0.03, or None",
     ),
     "torch_compile_backend": (
@@ -202,7 +188,7 @@ class ContinualTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         for each in fields(self):
-            setattr(self, each.name, _plain(getattr(self, each.name)))
+            setattr(self, each.name, plain(getattr(self, each.name)))
         for name, (holds, rule) in RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -216,7 +202,7 @@ class ContinualTrainingArguments(TrainingArguments):
             self.accelerator_config.non_blocking = True
         self._check_data_and_device()
         if isinstance(self.learning_rates, dict):
-            self.learning_rates = {name: _plain(rate) for name, rate in self.learning_rates.items()}
+            self.learning_rates = {name: plain(rate) for name, rate in self.learning_rates.items()}
         check_rates(self.learning_rates)
         self._scale_rate()
         self._check_evaluation_and_saving()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class TaskEvidence(nn.Module):
         self.task_counts[-1] = count
 
     def forward(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """(B, D) queries, and `rows_of_tasks`, (tasks, classes) -> (B, classes)."""
+        """(B, D) queries, and which classes each task has, (tasks, classes) -> (B, classes)."""
         observed = self.task_counts > 0
         similarity = cosine(query.float(), self.task_queries.float())
         mean = similarity.where(observed, 0).sum(-1, keepdim=True) / observed.sum().clamp_min(1)
@@ -72,11 +72,3 @@ class TaskEvidence(nn.Module):
         highest = scores.amax(-1, keepdim=True)
         tiny = torch.finfo(scores.dtype).tiny
         return highest + ((scores - highest).exp() @ rows.float()).clamp_min(tiny).log()
-
-
-def rows_of_tasks(tasks: Sequence[Sequence[int]], classes: int, device: torch.device) -> torch.Tensor:
-    """Boolean (tasks, classes): which head rows belong to each task."""
-    rows = torch.zeros(len(tasks), classes, dtype=torch.bool)
-    for task, members in enumerate(tasks):
-        rows[task, members] = True
-    return rows.to(device)

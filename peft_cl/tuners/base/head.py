@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
-from .evidence import TaskEvidence, rows_of_tasks
+from .evidence import TaskEvidence
 from .layer import AdapterLayer
 from .lock import CallLock
 
@@ -39,7 +39,10 @@ class GrowingLinear(nn.Linear):
         wait for it."""
         shape = len(self.config.tasks), self.out_features
         if self._rows is None or self._rows.device != device or self._rows.shape != shape:
-            self._rows = rows_of_tasks(self.config.tasks, self.out_features, device)
+            rows = torch.zeros(shape, dtype=torch.bool)
+            for task, members in enumerate(self.config.tasks):
+                rows[task, members] = True
+            self._rows = rows.to(device)
         return self._rows
 
     def reset_parameters(self) -> None:
