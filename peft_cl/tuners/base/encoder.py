@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -273,7 +273,7 @@ class PromptedEncoder(AdapterLayer):
         def run(hidden: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
             if span is not None:
                 return read_layer(self.family, layer, hidden, *span, *prefix)
-            with prefixed(attention, *prefix) if prefix else nullcontext(), without_own_checkpointing(layer):
+            with prefixed(attention, hidden, *prefix), without_own_checkpointing(layer):
                 output = layer(hidden)
             return output[0] if isinstance(output, tuple) else output
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,12 +42,13 @@ def read_layer(
     def heads(rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    with prefixed(attention, *prefix) if prefix else nullcontext():
+    with prefixed(attention, hidden, *prefix):
         eager = sys.modules[type(attention).__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
         mixed, _ = attend(
             attention,
-            heads(query(normed[:, start:stop])),
+            # A product with rows that lie apart would copy the weight for each image.
+            heads(query(normed[:, start:stop].contiguous())),
             heads(key(normed)),
             heads(value(normed)),
             None,
