@@ -95,6 +95,11 @@ def family_of(model: nn.Module) -> Family:
             f"{name} (model_type {model_type!r}) cannot be prompted: prompts are read by self-attention, and the "
             f"supported transformers are {supported}. Choose one of these as the base model."
         )
+    if hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"The base model is a {name}, which carries an adapter already. Call add_adapter or load_adapter on it "
+            "for another one of its method, or unload() first."
+        )
     if not {base.__name__ for base in type(model).__mro__}.intersection(family.model_classes):
         raise ValueError(
             f"{name} is of the supported family {model_type!r}, but prompts need one of its classification models, "

@@ -128,6 +128,42 @@ def test_threads_do_not_see_each_others_prompts():
         torch.testing.assert_close(answer, expected[index % 6], rtol=0, atol=0)
 
 
+def test_threads_may_ask_for_queries_and_call_the_encoder():
+    """Of a half-precision backbone on a CPU, whose attention modules are lent something in each call."""
+    model = prompted("coda")
+    model.base_model.encoder.base_layer.bfloat16()
+    model.eval()
+    encoder = model.base_model.encoder
+    calls = [encoder.query, lambda batch: encoder(batch).last_hidden_state, model.base_model.query]
+    calls.append(lambda batch: model(batch).logits)
+    batch = images().bfloat16()
+    with torch.no_grad():
+        expected = [call(batch) for call in calls]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    @torch.no_grad()
+    def work(index):
+        return calls[index % 4](batch)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(work, range(80)))
+    finally:
+        sys.setswitchinterval(interval)
+    for index, answer in enumerate(answers):
+        torch.testing.assert_close(answer, expected[index % 4], rtol=0, atol=0)
+    assert {type(layer.attention.config).__name__ for layer in encoder.base_layer.layers} == {"ViTConfig"}
+
+
+def test_a_wrapped_model_is_not_wrapped_again():
+    model = prompted("coda")
+    with pytest.raises(ValueError, match="is a PeftModel, which carries an adapter already.*unload"):
+        get_peft_model(model, model.peft_config["default"])
+    with pytest.raises(NotImplementedError, match="Keep them side by side"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
 def test_a_call_that_failed_or_was_cut_off_holds_nobody_up():
     model = prompted("coda")
     expected = logits(model)

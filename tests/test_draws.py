@@ -10,6 +10,8 @@ import pytest
 import torch
 from trainer_cases import CONFIGS
 
+from peft_cl.trainer.checks import TRIALS
+
 
 class Note:
     """An augmentation that leaves the image alone and writes its draws down."""
@@ -36,7 +38,7 @@ def notes(make_trainer, tmp_path):
 
 
 def test_every_example_draws_anew_in_every_epoch_and_task(notes):
-    lines = notes("run")
+    lines = notes("run")[2 * TRIALS :]  # before them it is tried
     draws = [line.partition(" ")[2] for line in lines]
     assert len(lines) == 2 * 96 and len(set(draws)) == len(draws)
 

@@ -92,7 +92,7 @@ def test_images_that_are_augmented_one_by_one_are_decoded(make_trainer, tmp_path
         CONFIGS["coda"](), augmentation=RandomResizedCropFlip(), image_cache_dir=str(tmp_path / "images")
     )
     trainer.train()
-    assert len(decoded) == 2 * 96 + 48  # each epoch, and the test images once
+    assert len(decoded) == 1 + 2 * 96 + 48  # for a trial, each epoch, and the test images once
     assert len(list((tmp_path / "images").iterdir())) == 3
 
 

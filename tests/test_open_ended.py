@@ -83,6 +83,9 @@ def test_a_saved_adapter_learns_on_weeks_later(halves, make_trainer, tiny_vit, t
     trainer = make_trainer(None, model=model, scenario=scenario, folder="on")
     trainer.train()
     assert model.peft_config["default"].tasks == [[0, 1], [2, 3]] and trainer.accuracy_matrix[0, 0] > 0.9
+    # A forgetting of 0 of the one task of this run says nothing of those before.
+    assert "Tasks learnt before: 1, of which no figure below" in (tmp_path / "on" / "README.md").read_text()
+    assert "learnt before" not in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_an_added_task_is_part_of_what_is_resumed(halves, make_trainer):

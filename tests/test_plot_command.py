@@ -194,6 +194,9 @@ def test_intransigence_is_told_against_a_joint_run(run, tmp_path, capsys):
     results("L2P + joint training", accuracy_matrix=joint).save(_made(tmp_path / "joint"))
     assert main(["plot", str(run), "--reference", str(tmp_path / "joint")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{run}: intransigence 16.67%"
+    results("L2P", accuracy_matrix=joint).save(_made(tmp_path / "other"))
+    assert main(["plot", str(run), "--reference", str(tmp_path / "other")]) == 0
+    assert "was learnt by L2P, and not by joint training" in capsys.readouterr().out.splitlines()[-1]
     results("joint", test_sizes=[5] * 3).save(tmp_path / "joint")
     assert main(["plot", str(run), "--reference", str(tmp_path / "joint"), "--output", str(tmp_path / "new")]) == 2
     assert "differs from the run in test_sizes" in capsys.readouterr().err and not (tmp_path / "new").exists()

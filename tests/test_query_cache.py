@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,15 @@ def test_a_damaged_file_is_made_anew(harm, run, passes, kept):
     assert torch.equal(weights(trainer), weights(again))
 
 
+def test_files_are_for_whom_the_umask_says(run, kept, umask=0o022):
+    before = os.umask(umask)
+    try:
+        run()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in kept.iterdir()} == {0o644}
+
+
 def test_a_folder_that_cannot_be_written_stops_nothing(run, kept):
     kept.write_text("a file")
     with pytest.warns(UserWarning, match="queries cannot be kept in .*queries.*the run goes on"):
@@ -162,6 +172,68 @@ def test_hooks_on_the_backbone_leave_no_files(run, passes, kept, tiny_vit):
     model.base_model.encoder.base_layer.layers[1].register_forward_hook(lambda module, inputs, output: output)
     run(model=model)
     assert sum(passes) == 144 and not kept.exists()
+
+
+def other_activation(base: torch.nn.Module) -> None:
+    base.layers[0].mlp.activation_fn = torch.nn.ReLU()
+
+
+def other_class(base: torch.nn.Module) -> None:
+    kind = type(base.layers[1])
+    base.layers[1].__class__ = type(
+        "Halving", (kind,), {"forward": lambda self, *a, **k: kind.forward(self, *a, **k) / 2}
+    )
+
+
+def other_epsilon(base: torch.nn.Module) -> None:
+    base.layernorm.eps = 0.1
+
+
+@pytest.mark.parametrize("change", [other_activation, other_class, other_epsilon])
+def test_a_backbone_of_other_modules_has_no_queries(change, run, passes, make_trainer, kept, tiny_vit):
+    """The weights are the same, in files and in memory."""
+    trainer = run()
+    assert sum(passes) == 144
+    passes.clear()
+    trainer.evaluate()
+    assert not passes
+    change(trainer.tuner.encoder.base_layer)
+    trainer.evaluate()
+    assert sum(passes) == 48
+    passes.clear()
+    model = get_peft_model(tiny_vit(), CONFIGS["coda"]())
+    change(model.base_model.encoder.base_layer)
+    run(model=model, folder="other")
+    assert sum(passes) == 144 - 48  # the test images are kept already
+
+
+def test_a_hook_that_comes_later_is_seen(make_trainer, passes):
+    trainer = make_trainer(CONFIGS["coda"](), num_tasks=1, num_train_epochs=1)
+    trainer.train()
+    passes.clear()
+    trainer.tuner.encoder.base_layer.layers[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    trainer.evaluate()
+    assert sum(passes) == 48
+
+
+class Inverting(ViTImageProcessorPil):
+    """Its settings say nothing of its code."""
+
+    factor = 1
+
+    def __call__(self, *args, **kwargs):
+        batch = super().__call__(*args, **kwargs)
+        batch["pixel_values"] = batch["pixel_values"] * self.factor
+        return batch
+
+
+def test_a_processor_of_other_code_has_no_queries(run, passes, processor, monkeypatch):
+    own = Inverting.from_dict(processor.to_dict())
+    run(processing_class=own)
+    passes.clear()
+    monkeypatch.setattr(Inverting, "factor", -1)
+    run(processing_class=own, folder="other")
+    assert sum(passes) == 144
 
 
 @pytest.mark.parametrize("bf16", [False, True])

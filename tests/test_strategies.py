@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from trainer_cases import CONFIGS
 
-from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, Strategy
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, Strategy, class_incremental
 from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
 
 
@@ -37,6 +39,32 @@ def test_replay_and_joint_training_keep_what_the_plain_loss_forgets(on, make_tra
     assert plain.metrics["average_accuracy"] < 0.7
     assert replay.metrics["average_accuracy"] > plain.metrics["average_accuracy"] + 0.1
     assert joint.metrics["average_accuracy"] > plain.metrics["average_accuracy"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("on", "strategy"), [("coda", EWC(10.0, 8)), ("coda", ExperienceReplay(8)), ("linear-probe", NearestClassMean())]
+)
+def test_a_strategy_begins_anew_with_a_new_run(on, strategy, make_trainer):
+    """A loop over seeds may hold one object: the second run is the first one again."""
+    found = []
+    for folder in ("first", "second"):
+        trainer = make_trainer(unmasked(on), strategy=strategy, folder=folder, num_train_epochs=1)
+        trainer.train()
+        weights = trainer.tuner.head.active.weight.detach().clone()
+        found.append((weights, trainer.accuracy_matrix))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=0)
+    np.testing.assert_array_equal(found[1][1], found[0][1])
+
+
+def test_replay_of_a_data_set_with_a_transform_beside_one_without(make_trainer, data):
+    """The kept queries of the one are of no use beside images of the other, which have none."""
+    scenario = class_incremental(data, num_tasks=2)
+    transformed = scenario[0].train.with_transform(lambda batch: batch)
+    scenario._tasks = (replace(scenario[0], train=transformed), scenario[1])
+    config = unmasked("coda")
+    trainer = make_trainer(config, scenario=scenario, strategy=ExperienceReplay(8), num_train_epochs=1)
+    trainer.train()
+    assert trainer.finished_tasks == 2
 
 
 @pytest.mark.parametrize("on", ["backbone", "l2p"])

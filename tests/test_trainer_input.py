@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
+import torch
 from datasets import Image
 from peft import get_peft_model
 from trainer_cases import CONFIGS
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from peft_cl import (
     ContinualTrainer,
@@ -46,6 +48,40 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"task_evidence is 6.0, but {strategy.name} has no use for it"):
             make_trainer(LinearProbeConfig(task_evidence=6.0), strategy=strategy)
 
+    def test_the_trainers_own_arguments(self, make_trainer, tmp_path):
+        trainer = make_trainer(LinearProbeConfig())
+        with pytest.raises(ValueError, match="args is a TrainingArguments, but must be ContinualTrainingArguments"):
+            ContinualTrainer(
+                trainer.model,
+                TrainingArguments(str(tmp_path), use_cpu=True),
+                trainer.scenario,
+                processing_class=trainer.processing_class,
+            )
+
+    def test_an_augmentation_that_makes_tensors(self, make_trainer):
+        with pytest.raises(ValueError, match="augmentation makes a Tensor of an image.*Leave out what comes after"):
+            make_trainer(LinearProbeConfig(), augmentation=lambda image: torch.zeros(3, image.height, image.width))
+
+    def test_an_augmentation_with_a_generator_of_its_own(self, make_trainer, caplog):
+        """Its draws cannot come again; without that, it is warned of."""
+        generator = np.random.default_rng(0)
+
+        def turned(image):
+            return image.rotate(float(generator.uniform(0, 180)))
+
+        with pytest.raises(ValueError, match="augmentation_draws is 2, but augmentation gives other images for the"):
+            make_trainer(LinearProbeConfig(), augmentation=turned, augmentation_draws=2)
+        logger = logging.getLogger("peft_cl.trainer.checks")
+        logger.addHandler(caplog.handler)
+        make_trainer(LinearProbeConfig(), augmentation=turned)
+        logger.removeHandler(caplog.handler)
+        assert "augmentation gives other images for the same seed" in caplog.text
+
+    def test_an_augmentation_of_batches_that_changes_their_shape(self, make_trainer):
+        trainer = make_trainer(LinearProbeConfig(), batch_augmentation=lambda pixels: pixels[..., ::2])
+        with pytest.raises(ValueError, match=r"batch_augmentation makes \(8, 3, 32, 16\) of a batch of shape"):
+            trainer.train()
+
     @pytest.mark.parametrize("name", ["prediction_loss_only", "batch_eval_metrics"])
     def test_evaluation_without_predictions(self, name, tmp_path):
         with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
@@ -57,6 +93,7 @@ class TestBadInput:
             ("per_device_train_batch_size", 0, "a whole number of at least 1"),
             ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
             ("seed", -1, "a whole number of at least 0"),
+            ("label_names", "label", "None: the column of the labels is the scenario's label_column"),
             ("num_train_epochs", 0, "a number above 0"),
             ("max_steps", 0, "a whole number of at least 1, or -1 for epochs"),
             ("learning_rate", -1, "a number of at least 0"),
@@ -240,3 +277,15 @@ class TestBadInput:
         (tmp_path / "file").write_text("not a folder")
         with pytest.raises(OSError, match="output_dir '.*file/run' cannot be written to.*Give another folder"):
             make_trainer(CONFIGS["linear-probe"](), folder="file/run")
+
+
+def test_bf16_needs_no_further_word_on_a_cpu(tmp_path):
+    """The Trainer would ask for use_cpu=True where there is nothing else."""
+    arguments = ContinualTrainingArguments(str(tmp_path), bf16=True)
+    assert arguments.bf16 and (arguments.device.type == "cpu") is not torch.accelerator.is_available()
+
+
+def test_an_augmentation_may_give_images_of_any_mode(make_trainer):
+    trainer = make_trainer(LinearProbeConfig(), augmentation=lambda image: image.convert("L"), num_train_epochs=1)
+    trainer.train()
+    assert trainer.finished_tasks == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..metrics import RunResults, finished_tasks
 from ..metrics.table import group_of
 from ..plots.run import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
+from ..strategies import JointTraining
 from .errors import CommandError, explained
 from .sources import RESULTS_FILE
 
@@ -64,6 +65,11 @@ def told_against(reference: str, folders: Sequence[Path], list_of_results: Seque
     for folder, results in zip(folders, list_of_results, strict=True):
         with explained(f"The run in {str(folder)!r} has no intransigence against {reference!r}"):
             lines.append(f"{folder}: intransigence {results.intransigence(joint):.2%}")
+    if JointTraining.name not in joint.method:
+        lines.append(
+            f"{reference} was learnt by {joint.method}, and not by {JointTraining.name}: against it, this is no "
+            "intransigence as papers give it."
+        )
     return lines
 
 

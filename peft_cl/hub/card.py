@@ -226,6 +226,9 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
         else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
     )
     head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
+    before = results.hyperparameters.get("tasks_learnt_before")
+    if before:
+        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
     return "\n\n".join([*head, what, method, *_evidence(results.hyperparameters.get("adapter", {}))])
 
 

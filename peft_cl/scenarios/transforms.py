@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -126,6 +127,7 @@ class ImageTransform:
 
     Attributes:
         output_size: (height, width) of the processor's result, `None` if it depends on the image.
+        digest: of what the processor makes of three images of noise: other code of it is another processor.
 
     Raises:
         ValueError: The processor does not give `pixel_values` of shape (images, 3, height, width), or has no fixed
@@ -148,6 +150,7 @@ class ImageTransform:
             for height, width in ((48, 80), (320, 240), (900, 1000))
         ]
         answers = [self._process([probe]) for probe in probes]
+        self.digest = hashlib.sha256(b"".join(answer.contiguous().numpy().tobytes() for answer in answers)).hexdigest()
         sizes = {tuple(answer.shape[-2:]) for answer in answers}
         self.output_size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
         self._table = self._table_of_values(probes)
@@ -183,7 +186,8 @@ class ImageTransform:
         images = [_to_rgb(image) for image in images]
         if self.augmentation is not None:
             images = [
-                self._augmented(image, None if seeds is None else seeds[place]) for place, image in enumerate(images)
+                _to_rgb(self.augmented(image, None if seeds is None else seeds[place]))
+                for place, image in enumerate(images)
             ]
         if self._table is not None and (self._scaling_is_all or self._settled(images)):
             return self._look_up(images, self._table)
@@ -235,7 +239,8 @@ class ImageTransform:
         direct = [self._look_up([probe], self._table) for probe in probes]
         return all(torch.equal(*pair) for pair in zip(direct, answers, strict=True))
 
-    def _augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
+    def augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
+        """Returns the augmentation of an RGB image, drawn from `seed` as in `__call__`."""
         if seed is None:
             return self.augmentation(image)
         python, numpy = random.getstate(), np.random.get_state()

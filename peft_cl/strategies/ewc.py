@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from ..scenarios import Task
 from ..scenarios.columns import is_count, is_number, plain
@@ -49,6 +50,10 @@ class EWC(Strategy):
 
     def settings(self) -> dict[str, Any]:
         return {"strength": self.strength, "fisher_samples": self.fisher_samples}
+
+    def prepare(self, model: PeftModel) -> None:
+        if not model.peft_config[model.active_adapter].tasks:  # an adapter that has learnt tasks may be held to them
+            self.curvature, self.centre = {}, {}
 
     def losses(self, trainer: ContinualTrainer) -> dict[str, torch.Tensor]:
         if not self.curvature or not self.strength:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from ..scenarios import Task
 from ..scenarios.columns import is_count
@@ -41,11 +42,17 @@ class ExperienceReplay(Strategy):
         self.memory_size = memory_size
         self.replay_batch_size = replay_batch_size
         self.limits = (f"It was trained with a memory of {memory_size} training images.",)
+        self._empty()
+
+    def _empty(self) -> None:
         #: Task and row of each image in memory, int64 (images, 2), and how many images there were to choose from.
         self.memory = np.zeros((0, 2), dtype=np.int64)
         self.seen = 0
         self._kept: list[Task] = []
         self._examples: TaskExamples | None = None
+
+    def prepare(self, model: PeftModel) -> None:
+        self._empty()  # its rows are of another trainer's scenario
 
     def settings(self) -> dict[str, Any]:
         return {"memory_size": self.memory_size, "replay_batch_size": self.replay_batch_size}
@@ -69,7 +76,12 @@ class ExperienceReplay(Strategy):
         replayed = trainer.training_batch(
             self._examples, drawn[: self.replay_batch_size or len(inputs["labels"])].tolist()
         )
-        return {name: torch.cat([value, replayed[name].to(value.dtype)]) for name, value in inputs.items()}
+        # Queries are kept of all images or of none: those of a data set with a transform of its own are not.
+        return {
+            name: torch.cat([value, replayed[name].to(value.dtype)])
+            for name, value in inputs.items()
+            if name in replayed or name != "query"
+        }
 
     def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Reservoir sampling over the task's images: image number n takes a place with probability size / n."""

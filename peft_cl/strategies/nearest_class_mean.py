@@ -48,6 +48,8 @@ class NearestClassMean(Strategy):
                 f"{self.name} compares features of the frozen model, but {type(model.base_model).__name__} classifies "
                 "features that its prompts have changed. Use it on a linear probe: LinearProbeConfig()."
             )
+        if not model.peft_config[model.active_adapter].tasks:  # one that has learnt tasks may learn on
+            self.sums, self.counts = {}, {}
 
     @torch.no_grad()
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
@@ -44,6 +45,10 @@ RULES = {
     "train_sampling_strategy": (
         lambda value: value in ("random", "sequential"),
         "'random' or 'sequential': images have no length",
+    ),
+    "label_names": (
+        lambda value: value in (None, ["labels"]),
+        "None: the column of the labels is the scenario's label_column",
     ),
     "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
@@ -194,6 +199,8 @@ class ContinualTrainingArguments(TrainingArguments):
             if not holds(value):
                 raise ValueError(f"{name} is {value!r}, but must be {rule}.")
         self._check_switches()
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # the Trainer asks for it by name before it takes bf16 there
         own_loading = self.accelerator_config is None
         if self.torch_compile and self.tf32 is None:
             self.tf32 = False

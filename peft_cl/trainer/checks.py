@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
+from transformers.utils import logging
 
-from ..scenarios import Scenario
+from ..scenarios import ImageTransform, Scenario
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
@@ -19,9 +21,12 @@ from .learning_rates import check_parts
 from .strategy import Strategy
 
 
-def check_fit(
-    model: Any, args: Any, scenario: Any, processing_class: Any, strategy: Strategy, finished_tasks: int = 0
-) -> None:
+logger = logging.get_logger(__name__)
+#: Seeds that an augmentation is tried with.
+TRIALS = 4
+
+
+def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished_tasks: int = 0) -> None:
     """Refuse what cannot work, before anything is trained; `finished_tasks` of the scenario are learnt already."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, PromptPoolModel):
         raise ValueError(
@@ -144,6 +149,35 @@ def check_functions(processing_class: Any, augmentation: Any, batch_augmentation
                 f"{name} is {function!r}, but must be a function of an image (batch_augmentation: of a batch), such "
                 "as RandomResizedCropFlip(size=224)."
             )
+
+
+def check_augmentation(transform: ImageTransform, scenario: Scenario, draws: int | None) -> None:
+    """Try the augmentation on the first training image: it must give an image, and the same one for one seed."""
+    if transform.augmentation is None:
+        return
+    image = scenario[0].train[0][scenario.image_column].convert("RGB")
+    repeats = True
+    for seed in range(TRIALS):
+        first, second = (transform.augmented(image, seed) for _ in range(2))
+        if not isinstance(first, Image.Image):
+            raise ValueError(
+                f"augmentation makes a {type(first).__name__} of an image, but must give a PIL image, of which the "
+                "image processor makes pixel values. Leave out what comes after (ToTensor, Normalize)."
+            )
+        repeats = repeats and (first.size, first.tobytes()) == (second.size, second.tobytes())
+    if repeats:
+        return
+    why = (
+        "augmentation gives other images for the same seed: it draws from a random generator of its own. Draw from "
+        "the global ones of random, numpy.random or torch"
+    )
+    if draws is not None:
+        raise ValueError(
+            f"augmentation_draws is {draws}, but {why}, so that draws can come again; or leave augmentation_draws out."
+        )
+    logger.warning(
+        "%s; as it is, workers, processes and an interruption change what is drawn, and a run cannot be repeated.", why
+    )
 
 
 def check_images(args: ContinualTrainingArguments, scenario: Scenario) -> None:

@@ -44,7 +44,7 @@ class ImageCache:
         self.files = TensorFiles(folder, "images", image_column)
         settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
         self.settings: dict[str, Any] = {
-            "processor": [type(processor).__name__, settings],
+            "processor": [type(processor).__name__, settings, transform.digest],
             "size": transform.output_size,
         }
         self._images: dict[int, tuple[Dataset, torch.Tensor]] = {}

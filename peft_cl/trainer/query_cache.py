@@ -30,8 +30,8 @@ class QueryCache:
     nothing does if the backbone is trained, the pool has no use for a query, or the data set itself transforms its
     images (`with_transform`), which may be another way each time.
 
-    In files, queries depend on the data's fingerprint, the image processor, every weight of the backbone, number
-    formats, device and versions.
+    In files, queries depend on the data's fingerprint, the image processor, every weight and module of the backbone,
+    number formats, device and versions.
 
     Args:
         training_images: whether training images are the same each time.
@@ -46,7 +46,7 @@ class QueryCache:
         self.settings = settings
         # By identity, with the data set itself, so that no other can take its place while its queries are kept.
         self._queries: dict[int, tuple[Dataset, torch.Tensor]] = {}
-        self._backbone = ""
+        self._kept_for: tuple[dict[str, Any], list[Any]] = {}, []
 
     def queries(
         self, tasks: Sequence[Task], split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]
@@ -57,12 +57,11 @@ class QueryCache:
         Args:
             loader: makes an iterable of un-augmented batches, in order, of a task's split.
         """
-        base = tuner.encoder.base_layer
         if not self.are_fixed(tuner) or (split == "train" and not self.training_images):
             return None
         if any(has_transform(getattr(task, split)) for task in tasks):
             return None
-        self._look_at(base)
+        self._look_at(tuner)
         return torch.cat([self._of(task, split, tuner, loader) for task in tasks])
 
     @staticmethod
@@ -76,13 +75,13 @@ class QueryCache:
         for task in tasks:
             self._queries.pop(id(task.train), None)
 
-    def _look_at(self, base: nn.Module) -> None:
-        """Drop everything if the backbone is another since: its weights are read, as not every way to change them
-        leaves a trace."""
-        backbone = digest_of_weights(base)
-        if backbone != self._backbone:
+    def _look_at(self, tuner: PromptPoolModel) -> None:
+        """Drop everything if the backbone, its hooks, or what it is run in is another since: its weights are read, as
+        not every way to change them leaves a trace."""
+        now = self._all_settings(tuner), hooks_of(tuner.encoder.base_layer)
+        if now != self._kept_for:
             self._queries.clear()
-            self._backbone = backbone
+            self._kept_for = now
 
     def _of(self, task: Task, split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]) -> torch.Tensor:
         data = getattr(task, split)
@@ -92,9 +91,9 @@ class QueryCache:
                 batches = loader(task, split)
                 return torch.cat([tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
 
-            # What somebody's hooks do to the backbone, no digest of weights shows.
+            # What somebody's hooks do to the features, nothing that lasts can tell.
             in_files = self.files and not is_watched(tuner.encoder.base_layer.modules())
-            queries = self.files.of(data, self._all_settings(tuner), compute) if in_files else compute()
+            queries = self.files.of(data, self._kept_for[0], compute) if in_files else compute()
             self._queries[id(data)] = data, queries
         return self._queries[id(data)][1]
 
@@ -104,7 +103,8 @@ class QueryCache:
         kind = weight.device.type
         return {
             **self.settings,
-            "backbone": self._backbone,
+            "backbone": digest_of_weights(base),
+            "modules": digest_of_modules(base),
             "config": {name: value for name, value in base.config.to_dict().items() if name not in NO_PART_OF_IT},
             "attention": base.config._attn_implementation,
             "dtype": str(weight.dtype),
@@ -132,3 +132,18 @@ def digest_of_weights(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
         digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
     return digest.hexdigest()
+
+
+def digest_of_modules(module: nn.Module) -> str:
+    """A digest of what the module is made of: names, classes and their settings."""
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})\n".encode())
+    return digest.hexdigest()
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """What is called around the forwards of the module's parts, or in their place."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    hooks = [hook for part in module.modules() for kind in kinds for hook in getattr(part, kind).values()]
+    return [*hooks, *(part.__dict__["forward"] for part in module.modules() if "forward" in part.__dict__)]

@@ -29,6 +29,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         settings["batch_augmentation"] = described(trainer.batch_augmentation)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
+    if trainer.tasks_before:
+        settings["tasks_learnt_before"] = trainer.tasks_before
     if trainer.args.measure_ahead:
         settings["measure_ahead"] = True
     return RunResults(

@@ -77,8 +77,8 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
         damaged.append(path)
     if damaged:
         raise ValueError(
-            f"{' and '.join(map(str, damaged))} are damaged, so there is nothing to go on from. Train anew without "
-            "resume_from_checkpoint."
+            f"{' and '.join(map(str, damaged))} {'is' if len(damaged) == 1 else 'are'} damaged, so there is nothing "
+            "to go on from. Train anew without resume_from_checkpoint."
         )
     return None
 

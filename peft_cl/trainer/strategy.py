@@ -50,7 +50,8 @@ class Strategy:
         return {}
 
     def prepare(self, model: PeftModel) -> None:
-        """Change the model once, before the first task (unfreeze weights, for instance)."""
+        """Called once by each trainer, before its first task: change the model (unfreeze weights, for instance), and
+        forget what an earlier run has left in the strategy."""
 
     def tasks(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
         """Tasks whose training examples are gone through to learn `task`. Default: its own."""

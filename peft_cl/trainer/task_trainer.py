@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
-from .checks import check_image_size
+from .checks import check_augmentation, check_image_size
 from .examples import EpochDraws, TaskExamples, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
@@ -65,6 +65,7 @@ class TaskTrainer(Trainer):
             for training in (True, False)
         }
         check_image_size(model, self._transforms[False].output_size)
+        check_augmentation(self._transforms[True], scenario, args.augmentation_draws)
         self.make_collators()
         if args.eval_strategy != "no":  # the Trainer asks for it; `evaluate` knows what to measure
             kwargs.setdefault("eval_dataset", scenario[0].test)
@@ -82,14 +83,14 @@ class TaskTrainer(Trainer):
             self.add_callback(self.progress)
         self.pop_callback(PrinterCallback)
         self.add_callback(EpochDraws(self))
+        plain = self._transforms[False]
         self.queries = QueryCache(
             augmentation is None and batch_augmentation is None,
             scenario.image_column,
             args.query_cache_dir,
-            processor=[type(processing_class).__name__, processing_class.to_json_string()],
+            processor=[type(processing_class).__name__, processing_class.to_json_string(), plain.digest],
             batch=args.eval_batch_size,
         )
-        plain = self._transforms[False]
         self.images = ImageCache(args.image_cache_dir, plain, scenario.image_column) if args.image_cache_dir else None
         self.task: Task | None = None
         self.optimizer_state: dict[str, Any] | None = None
@@ -223,12 +224,22 @@ class TaskTrainer(Trainer):
         with nullcontext() if self._weight else kept_buffers(self.tuner):
             inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
             if self.batch_augmentation is not None:
-                with torch.no_grad():
-                    inputs["pixel_values"] = self.batch_augmentation(inputs["pixel_values"])
+                inputs["pixel_values"] = self._augmented(inputs["pixel_values"])
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.strategy.after_backward(self)
         return loss
+
+    @torch.no_grad()
+    def _augmented(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        augmented = self.batch_augmentation(pixel_values)
+        if getattr(augmented, "shape", None) != pixel_values.shape:
+            found = tuple(augmented.shape) if isinstance(augmented, torch.Tensor) else type(augmented).__name__
+            raise ValueError(
+                f"batch_augmentation makes {found} of a batch of shape {tuple(pixel_values.shape)}, but must give a "
+                "tensor of that shape. Crop and scale to the backbone's size in it."
+            )
+        return augmented
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

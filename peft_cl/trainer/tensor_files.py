@@ -90,7 +90,10 @@ class TensorFiles:
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            aside.touch()
+            mode = aside.stat().st_mode  # what the umask says; the library's own file is for its owner alone
             save_file({NAME: tensor.contiguous()}, aside, metadata={"sha256": _digest(tensor)})
+            aside.chmod(mode)
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             warnings.warn(f"{self.what} cannot be kept in {path.parent} ({error}); the run goes on.", stacklevel=2)

@@ -78,8 +78,8 @@ class ContinualTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
+        check_fit(model, args, scenario, strategy)
         check_functions(processing_class, augmentation, batch_augmentation, args.augmentation_draws)
-        check_fit(model, args, scenario, processing_class, strategy)
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
         for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
@@ -191,7 +191,7 @@ class ContinualTrainer(ResumableTrainer):
                 "Call train() first."
             )
         longer = self.scenario.with_task(data, **columns)
-        check_fit(self.model, self.args, longer, self.processing_class, self.strategy, self.finished_tasks)
+        check_fit(self.model, self.args, longer, self.strategy, self.finished_tasks)
         self.take_scenario(longer)
         with explained_writes(self.folder, self.finished_tasks):  # so that an interruption finds the task in it
             self.save_snapshot()

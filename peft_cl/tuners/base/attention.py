@@ -6,7 +6,7 @@ On a CPU also the length that its attention kernels are fast at.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 IMPLEMENTATION = "peft_cl_prefix"
+EAGER = "eager_attention_forward"
 #: torch's sdpa kernels for CPUs are fast at multiples of this many keys: in bfloat16, on matrix units, batch 16 and 12
 #: heads take 8 ms at 201 or 222 keys, 4 ms at 208 or 224.
 KEY_BLOCK = 16
 #: Spare keys over keys that there are, at most: more of them cost more than they bring.
 MOST_SPARE = 1 / 16
+#: From this many keys on the kernels go through them in blocks, and nothing is gained.
+LONG = 512
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class PrefixedConfig:
@@ -49,14 +54,15 @@ def prefixed(attention: nn.Module, tokens: torch.Tensor, *prefix: torch.Tensor) 
 
     Args:
         attention: an HF self-attention module (with `config` and the attention interface).
-        tokens: what it is called with; on a CPU the call goes through `prefix_attention` without a prefix too.
+        tokens: what it is called with; in half precision on a CPU the call goes through `prefix_attention` without a
+            prefix too.
         *prefix: keys and values, (B or 1, L, D) rows in the width of the projected keys, D = heads x head size; or
             nothing.
 
     The module is given back as it was, whatever happens inside: nothing is left behind that could be saved, copied or
     seen by another call.
     """
-    if not prefix and tokens.device.type != "cpu":
+    if not prefix and not (tokens.device.type == "cpu" and tokens.dtype in HALF_PRECISION):
         yield
         return
     config = attention.config
@@ -82,11 +88,10 @@ def prefix_attention(
     mask hides.
     """
     view: PrefixedConfig = module.config
+    attend = attention_function(module, view.config)
     length = key.shape[2] + (view.prefix[0].shape[1] if view.prefix else 0)
-    spare = 0
-    if attention_mask is None and key.device.type == "cpu" and view.config._attn_implementation == "sdpa":
-        missing = -length % KEY_BLOCK
-        spare = missing if missing <= MOST_SPARE * length else 0
+    plain = attention_mask is None and not kwargs.get("dropout")
+    spare = _spare_keys(query, length, bool(view.prefix)) if plain and attend is sdpa_attention_forward else 0
     keys, values = view.prefix or (None, None)
     key, value = _lengthened(key, keys, spare), _lengthened(value, values, spare)
     if spare:
@@ -95,14 +100,32 @@ def prefix_attention(
         # The prefix may be read by every query; a boolean mask says so with True, an additive one with 0.
         readable = True if attention_mask.dtype == torch.bool else 0.0
         attention_mask = F.pad(attention_mask, (view.prefix[0].shape[1], 0), value=readable)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(view.config._attn_implementation, eager)
     # Meanwhile the view says what is true: flash attention looks up what to load by the name.
     view._attn_implementation = view.config._attn_implementation
     try:
         return attend(module, query, key, value, attention_mask, **kwargs)
     finally:
         del view._attn_implementation
+
+
+def attention_function(module: nn.Module, config: Any) -> Callable:
+    """The function by which `module` attends under `config`, as HF attention modules look it up."""
+    # A subclass of the user's lies in a module of its own.
+    homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    eager = next((getattr(home, EAGER) for home in homes if hasattr(home, EAGER)), None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+
+
+def _spare_keys(query: torch.Tensor, length: int, has_prefix: bool) -> int:
+    """How many keys to put behind `length` of them, so that torch's kernel is faster by more than they cost.
+
+    A prefix is joined to the keys anyway; without one, in float32, copying them costs what the kernel gains. The last
+    layer's few queries gain nothing.
+    """
+    missing = -length % KEY_BLOCK
+    gains = query.device.type == "cpu" and query.shape[2] > KEY_BLOCK and length < LONG
+    fits = missing <= MOST_SPARE * length and (has_prefix or query.dtype in HALF_PRECISION)
+    return missing if gains and fits else 0
 
 
 def _lengthened(rows: torch.Tensor, prefix: torch.Tensor | None, spare: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ...backbones import Family
 from .attention import prefixed
 from .layer import AdapterLayer
+from .lock import CallLock
 from .pool import PromptPool
 from .prompts import Injection, Prompts
 from .reading import can_read, is_watched, read_layer
@@ -80,11 +81,18 @@ class PromptedEncoder(AdapterLayer):
         super().__init__(base_layer, prefix)
         self.family = family
         self.call: Call | None = None
+        #: Held by a call of the classification model from its begin to its end, or by one of the encoder alone.
+        self.lock = CallLock()
         #: Whether a last layer of the kind tried here can be run for some of its tokens alone; False runs it whole.
         self.reads_last_layer = can_read(family, self._layers[-1])
         self._tried = type(self._layers[-1])
 
-    def forward(
+    def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the base encoder's forward takes and gives; see `Call` for what the classification model adds."""
+        with self.lock.held():
+            return self._forward(pixel_values, *args, **kwargs)
+
+    def _forward(
         self,
         pixel_values: torch.Tensor,
         *args: Any,
@@ -163,7 +171,8 @@ class PromptedEncoder(AdapterLayer):
         Returns:
             (B, D): the CLS token after the final norm, in the encoder's dtype.
         """
-        return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
+        with self.lock.held():
+            return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
 
     def encode(self, pixel_values: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, int]:
         """The prompted pass alone, with no work left out.

@@ -14,7 +14,6 @@ from .config import PromptPoolConfig
 from .encoder import Call, PromptedEncoder
 from .evidence import TaskEvidence
 from .layer import AdapterLayer
-from .lock import CallLock
 
 
 class GrowingLinear(nn.Linear):
@@ -105,7 +104,6 @@ class ClassifierHead(AdapterLayer):
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
         self.last_selected: torch.Tensor | None = None
-        self.lock = CallLock()
         #: The classification model, in a tuple: torch must not take the whole for a part of its part.
         self.owner: tuple[PreTrainedModel, ...] = ()
 
@@ -171,7 +169,7 @@ class ClassifierHead(AdapterLayer):
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
-        self.lock.acquire()
+        getattr(model, self.encoder_name).lock.acquire()
         call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
         if self.active is not None:
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
@@ -187,7 +185,7 @@ class ClassifierHead(AdapterLayer):
         try:
             return self.finish(model, output)
         finally:
-            self.lock.release()
+            getattr(model, self.encoder_name).lock.release()
 
     def finish(self, model: nn.Module, output: Any) -> Any:
         """What `after_forward` returns; `output` is None if the forward raised."""
@@ -255,7 +253,9 @@ class ClassifierHead(AdapterLayer):
         """
         config = self.active.config
         if task_ids is not None:
-            unknown = sorted({task for task in task_ids.tolist() if not 0 <= task < config.num_tasks})
+            # Looked into where it costs nothing, as labels are; an accelerator raises an error of its own.
+            numbers = task_ids.tolist() if task_ids.device.type == "cpu" else ()
+            unknown = sorted({task for task in numbers if not 0 <= task < config.num_tasks})
             if unknown:
                 raise ValueError(
                     f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "

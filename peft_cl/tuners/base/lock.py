@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CallLock:
@@ -32,8 +34,14 @@ class CallLock:
             self.owner = None
             self.lock.release()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For the length of the block. Inside a call of the model, whose lock it is already, nothing happens."""
+        if self.owner == threading.get_ident():
+            yield
+            return
         self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+        try:
+            yield
+        finally:
+            self.release()

@@ -125,8 +125,7 @@ class PromptPoolModel(BaseTuner):
 
     def query(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W)."""
-        with self.head.lock:
-            return self.encoder.query(pixel_values)
+        return self.encoder.query(pixel_values)
 
     def _learning_config(self) -> tuple[str, PromptPoolConfig]:
         adapter, config = self._active_config()
@@ -237,6 +236,12 @@ class PromptPoolModel(BaseTuner):
         raise NotImplementedError(
             "Prompts are extra tokens of the attention, not a change of its weights: they cannot be merged into the "
             "base model. Keep the adapter beside it, or call `unload()` to get the base model back without it."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "Prompt adapters cannot be added up: each has a head, classes and keys of its own. Keep them side by "
+            "side, and choose by set_adapter(name)."
         )
 
     # ----------------------------------------------------------------------------------------------- state dict

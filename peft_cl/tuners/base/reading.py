@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...backbones import Family
-from .attention import prefixed
+from .attention import attention_function, prefixed
 
 
 def read_layer(
@@ -43,9 +41,7 @@ def read_layer(
         return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
     with prefixed(attention, hidden, *prefix):
-        eager = sys.modules[type(attention).__module__].eager_attention_forward
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-        mixed, _ = attend(
+        mixed, _ = attention_function(attention, attention.config)(
             attention,
             # A product with rows that lie apart would copy the weight for each image.
             heads(query(normed[:, start:stop].contiguous())),
