@@ -190,7 +190,7 @@ def other_epsilon(base: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [other_activation, other_class, other_epsilon])
-def test_a_backbone_of_other_modules_has_no_queries(change, run, passes, make_trainer, kept, tiny_vit):
+def test_a_backbone_of_other_modules_has_no_queries(change, run, passes, tiny_vit):
     """The weights are the same, in files and in memory."""
     trainer = run()
     assert sum(passes) == 144

@@ -220,15 +220,15 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
         f"{_data_link(data)}, {tasks} task{'s' if tasks != 1 else ''} one after the other "
         f"({results.scenario.get('name', 'task sequence')})."
     )
+    before = results.hyperparameters.get("tasks_learnt_before")
+    if before:
+        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
     method = (
         f"{paper.description} The method is from {paper.link}."
         if paper
         else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
     )
     head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
-    before = results.hyperparameters.get("tasks_learnt_before")
-    if before:
-        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
     return "\n\n".join([*head, what, method, *_evidence(results.hyperparameters.get("adapter", {}))])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..scenarios import Task
 from ..tuners.base.model import PromptPoolModel
-from ..tuners.base.reading import is_watched
+from ..tuners.base.reading import hooks_of
 from .examples import has_transform
 from .tensor_files import TensorFiles
 
@@ -78,7 +78,7 @@ class QueryCache:
     def _look_at(self, tuner: PromptPoolModel) -> None:
         """Drop everything if the backbone, its hooks, or what it is run in is another since: its weights are read, as
         not every way to change them leaves a trace."""
-        now = self._all_settings(tuner), hooks_of(tuner.encoder.base_layer)
+        now = self._all_settings(tuner), list(hooks_of(tuner.encoder.base_layer.modules()))
         if now != self._kept_for:
             self._queries.clear()
             self._kept_for = now
@@ -92,8 +92,9 @@ class QueryCache:
                 return torch.cat([tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
 
             # What somebody's hooks do to the features, nothing that lasts can tell.
-            in_files = self.files and not is_watched(tuner.encoder.base_layer.modules())
-            queries = self.files.of(data, self._kept_for[0], compute) if in_files else compute()
+            settings, hooks = self._kept_for
+            in_files = self.files and not hooks
+            queries = self.files.of(data, settings, compute) if in_files else compute()
             self._queries[id(data)] = data, queries
         return self._queries[id(data)][1]
 
@@ -140,10 +141,3 @@ def digest_of_modules(module: nn.Module) -> str:
     for name, part in module.named_modules():
         digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__}({part.extra_repr()})\n".encode())
     return digest.hexdigest()
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """What is called around the forwards of the module's parts, or in their place."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks")
-    hooks = [hook for part in module.modules() for kind in kinds for hook in getattr(part, kind).values()]
-    return [*hooks, *(part.__dict__["forward"] for part in module.modules() if "forward" in part.__dict__)]

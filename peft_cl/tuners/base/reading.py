@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,19 +81,21 @@ def can_read(family: Family, layer: nn.Module) -> bool:
 
 
 def is_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody's hooks are on one of the modules: they are to see all tokens.
+    """Whether somebody's hooks are on one of the modules: they are to see all tokens."""
+    return any(True for _ in hooks_of(modules))
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """Somebody's hooks on the modules, and what stands in the place of their own forwards (accelerate's hooks do).
 
     Hooks on all modules that there are do not count: who counts operations wants those that are done.
     """
-    return any(_is_hooked(module) for module in modules)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    before_and_backward = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    # accelerate's hooks stand in the place of the module's own forward.
-    if "forward" in module.__dict__ or any(before_and_backward):
-        return True
-    return not all(_is_of_transformers(hook) for hook in module._forward_hooks.values())
+    for module in modules:
+        if "forward" in module.__dict__:
+            yield module.__dict__["forward"]
+        for hooks in (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+            yield from hooks.values()
+        yield from (hook for hook in module._forward_hooks.values() if not _is_of_transformers(hook))
 
 
 def _is_of_transformers(hook: Any) -> bool:
