@@ -121,7 +121,7 @@ def test_layers_are_sorted_and_none_means_all():
             "query_projection is 'mlp'.*query_source is 'layer_cls'",
         ),
         (LinearProbeConfig, {"query_projection": "mlp"}, "query_projection is 'mlp', but a linear probe has no query"),
-        (LinearProbeConfig, {"format_version": 2}, "format_version is 2.*newer peft_cl.*Upgrade"),
+        (LinearProbeConfig, {"format_version": 3}, "format_version is 3.*newer peft_cl.*Upgrade"),
     ],
 )
 def test_bad_settings_are_refused(config_class, settings, message):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from tuner_cases import METHODS, begin, config, images, logits, prompted, step, task_names, tiny
 
 from peft_cl import CodaPromptConfig, L2PConfig
-from peft_cl.tuners.base.evidence import TaskEvidence
+from peft_cl.heads import TaskEvidence
 
 
 WEIGHT = 5.0

@@ -19,7 +19,7 @@ from .usage import checked_counts, usage_entropy, usage_overlap
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
-ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy"}
+ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy", "sums_bytes"}
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
 
@@ -58,6 +58,8 @@ class RunResults:
         task_identification: Share of the test images, after the last finished task, whose predicted class is one of
             their own task's; `None` where tasks share classes, or where the task of an image is known.
         per_class_accuracy: Accuracy on each class that has test images, by its name, after the last finished task.
+        sums_bytes: Size of the file with the sums of a head that is computed from them, which learning on and joining
+            need and predicting does not; `None` if the head has none.
 
     Example:
         >>> results.save("out/results.json")
@@ -86,6 +88,7 @@ class RunResults:
     baseline: list[float] | None = None
     task_identification: float | None = None
     per_class_accuracy: dict[str, float] | None = None
+    sums_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]

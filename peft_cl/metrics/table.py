@@ -21,6 +21,9 @@ SETTINGS_ADDED_LATER = {
     "hyperparameters.train_sampling_strategy": "random",
     "hyperparameters.load_best_model_at_end": False,
     "hyperparameters.adapter.task_evidence": 0.0,
+    "hyperparameters.adapter.head": "linear",
+    "hyperparameters.adapter.head_layers": 1,
+    "hyperparameters.adapter.train_prompts": "every_task",
 }
 # Settings, by the last part of their names, that differ between seeds of one run, or say where it ran.
 NOT_COMPARED = {"seed", "data_seed", "stream_seed", "device", "threads", "peft_version", "format_version"}
@@ -152,14 +155,13 @@ def row_of(runs: list[RunResults], details: str = "") -> str:
         method += f" ({first.finished_tasks} of {len(first.task_names)} tasks)"
     if len(runs) > 1:
         method += f" (n = {len(runs)})"
-    sizes = [run.adapter_bytes for run in runs if run.adapter_bytes is not None]
     cells = (
         method,
         _percent([run.metrics.get("average_accuracy", math.nan) for run in runs]),
         _percent([run.metrics.get("forgetting", math.nan) for run in runs]),
         _duration(fmean(run.train_seconds for run in runs)),
         f"{round(fmean(run.trainable_parameters for run in runs)):,}",
-        _size(fmean(sizes)) if sizes else "–",
+        _sizes(runs),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -176,6 +178,14 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _sizes(runs: list[RunResults]) -> str:
+    """Of the adapter, and of the sums that learning on needs beside it."""
+    sizes = [run.adapter_bytes for run in runs if run.adapter_bytes is not None]
+    sums = [run.sums_bytes for run in runs if run.sums_bytes is not None]
+    adapter = _size(fmean(sizes)) if sizes else "–"
+    return f"{adapter} + {_size(fmean(sums))} of sums" if sums else adapter
 
 
 def _size(count: float) -> str:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 
+from ..heads import ClassMeansHead, LinearHead, Sizes
 from ..scenarios import Task
 from ..scenarios.columns import check_flag
 from ..trainer import ContinualTrainer, Strategy
 
 
+#: Of a class of a stream that was not seen yet, which is out of the question.
+UNSEEN = -1e4
+
+
 class NearestClassMean(Strategy):
     """Classify by the nearest mean of the training features of each class (Janson et al. 2022, arXiv 2210.04428).
 
-    The nearest mean in Euclidean distance is a linear head: |f - m|^2 = |f|^2 - 2 (f m - |m|^2 / 2), so the class's
-    row is m and its bias -|m|^2 / 2. With `cosine=True` the row is m / |m| and the bias 0. Use it on a linear probe:
-    `get_peft_model(model, LinearProbeConfig())`; the result is saved and loaded like any adapter.
+    The head `"ncm"` (`ClassMeansHead`) as a strategy: it fills the rows of a linear head, so that the adapter is an
+    ordinary linear probe. Use it on one: `get_peft_model(model, LinearProbeConfig())`; the result is saved and loaded
+    like any adapter. `LinearProbeConfig(head="ncm")` does the same without a strategy, and can learn on, be joined and
+    forget classes.
 
     Args:
         cosine: compare directions instead of distances.
@@ -32,9 +37,8 @@ class NearestClassMean(Strategy):
 
     def __init__(self, cosine: bool = False):
         self.cosine = check_flag("cosine", cosine)
-        #: Of all images so far, by class name: a class may come again in another domain.
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        #: Of all images so far: a class may come again in another domain.
+        self.means: ClassMeansHead | None = None
 
     def settings(self) -> dict[str, Any]:
         return {"cosine": self.cosine} if self.cosine else {}
@@ -43,39 +47,50 @@ class NearestClassMean(Strategy):
         return self.name
 
     def prepare(self, model: PeftModel) -> None:
-        if not model.base_model.pool.query_is_feature:
+        tuner, config = model.base_model, model.peft_config[model.active_adapter]
+        if not tuner.pool.query_is_feature or config.head != "linear":
             raise ValueError(
-                f"{self.name} compares features of the frozen model, but {type(model.base_model).__name__} classifies "
-                "features that its prompts have changed. Use it on a linear probe: LinearProbeConfig()."
+                f"{self.name} compares features of the frozen model and fills a linear head, but this is "
+                f"{type(tuner).__name__} with head={config.head!r}. Use it on a linear probe: LinearProbeConfig()."
             )
-        if not model.peft_config[model.active_adapter].tasks:  # one that has learnt tasks may learn on
-            self.sums, self.counts = {}, {}
+        if not config.tasks:  # one that has learnt tasks may learn on
+            self.means = None
 
     @torch.no_grad()
     def learn(self, trainer: ContinualTrainer, task: Task) -> Any:
         tuner = trainer.tuner
-        head = tuner.head.active
-        sums = torch.zeros_like(head.weight)
-        counts = torch.zeros(head.out_features, device=head.weight.device)
+        head: LinearHead = tuner.head.active
+        means = self._means_for(head)
         # All examples on every process: each then has the same means, of every image once.
         for batch in trainer.plain_batches(task):
-            features = tuner.query(batch["pixel_values"]).float()
-            sums.index_add_(0, batch["labels"], features)
-            counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
+            means.observe(tuner.query(batch["pixel_values"]), batch["labels"])
         trainer.forget([task])
-        for row, name in enumerate(head.config.classes):
-            if counts[row]:
-                self.sums[name] = sums[row] + (self.sums[name].to(sums) if name in self.sums else 0)
-                self.counts[name] = self.counts.get(name, 0) + int(counts[row])
-            if name in self.counts:
-                mean = self.sums[name].to(sums) / self.counts[name]
-                head.weight[row] = F.normalize(mean, dim=-1) if self.cosine else mean
-                head.bias[row] = 0.0 if self.cosine else -mean.square().sum() / 2
-            elif name in trainer.scenario.classes:  # of a stream, and not seen yet: out of the question
-                head.bias[row] = -1e4
+        means.fit()
+        # Classes of a run before this one keep their rows.
+        own = torch.tensor([name in trainer.scenario.classes for name in tuner.head.config.classes])
+        own = own.to(head.weight.device)
+        head.weight[own], head.bias[own] = means.weight[own], means.bias[own]
+        head.bias[own & ~means.seen] = UNSEEN
+
+    def _means_for(self, head: LinearHead) -> ClassMeansHead:
+        """The means so far, with a row for each row of `head`."""
+        if self.means is None:
+            self.means = self._make(head.sizes.features)
+        self.means.to(head.weight.device)
+        self.means.grow(head.classes, keep=self.means.classes)
+        return self.means
+
+    def _make(self, width: int, classes: int = 0) -> ClassMeansHead:
+        metric = "cosine" if self.cosine else "euclidean"
+        return ClassMeansHead(Sizes(width, width), classes, metric=metric, scale=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "counts": self.counts}
+        return {} if self.means is None else self.means.going_on()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = state["sums"], state["counts"]
+        self.means = None
+        if state:
+            classes, width = state["sums.totals"].shape
+            self.means = self._make(width, classes)
+            self.means.go_on(state)
+            self.means.fit()

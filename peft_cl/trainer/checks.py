@@ -213,7 +213,7 @@ def check_scenario(
         )
     if scenario.boundaries:
         for index in range(len(scenario) - finished):
-            config.check_next_task(config.num_tasks + index)
+            config.check_task(config.num_tasks + index)
     else:
         if config.tasks:
             raise ValueError(

@@ -9,6 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..heads import SolvedHead
+from ..tuners.base.model import PromptPoolModel
+
 
 def without_repeats(
     batch: dict[str, torch.Tensor], examples: int, accelerator: Accelerator
@@ -44,3 +47,18 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in module.named_buffers():
             buffer.copy_(own[name])
+
+
+@contextmanager
+def kept_counts(tuner: PromptPoolModel) -> Iterator[None]:
+    """Put all that is counted in training back, at the block's end, to what it was: buffers, and what heads observed
+    since they were last fitted."""
+    heads = [head for head in tuner.head.active.modules() if isinstance(head, SolvedHead)]
+    pending = [None if head.pending is None else head.pending.clone() for head in heads]
+    try:
+        with kept_buffers(tuner):
+            yield
+    finally:
+        for head, own in zip(heads, pending, strict=True):
+            # Never without any again: processes add up theirs together.
+            head.pending = own or (None if head.pending is None else head.empty_sums())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -38,6 +39,12 @@ class SequenceProgress(ProgressCallback):
             self.sequence_bar.set_description("tasks")
             self.sequence_bar.close()
             self.sequence_bar = None
+
+    def counted(self, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+        """The items, with a bar of their own under that of the sequence."""
+        if self.sequence_bar is None:
+            return iter(items)
+        return iter(tqdm(items, desc=f"  {what}", total=total, unit="batch", leave=False, dynamic_ncols=True))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

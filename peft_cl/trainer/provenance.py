@@ -14,6 +14,7 @@ import torch
 from datasets import DatasetInfo
 
 from ..scenarios import Scenario, Task
+from ..tuners.base.head_config import SINCE_FORMAT_2
 from ..version import __version__
 
 
@@ -76,7 +77,10 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         "inference_mode",
     }
     settings["adapter"] = {
-        name: _plain(value) for name, value in config.to_dict().items() if name not in written and value is not None
+        name: _plain(value)
+        for name, value in config.to_dict().items()
+        # On record where they are at work, as above.
+        if name not in written and value is not None and (name not in SINCE_FORMAT_2 or value != SINCE_FORMAT_2[name])
     }
     return settings
 

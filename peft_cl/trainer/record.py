@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..heads.files import SUMS_FILE
 from ..metrics import RunResults
 from .provenance import dataset_name, described, hyperparameters, model_name, versions
 
@@ -21,9 +22,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     tuner, scenario, strategy = trainer.tuner, trainer.scenario, trainer.strategy
     adapter = tuner.active_adapters[0]
     config = tuner.peft_config[adapter]
-    # PEFT saves adapters of other names into folders of their own.
-    folder = Path(trainer.args.output_dir, "" if adapter == "default" else adapter)
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    folder = adapter_folder(Path(trainer.args.output_dir), adapter)
+    weights, sums = folder / SAFETENSORS_WEIGHTS_NAME, folder / SUMS_FILE
     settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
     if trainer.batch_augmentation is not None:
         settings["batch_augmentation"] = described(trainer.batch_augmentation)
@@ -47,6 +47,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
+        sums_bytes=sums.stat().st_size if tuner.head.active.observes and sums.is_file() else None,
         train_seconds=trainer.train_seconds,
         hyperparameters=settings,
         versions=versions(),
@@ -56,6 +57,11 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         baseline=trainer.baseline,
         **(trainer.details if trainer.finished_tasks else {}),
     )
+
+
+def adapter_folder(folder: Path, adapter: str) -> Path:
+    """Where PEFT saves an adapter in `folder`: those of other names than "default" in folders of their own."""
+    return folder if adapter == "default" else folder / adapter
 
 
 def usage_of_finished_tasks(trainer: ContinualTrainer) -> list[list[float]] | None:

@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
 from .files import explained_writes, finish_writing
-from .processes import kept_buffers
+from .observing import ObservingTrainer
+from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
@@ -31,11 +32,10 @@ from .snapshot import (
     set_random_state,
     whole_checkpoint,
 )
-from .task_trainer import TaskTrainer
 
 
-class ResumableTrainer(TaskTrainer):
-    """A `TaskTrainer` that knows how far a sequence is, and goes on where an interrupted run stopped.
+class ResumableTrainer(ObservingTrainer):
+    """A trainer that knows how far a sequence is, and goes on where an interrupted run stopped.
 
     Attributes:
         accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
@@ -112,6 +112,7 @@ class ResumableTrainer(TaskTrainer):
             "train_seconds": self.seconds(),
             "steps": self.steps_before + self.state.global_step,
             "weights": weights,
+            "head": self.tuner.head.active.going_on(),
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
@@ -212,10 +213,14 @@ class ResumableTrainer(TaskTrainer):
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._take_weights(state["weights"])
+        self._take_sums(state)
         self.strategy.load_state_dict(state["strategy"])
         scaler = self.accelerator.scaler
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+
+    def _take_sums(self, state: Mapping[str, Any]) -> None:
+        self.tuner.head.active.go_on(state.get("head") or {})  # runs of earlier versions had none
 
     def _take_weights(self, weights: Mapping[str, Any]) -> None:
         surplus = self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False).unexpected_keys
@@ -240,7 +245,7 @@ class ResumableTrainer(TaskTrainer):
     @contextmanager
     def _joined_counts(self) -> Iterator[None]:
         """Each process has all processes' counts inside the block, and its own again behind it."""
-        with kept_buffers(self.tuner):
+        with kept_counts(self.tuner):
             self.join_counts()
             yield
 
@@ -284,7 +289,9 @@ class ResumableTrainer(TaskTrainer):
             set_random_state(load_snapshot(Path(checkpoint))["random"])
 
     def _load_best_model(self) -> None:
-        self._take_weights(load_snapshot(Path(self.state.best_model_checkpoint))["weights"])
+        state = load_snapshot(Path(self.state.best_model_checkpoint))
+        self._take_weights(state["weights"])
+        self._take_sums(state)
         self.leave_counts_to_first()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

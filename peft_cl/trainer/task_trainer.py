@@ -23,7 +23,7 @@ from .checks import check_augmentation, check_image_size
 from .examples import EpochDraws, TaskExamples, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
-from .processes import kept_buffers, without_repeats
+from .processes import kept_counts, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
@@ -221,7 +221,7 @@ class TaskTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._weight = self._weights.pop(0) if self._weights else 1.0
         # Of weight 0 is an example that another process learns: it must not be counted.
-        with nullcontext() if self._weight else kept_buffers(self.tuner):
+        with nullcontext() if self._weight else kept_counts(self.tuner):
             inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
             if self.batch_augmentation is not None:
                 inputs["pixel_values"] = self._augmented(inputs["pixel_values"])
@@ -339,21 +339,35 @@ class TaskTrainer(Trainer):
         return self._prepare_inputs(self._collators[True](examples.__getitems__(indices)))
 
     def plain_batches(
-        self, task: Task, split: str = "train", batch_size: int | None = None
+        self,
+        task: Task,
+        split: str = "train",
+        batch_size: int | None = None,
+        rows: Sequence[int] | None = None,
+        with_queries: bool = False,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Un-augmented batches of all of a task's examples, in order, on this process alone."""
-        labels = torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))
+        """Un-augmented batches of all of a task's examples (or of `rows`), in order, on this process alone."""
+        tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
+        if with_queries:
+            with self.accelerator.autocast():
+                tensors["query"] = self.queries.queries([task], split, self.tuner, self.plain_batches)
         parts = [getattr(task, split)]
-        examples = TaskExamples(parts, {"model_label": labels}, images=self._image_bytes(parts))
-        return self._batches(examples, batch_size)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        examples = TaskExamples(parts, tensors, images=self._image_bytes(parts))
+        return self._batches(examples, batch_size, rows=rows)
 
     def _batches(
-        self, examples: TaskExamples, batch_size: int | None = None, training: bool = False
+        self,
+        examples: TaskExamples,
+        batch_size: int | None = None,
+        training: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         # A generator of its own: the order of the training images must not depend on whether queries are cached.
         loader = DataLoader(
             examples,
             batch_size or self.args.eval_batch_size,
+            sampler=rows,
             collate_fn=self._collators[training],
             generator=torch.Generator(),
         )

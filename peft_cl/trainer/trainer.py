@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
-from .record import record_of
+from .record import adapter_folder, record_of
 from .resuming import ResumableTrainer
 from .strategy import Combined, Strategy
 
@@ -107,7 +108,7 @@ class ContinualTrainer(ResumableTrainer):
     # ----------------------------------------------------------------------------------------------- the sequence
 
     def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput | None:
-        """Learn all tasks of the scenario. Returns the last task's `TrainOutput` (None if all were learnt before).
+        """Learn all tasks of the scenario. Returns the last task's `TrainOutput` (None if nothing was trained).
 
         Args:
             resume_from_checkpoint: True, or the folder of an interrupted run: its finished tasks are not repeated, and
@@ -172,6 +173,7 @@ class ContinualTrainer(ResumableTrainer):
         if self.args.world_size > 1:
             self.join_counts()
         self.strategy.end_task(self, task)
+        self.observe(task)
         self.train_seconds, self.began = self.seconds(), None
         self.evaluate()
         self.finished_tasks, self.under_way = self.finished_tasks + 1, False
@@ -200,6 +202,7 @@ class ContinualTrainer(ResumableTrainer):
     def _begin(self, task: Task) -> None:
         self.task, self.under_way = task, True
         self.progress.begin_task(task.name, task.index)
+        self.look_before(task)
         self._start(task)
         self.strategy.begin_task(self, task)
 
@@ -229,7 +232,8 @@ class ContinualTrainer(ResumableTrainer):
             eval_dataset = self._own_examples(eval_dataset)
         began = time.perf_counter()
         try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with nullcontext() if self.began is None else self.head_as_if_finished():
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if self.selected_rows:
                 sizes = [len(task.test) for task in self._measured]
                 rows = self.key_sets * self.tuner.pool.rows_in_use
@@ -320,6 +324,7 @@ class ContinualTrainer(ResumableTrainer):
         with written_aside(self.folder, self.is_world_process_zero()) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.is_world_process_zero():
+                self.tuner.save_sums(adapter_folder(aside, self.model.active_adapter))
                 self.strategy.save(self, aside)
         if self.is_world_process_zero():
             self.results.save(self.folder)

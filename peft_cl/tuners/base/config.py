@@ -11,16 +11,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .head_config import HeadConfig
 
-FORMAT_VERSION = 1
+
+#: The newest format of adapters that this version reads. What needs no more is written in format 1, which all read.
+FORMAT_VERSION = 2
 
 
 @dataclass
-class PromptPoolConfig(PeftConfig):
+class PromptPoolConfig(HeadConfig):
     """Base of the methods' configurations; not used by itself.
 
     Settings are checked when the object is made: a field's type hint, where it is a `Literal` or `bool`, says what it
@@ -28,12 +30,6 @@ class PromptPoolConfig(PeftConfig):
     adapter that `begin_task` writes and `save_pretrained` keeps; nobody sets them by hand.
     """
 
-    head_init: Literal["default", "zeros", "trunc_normal"] = field(
-        default="default",
-        metadata={
-            "help": "Initialisation of a new class's row in the head: PyTorch's default, zeros, or normal (std 0.02)."
-        },
-    )
     train_mask: bool = field(
         default=True,
         metadata={
@@ -77,11 +73,10 @@ class PromptPoolConfig(PeftConfig):
         default=False, metadata={"help": "Whether it is learnt from a stream without task boundaries (written)."}
     )
     format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Version of the adapter's file format (written)."}
+        default=1, metadata={"help": "Version of the adapter's file format (written)."}
     )
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    method: ClassVar[str] = "prompt pool"
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +90,9 @@ class PromptPoolConfig(PeftConfig):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
         self._check_not_negative("task_evidence")
+        self._check_head()
+        #: Where the adapter was loaded from, and the words that it took; the sums of its head lie there.
+        self.source: tuple[str, dict[str, Any]] | None = None
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any):
@@ -123,15 +121,11 @@ class PromptPoolConfig(PeftConfig):
         The weights are loaded later with a message that names no file; this is the one place of ours on that way.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         check_weight_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         return config
 
     # ----------------------------------------------------------------------------------------------- tasks
-
-    @property
-    def title(self) -> str:
-        """The method's name in tables and cards."""
-        return f"{self.method} with task evidence" if self.task_evidence else self.method
 
     @property
     def num_tasks(self) -> int:
@@ -166,7 +160,7 @@ class PromptPoolConfig(PeftConfig):
                 "The adapter is learnt from a stream, which has no tasks: another cannot begin. Start with a new "
                 "adapter."
             )
-        self.check_next_task(self.num_tasks)
+        self.check_task(self.num_tasks)
         known = self.classes if self.tasks else []
         classes = list(dict.fromkeys([*known, *names]))
         row = {name: index for index, name in enumerate(classes)}
@@ -190,10 +184,23 @@ class PromptPoolConfig(PeftConfig):
 
     def check_stream(self) -> None:
         """Refuse settings that need tasks."""
+        if self.train_prompts == "first_task":
+            raise ValueError(
+                "train_prompts is 'first_task', but a stream has no tasks. Set train_prompts='every_task'."
+            )
+        if self.drift_compensation:
+            raise ValueError(
+                f"drift_compensation is {self.drift_compensation!r}, but a stream has no tasks before and after which "
+                "images could be looked at. Leave it at None."
+            )
         if self.task_evidence:
             raise ValueError(
                 f"task_evidence is {self.task_evidence}, but a stream has no tasks to weigh. Set it to 0."
             )
+
+    def check_task(self, index: int) -> None:
+        """Refuse task `index` (from 0) if the adapter cannot hold it."""
+        self.check_next_task(0 if self.train_prompts == "first_task" else index)
 
     def check_next_task(self, index: int) -> None:
         """Refuse task `index` (from 0) if the pool cannot hold it. Pools that grow or are shared hold any number."""
@@ -212,6 +219,10 @@ class PromptPoolConfig(PeftConfig):
             raise ValueError(
                 f"layers {outside} are out of range: the base model has {num_layers} layers, counted 0 to "
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
+            )
+        if self.head_layers > num_layers:
+            raise ValueError(
+                f"head_layers is {self.head_layers}, but the base model has {num_layers} layers. Lower head_layers."
             )
 
     # ----------------------------------------------------------------------------------------------- checks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...backbones import Family
+from ...heads import CLS, Features
 from .attention import prefixed
+from .call import Call, Trace
 from .layer import AdapterLayer
 from .lock import CallLock
 from .pool import PromptPool
@@ -26,46 +27,6 @@ NO_PROMPTS = Prompts()
 READ_AT_THE_FRONT = ("cls", "prompt", "cls+prompt")
 #: Ways to run a layer that `torch.compile` may compile; its own limit, 8, is passed in a sequence of tasks.
 COMPILED_CASES = 16
-
-
-@dataclass
-class Call:
-    """One call of the classification model: what the user passed beside the images, and what the pool answered.
-
-    `query`, (B, D), is the user's or the query pass's; None where the pool has no use for one.
-    """
-
-    labels: torch.Tensor | None = None
-    task_ids: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    prompts: Prompts = field(default_factory=Prompts)
-
-    def check(self, batch: int) -> None:
-        """Refuse `task_ids` and `query` that are not of `batch` images: they would be broadcast in silence."""
-        if self.task_ids is not None:
-            self.task_ids = torch.as_tensor(self.task_ids)
-            if self.task_ids.shape != (batch,) or self.task_ids.is_floating_point():
-                raise ValueError(
-                    f"task_ids have shape {tuple(self.task_ids.shape)} and dtype {self.task_ids.dtype}, but must be "
-                    f"the number of a task for each of the {batch} images, ({batch},)."
-                )
-        if self.query is not None and (self.query.ndim != 2 or len(self.query) != batch):
-            raise ValueError(
-                f"query has shape {tuple(self.query.shape)}, but must be a feature for each of the {batch} images, "
-                f"({batch}, D)."
-            )
-
-
-@dataclass
-class Trace:
-    """Outputs that HF users may ask for; they contain the prompts."""
-
-    hidden_states: list[torch.Tensor] | None = None
-    attentions: list[torch.Tensor] | None = None
-
-    @property
-    def wanted(self) -> bool:
-        return self.hidden_states is not None or self.attentions is not None
 
 
 class PromptedEncoder(AdapterLayer):
@@ -122,30 +83,69 @@ class PromptedEncoder(AdapterLayer):
         )
         if pool.query_is_feature and call.query is not None and not trace.wanted:
             return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
+        first = self._first_layer(pool, call.features)
         query, start = call.query if pool.needs_query else None, None
         if query is None and pool.needs_query:
-            query, start = self._query(pixel_values, interpolate, pool.first_layer)
+            query, start = self._query(pixel_values, interpolate, first)
             call.query = query
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            prompts = pool(query)
-        if start is None or trace.wanted or not self._is_fixed(pixel_values, pool.first_layer):
-            start = self._start(pixel_values, interpolate, pool.first_layer, trace)
+            prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None)
+        if start is None or trace.wanted or not self._is_fixed(pixel_values, first):
+            start = self._start(pixel_values, interpolate, first, trace)
         # The classification model reads what its head reads; who calls the encoder alone gets all tokens.
         read = pool.head_type if self.call is not None and not trace.wanted else "all"
-        tokens, num_prompts = self._finish(start, pool.first_layer, prompts, read, trace)
+        if call.features is None:
+            tokens, num_prompts = self._finish(start, first, prompts, read, trace)
+            state = self._for_head(tokens, num_prompts, pool.head_type)
+        else:
+            state = self._read(call.features, start, first, prompts, trace)
+            if call.features.query:
+                state = torch.cat([state, query.to(state.dtype)], dim=-1)
+            state = state[:, None]
         if pool.query_is_feature:
-            call.query = tokens[:, 0].detach()
+            call.query = state[:, 0].detach()
         if prompts.parts:
-            features = self._features_of_parts(start, pool.first_layer, prompts)
+            features = self._features_of_parts(start, first, prompts)
             with torch.autocast(pixel_values.device.type, enabled=False):
                 prompts.losses.update(pool.compare(features))
         call.prompts = prompts
         return BaseModelOutputWithPooling(
-            last_hidden_state=self._for_head(tokens, num_prompts, pool.head_type),
+            last_hidden_state=state,
             hidden_states=tuple(trace.hidden_states) if trace.hidden_states is not None else None,
             attentions=tuple(trace.attentions) if trace.attentions is not None else None,
         )
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.base_layer.config.hidden_size
+
+    @property
+    def query_features(self) -> Features:
+        """What `query` is made of: the CLS feature, and more if the active adapter's head reads more."""
+        pool: PromptPool | None = self.active
+        return CLS if pool is None else pool.config.query_features
+
+    def _first_layer(self, pool: PromptPool, features: Features | None) -> int:
+        """The lowest layer that is of the two passes' own, or whose output the head reads."""
+        layers = 1 if features is None else features.layers
+        layers = max(layers, self.query_features.layers if pool.needs_query else 1)
+        return min(pool.first_layer, len(self._layers) - layers)
+
+    def _read(
+        self, features: Features, start: torch.Tensor, first: int, prompts: Prompts, trace: Trace
+    ) -> torch.Tensor:
+        """(B, parts x layers x D): the features of the last layers' outputs, from the input of layer `first` on."""
+        outputs: list[tuple[torch.Tensor, int]] = []
+        self._finish(start, first, prompts, "all" if features.reads_all or trace.wanted else "cls", trace, outputs)
+        norm = self.family.final_norm(self.base_layer)
+        parts = []
+        for hidden, kept in reversed(outputs[-features.layers :]):
+            for part in features.parts:
+                patches = hidden[:, kept + self.family.special_tokens :]
+                parts.append(norm(hidden[:, kept]) if part == "cls" else norm(patches).mean(1))
+        return torch.cat(parts, dim=-1)
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` each layer with `options`, as `nn.Module.compile` has them.
@@ -169,7 +169,8 @@ class PromptedEncoder(AdapterLayer):
             pixel_values: (B, channels, height, width).
 
         Returns:
-            (B, D): the CLS token after the final norm, in the encoder's dtype.
+            (B, D): the CLS token after the final norm, in the encoder's dtype; (B, Q), with the CLS token first, if the
+            head of the active adapter reads more of the frozen model (`query_features`).
         """
         with self.lock.held():
             return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
@@ -185,9 +186,11 @@ class PromptedEncoder(AdapterLayer):
 
     @torch.no_grad()
     def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query (B, D), and the input of layer `first` (B, N, D) on the way to it."""
+        """The query (B, Q), and the input of layer `first` (B, N, D) on the way to it."""
         with evaluation_mode(self.base_layer):
             start = self._start(pixel_values, interpolate, first, Trace())
+            if self.query_features != CLS:
+                return self._read(self.query_features, start, first, NO_PROMPTS, Trace()), start
             tokens, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
         return tokens[:, 0].clone(), start  # not a view, which would keep all tokens
 
@@ -217,13 +220,20 @@ class PromptedEncoder(AdapterLayer):
         return hidden
 
     def _finish(
-        self, hidden: torch.Tensor, first: int, prompts: Prompts, read: str, trace: Trace
+        self,
+        hidden: torch.Tensor,
+        first: int,
+        prompts: Prompts,
+        read: str,
+        trace: Trace,
+        outputs: list[tuple[torch.Tensor, int]] | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Run the layers from `first` on with `prompts`, and the final norm.
 
         Args:
             hidden: the input of layer `first`.
             read: what of the result is wanted: `"all"` tokens, or those that a `PromptPool.head_type` needs.
+            outputs: takes each layer's output, and how many prompt tokens are in front of the CLS token there.
 
         Returns:
             The tokens, (B, prompts kept + special tokens + patches, D) or fewer, and how many prompt tokens are in
@@ -251,8 +261,12 @@ class PromptedEncoder(AdapterLayer):
                 hidden = self._run_layer(layer, hidden, injection, span)
             if not is_kept:
                 hidden = hidden[:, extra:]
+            if outputs is not None:
+                outputs.append((hidden, kept))
         if trace.hidden_states is not None:
             trace.hidden_states.append(hidden)
+        if outputs is not None:  # who reads these puts the final norm on what is read
+            return hidden, kept
         return self.family.final_norm(self.base_layer)(hidden), kept
 
     def _can_read(self, layer: nn.Module) -> bool:

@@ -67,6 +67,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "Name one."
             )
         super().set_adapter(names, inference_mode=inference_mode)
+        for entry in self.entries.values():
+            if getattr(entry, "is_frozen", False):
+                entry.requires_grad_(False)
 
     def add_entry(self, adapter_name: str, entry: nn.Module) -> None:
         """Add an adapter's part, on the wrapped module's device and in this layer's mode; it stays float32."""

@@ -13,14 +13,20 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...backbones import Family, family_of
+from ...heads import Head, LinearHead, Sizes, TaskEvidence, make_head
+from .classifier import ClassifierHead
 from .config import PromptPoolConfig
 from .encoder import PromptedEncoder
-from .head import ClassifierHead, GrowingLinear
+from .head_tools import HeadTools
 from .layer import AdapterLayer
 from .pool import Geometry, PromptPool
 
 
-class PromptPoolModel(BaseTuner):
+#: In the names of weights that are not saved with the adapter.
+TRAINING_HEAD = ".training_head."
+
+
+class PromptPoolModel(HeadTools, BaseTuner):
     """Base of the methods' tuners. A method sets `prefix` and `pool_class`; everything else is here.
 
     All state sits in the base model, in two modules: a `PromptedEncoder` in the encoder's place and a `ClassifierHead`
@@ -55,11 +61,15 @@ class PromptPoolModel(BaseTuner):
             {0: 'cat', 1: 'dog', 2: 'horse'}
         """
         adapter, config = self._learning_config()
+        self.need_sums()
+        head, pool = self.head.entries[adapter], self.pool
         known = config.add_task(class_names)
-        self.head.entries[adapter].grow(len(config.classes), keep=known)
-        if config.num_tasks > 1:
-            self.pool.begin_task(config.num_tasks - 1)
-        config.rows_in_use = self.pool.rows_in_use
+        self._grow_head(head, known)
+        if pool.is_frozen:
+            pool.eval().requires_grad_(False)
+        elif config.num_tasks > 1:
+            pool.begin_task(config.num_tasks - 1)
+        config.rows_in_use = pool.rows_in_use
         self.head.show_labels()
 
     def begin_stream(self, class_names: Sequence[str]) -> None:
@@ -77,7 +87,7 @@ class PromptPoolModel(BaseTuner):
         """
         adapter, config = self._learning_config()
         config.add_stream(class_names)
-        self.head.entries[adapter].grow(len(config.classes), keep=0)
+        self._grow_head(self.head.entries[adapter], 0)
         self.pool.begin_stream()
         config.rows_in_use = self.pool.rows_in_use
         self.head.show_labels()
@@ -89,9 +99,33 @@ class PromptPoolModel(BaseTuner):
             total: sums a tensor over the processes.
         """
         self.pool.merge_counts(total)
-        evidence = self.head.active.evidence
-        if evidence is not None:
-            evidence.merge_counts(total)
+        head = self.head.active
+        head.merge_counts(total)
+        if head.evidence is not None:
+            head.evidence.merge_counts(total)
+
+    def _grow_head(self, head: Head, known: int) -> None:
+        """Give the head a row for each class, of which the first `known` are there. Under a head that is computed a
+        linear one is trained as long as prompts learn."""
+        config = self._active_config()[1]
+        head.check_classes(len(config.classes))
+        head.grow(len(config.classes), keep=known)
+        if head.evidence is not None:
+            head.evidence.grow()
+        self._set_training_head(head, config, known)
+        self.head.forget_rows()
+
+    def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int = 0) -> None:
+        learns = not config.prompts_frozen and any(True for _ in self.pool.parameters())
+        is_trained = any(name for name, _ in head.named_parameters() if not name.startswith("training_head"))
+        if not head.observes or is_trained or not learns:
+            head.training_head = None
+        elif head.training_head is None:
+            sizes = Sizes(self._geometry().hidden_size, 0)
+            linear = LinearHead(sizes, head.classes, config.head_init)
+            head.training_head = linear.to(self.head_device).train(head.training)
+        else:
+            head.training_head.grow(head.classes, keep=known)
 
     @property
     def encoder(self) -> PromptedEncoder:
@@ -124,7 +158,8 @@ class PromptPoolModel(BaseTuner):
         return family_of(self.model)
 
     def query(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W)."""
+        """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W); more
+        numbers behind them if the head reads more of the frozen model."""
         return self.encoder.query(pixel_values)
 
     def _learning_config(self) -> tuple[str, PromptPoolConfig]:
@@ -206,10 +241,32 @@ class PromptPoolModel(BaseTuner):
         from_base = config.classes is None
         if from_base:
             config.classes = list(self.head.base_names)
-        entry = GrowingLinear(self.model.config.hidden_size, len(config.classes), config)
-        if from_base and config.classes:
-            entry.copy_from(self.head.base_layer)
-        self.head.add_entry(adapter_name, entry)
+        self.head.configs[adapter_name] = config
+        self.head.add_entry(adapter_name, self._make_head(config, from_base))
+
+    def _make_head(self, config: PromptPoolConfig, from_base: bool) -> Head:
+        size = self._geometry().hidden_size
+        width = config.features.width(size) if config.features else size
+        sizes = Sizes(width, (config.features.of_query.width(size) if config.features else size))
+        # Only a head like the base model's own can take over its rows; others begin with the first task.
+        is_alike = config.head == "linear" and width == size
+        classes = len(config.classes) if config.tasks or is_alike else 0
+        head = make_head(config.head, sizes, classes, config.head_options, config.head_init)
+        if config.task_evidence:
+            head.evidence = TaskEvidence(size, config)
+        if from_base and classes:
+            head.copy_from(self.head.base_layer)
+        if config.tasks:
+            if head.observes:
+                head.sums_unknown()
+            self._set_training_head(head, config)
+        return head
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where the adapter's part of the head is."""
+        like = next(self.head.base_layer.parameters(), None)
+        return self.head.fallback_device if like is None else like.device
 
     # ----------------------------------------------------------------------------------------------- adapters
 
@@ -247,6 +304,12 @@ class PromptPoolModel(BaseTuner):
     # ----------------------------------------------------------------------------------------------- state dict
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What predicting needs: not the head that training alone goes through."""
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return {key: value for key, value in found.items() if TRAINING_HEAD not in key}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Our entries may hold modules (the query projection), so the name is taken out where we put it.
 
@@ -267,7 +330,7 @@ class PromptPoolModel(BaseTuner):
         expected = {
             key: value
             for key, value in model.state_dict().items()
-            if cls._remove_adapter_name_from_key(key, adapter_name) != key
+            if cls._remove_adapter_name_from_key(key, adapter_name) != key and TRAINING_HEAD not in key
         }
         missing = sorted(
             cls._remove_adapter_name_from_key(key, adapter_name) for key in expected.keys() - remapped.keys()

@@ -55,8 +55,18 @@ class PromptPool(nn.Module):
 
     @property
     def task(self) -> int:
-        """The current task t, from 0. Before the first `begin_task` the pool is in its task 0."""
-        return max(self.config.num_tasks - 1, 0)
+        """The current task t, from 0. Before the first `begin_task` the pool is in its task 0; a pool that learns in the
+        first task alone stays in it."""
+        return 0 if self.config.train_prompts == "first_task" else max(self.config.num_tasks - 1, 0)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has learnt all that it will."""
+        return self.config.prompts_frozen
+
+    def train(self, mode: bool = True):
+        """A frozen pool stays in evaluation mode: it chooses as at test, and has no loss terms."""
+        return super().train(mode and not self.is_frozen)
 
     @property
     def first_layer(self) -> int:

@@ -106,6 +106,10 @@ class CodaPromptConfig(PromptPoolConfig):
             )
 
     @property
+    def has_query(self) -> bool:
+        return self.query_source == "pretrained"
+
+    @property
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(self.layers or ())
 

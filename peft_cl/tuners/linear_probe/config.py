@@ -21,6 +21,14 @@ class LinearProbeConfig(PromptPoolConfig):
 
     method: ClassVar[str] = "Linear probe"
 
+    @property
+    def has_query(self) -> bool:
+        return False  # the frozen model's features are what its head sees
+
+    @property
+    def _features_title(self) -> str:
+        return "Frozen features"
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.LINEARPROBE

@@ -1,8 +1,10 @@
-"""The head: one row per class learnt, growing with the tasks; and the loss, which only the head's owner can define."""
+"""The module in the classifier's place: labels in, logits masked, and the loss, which only it can define."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,76 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...heads import Head
+from .call import Call
 from .config import PromptPoolConfig
-from .encoder import Call, PromptedEncoder
-from .evidence import TaskEvidence
+from .encoder import PromptedEncoder
 from .layer import AdapterLayer
 
 
-class GrowingLinear(nn.Linear):
-    """A linear classifier of one adapter, (classes, D), whose rows are appended as classes arrive.
-
-    With `task_evidence` in the config it has a `TaskEvidence` beside its rows, as `evidence`, else None.
-
-    Args:
-        in_features: D.
-        classes: rows to start with.
-        config: the adapter's configuration: its tasks say which rows a task may use, `head_init` how rows begin.
-    """
-
-    def __init__(self, in_features: int, classes: int, config: PromptPoolConfig):
-        self.config = config
-        super().__init__(in_features, classes)
-        self.evidence = TaskEvidence(in_features, config) if config.task_evidence else None
-        self._rows: torch.Tensor | None = None
-
-    def rows_of_tasks(self, device: torch.device) -> torch.Tensor:
-        """Boolean (tasks, classes): which rows belong to each task. Kept on the device: a copy would make every step
-        wait for it."""
-        shape = len(self.config.tasks), self.out_features
-        if self._rows is None or self._rows.device != device or self._rows.shape != shape:
-            rows = torch.zeros(shape, dtype=torch.bool)
-            for task, members in enumerate(self.config.tasks):
-                rows[task, members] = True
-            self._rows = rows.to(device)
-        return self._rows
-
-    def reset_parameters(self) -> None:
-        if self.out_features == 0:
-            return
-        if self.config.head_init == "default":
-            super().reset_parameters()
-            return
-        nn.init.zeros_(self.bias)
-        if self.config.head_init == "zeros":
-            nn.init.zeros_(self.weight)
-        else:
-            nn.init.trunc_normal_(self.weight, std=0.02)
-
-    @torch.no_grad()
-    def copy_from(self, classifier: nn.Linear) -> None:
-        """Take the rows of another classifier of the same size; a missing bias is 0."""
-        self.weight.copy_(classifier.weight)
-        if classifier.bias is None:
-            nn.init.zeros_(self.bias)
-        else:
-            self.bias.copy_(classifier.bias)
-
-    def grow(self, classes: int, *, keep: int) -> None:
-        """Have `classes` rows, of which the first `keep` are the present ones; the others begin anew."""
-        fresh = GrowingLinear(self.in_features, classes, self.config).to(self.weight)
-        for name in ("weight", "bias"):
-            old, new = getattr(self, name), getattr(fresh, name)
-            with torch.no_grad():
-                new[:keep] = old[:keep]
-            setattr(self, name, nn.Parameter(new.detach(), requires_grad=old.requires_grad))
-        self.out_features, self._rows = classes, None
-        if self.evidence is not None:
-            self.evidence.grow()
-
-
 class ClassifierHead(AdapterLayer):
-    """Stands in the place of the base model's classifier, and turns logits and labels into the training loss.
+    """Stands in the place of the base model's classifier: gives features to the active adapter's head, and turns its
+    logits and the labels into the training loss.
 
     Two hooks on the classification model, `before_forward` and `after_forward`, carry `labels`, `task_ids` and `query`
     around the base model's own forward: its loss would use the base config's number of labels, weigh the pool's terms
@@ -93,6 +35,7 @@ class ClassifierHead(AdapterLayer):
         encoder_name: the base model's attribute that holds the `PromptedEncoder`.
 
     Attributes:
+        configs: the adapters' configurations, by name.
         last_losses: the terms of the last loss, by name, detached and weighted.
         last_selected: the pool rows that the last call chose, as `Prompts.selected`.
     """
@@ -104,6 +47,10 @@ class ClassifierHead(AdapterLayer):
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
         self.last_selected: torch.Tensor | None = None
+        self.configs: dict[str, PromptPoolConfig] = {}
+        self._rows: dict[str, torch.Tensor] = {}
+        #: Takes the features that a head reads, while it is a list.
+        self.captured: list[torch.Tensor] | None = None
         #: The classification model, in a tuple: torch must not take the whole for a part of its part.
         self.owner: tuple[PreTrainedModel, ...] = ()
 
@@ -141,7 +88,7 @@ class ClassifierHead(AdapterLayer):
         if self.active is None:
             self._show(self.base_labels)
         else:
-            names = self.active.config.classes
+            names = self.config.classes
             self._show({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
 
     def _show(self, labels: dict[str, dict]) -> None:
@@ -160,12 +107,59 @@ class ClassifierHead(AdapterLayer):
 
     # ----------------------------------------------------------------------------------------------- forward
 
+    @property
+    def config(self) -> PromptPoolConfig:
+        """The active adapter's configuration."""
+        return self.configs[next(name for name in self.active_adapters if name in self.entries)]
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, D) -> logits (B, classes learnt)."""
-        head = self.active
-        if head is None:
+        """(B, F) -> logits (B, classes learnt)."""
+        head: Head | None = self.active
+        if head is None or not head.classes:  # before its first task a head leaves the answer to the base model
             return self.base_layer(features)
-        return head(features.to(head.weight.dtype))
+        (model,) = self.owner
+        call = getattr(model, self.encoder_name).call or Call()
+        if self.captured is not None:
+            self.captured[:] = [features.detach(), call.query]
+        if not head.training:
+            return head(features.to(head.dtype), call.query)
+        if self._observes_steps(head, call):
+            head.observe(features, call.labels.to(features.device), call.query)
+        if head.training_head is not None:
+            head, features = head.training_head, features[:, : head.training_head.sizes.features]
+        return head(features.to(head.dtype), call.query)
+
+    def _observes_steps(self, head: Head, call: Call) -> bool:
+        """Whether training steps are what a head observes: those of a stream, which comes but once. A forward in
+        training mode for another purpose (no labels, no graph) is nothing to learn from."""
+        learns = call.labels is not None and torch.is_grad_enabled() and not self.config.inference_mode
+        return learns and head.observes and self.config.stream
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[torch.Tensor | None]]:
+        """A list that holds, after a call of the model inside the block, the features (B, F) that the head read and
+        the query (B, Q) of the call."""
+        self.captured = []
+        try:
+            yield self.captured
+        finally:
+            self.captured = None
+
+    def rows_of_tasks(self, device: torch.device) -> torch.Tensor:
+        """Boolean (tasks, classes): which rows belong to each task. Kept on the device: a copy would make every step
+        wait for it."""
+        config, name = self.config, self.active_adapters[0]
+        shape, kept = (len(config.tasks), len(config.classes)), self._rows.get(name)
+        if kept is None or kept.device != device or kept.shape != shape:
+            rows = torch.zeros(shape, dtype=torch.bool)
+            for task, members in enumerate(config.tasks):
+                rows[task, members] = True
+            kept = self._rows[name] = rows.to(device)
+        return kept
+
+    def forget_rows(self) -> None:
+        """Read the tasks' rows anew: the configuration has changed."""
+        self._rows.clear()
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
@@ -173,8 +167,12 @@ class ClassifierHead(AdapterLayer):
         call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
         if self.active is not None:
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
+            config, head = self.config, self.active
             if images is not None:
-                call.check(len(images))
+                call.check(len(images), config.query_features.width(model.config.hidden_size))
+            # Prompts are learnt by what their paper reads, whatever a head that observes sees afterwards.
+            learns = head.training and head.training_head is not None and not config.stream
+            call.features = config.features if head.classes and config.tasks and not learns else None
             args, kwargs = _labels_by_name(model, args, kwargs)
             call.labels = kwargs.pop("labels", None)
         getattr(model, self.encoder_name).call = call
@@ -217,7 +215,7 @@ class ClassifierHead(AdapterLayer):
 
     def weigh_evidence(self, logits: torch.Tensor, call: Call, *, training: bool) -> torch.Tensor:
         """In a training step, let the tasks' mean queries see the batch; in evaluation, add the task evidence."""
-        config, evidence = self.active.config, self.active.evidence
+        config, evidence = self.config, self.active.evidence
         if evidence is None:
             if config.task_evidence:
                 raise ValueError(
@@ -229,10 +227,10 @@ class ClassifierHead(AdapterLayer):
             if training:
                 # A forward in training mode for another purpose (no labels, no graph) is nothing to learn from.
                 if call.labels is not None and torch.is_grad_enabled() and not config.inference_mode:
-                    evidence.observe(call.query)
+                    evidence.observe(call.query[:, : evidence.size])
             elif config.task_evidence and config.tasks and call.task_ids is None:
-                rows = self.active.rows_of_tasks(logits.device)
-                return logits.float() + evidence(call.query, rows).float()
+                rows = self.rows_of_tasks(logits.device)
+                return logits.float() + evidence(call.query[:, : evidence.size], rows).float()
         return logits
 
     def mask(
@@ -251,7 +249,7 @@ class ClassifierHead(AdapterLayer):
             training: without `task_ids`, keep the classes of the current task (`train_mask`).
             labels: (B,), of a stream, which has no current task: the classes in the batch are kept.
         """
-        config = self.active.config
+        config = self.config
         if task_ids is not None:
             # Looked into where it costs nothing, as labels are; an accelerator raises an error of its own.
             numbers = task_ids.tolist() if task_ids.device.type == "cpu" else ()
@@ -261,14 +259,14 @@ class ClassifierHead(AdapterLayer):
                     f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "
                     "count from 0."
                 )
-            allowed = self.active.rows_of_tasks(logits.device)[task_ids.to(logits.device)]
+            allowed = self.rows_of_tasks(logits.device)[task_ids.to(logits.device)]
         elif training and config.train_mask and config.stream and labels is not None:
             present = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             # Labels out of range are told of by the loss, in words.
             rows = labels.to(logits.device).long().flatten().clamp(0, logits.shape[-1] - 1)
             allowed = present.scatter(0, rows, True)
         elif training and config.train_mask and config.tasks:
-            allowed = self.active.rows_of_tasks(logits.device)[-1:]
+            allowed = self.rows_of_tasks(logits.device)[-1:]
         else:
             return logits
         return logits.masked_fill(~allowed, -torch.inf)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import PromptPoolConfig
-from .similarity import cosine
+
+class TaskFacts(Protocol):
+    """What it must know of an adapter: the classes of each task, and the weight."""
+
+    num_tasks: int
+    task_evidence: float
 
 
 class TaskEvidence(nn.Module):
@@ -22,8 +27,9 @@ class TaskEvidence(nn.Module):
         task_evidence * cos(query, mean query of t).
 
     It is a term of ours, akin to the task inference of HiDe-Prompt (Wang et al., NeurIPS 2023, arXiv 2310.07234), but
-    added to the raw logits: how peaked they are over a task's classes tells tasks apart too. For a class of several
-    tasks their terms are joined by log-sum-exp; a task that nothing was learnt of yet gets the mean of the others.
+    added to the raw logits: how peaked they are over a task's classes tells tasks apart too. It is nearest class mean
+    in cosine, with tasks for classes. For a class of several tasks their terms are joined by log-sum-exp; a task that
+    nothing was learnt of yet gets the mean of the others.
 
     Buffers: `task_queries` (tasks, D), `task_counts` (tasks,), the images that each mean is of.
 
@@ -32,9 +38,9 @@ class TaskEvidence(nn.Module):
         config: the adapter's configuration: its tasks, and the weight.
     """
 
-    def __init__(self, size: int, config: PromptPoolConfig):
+    def __init__(self, size: int, config: TaskFacts):
         super().__init__()
-        self.config = config
+        self.config, self.size = config, size
         self.register_buffer("task_queries", torch.zeros(config.num_tasks, size))
         self.register_buffer("task_counts", torch.zeros(config.num_tasks))
 
@@ -66,7 +72,7 @@ class TaskEvidence(nn.Module):
     def forward(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(B, D) queries, and which classes each task has, (tasks, classes) -> (B, classes)."""
         observed = self.task_counts > 0
-        similarity = cosine(query.float(), self.task_queries.float())
+        similarity = F.linear(F.normalize(query.float(), dim=-1), F.normalize(self.task_queries.float(), dim=-1))
         mean = similarity.where(observed, 0).sum(-1, keepdim=True) / observed.sum().clamp_min(1)
         scores = self.config.task_evidence * similarity.where(observed, mean)
         highest = scores.amax(-1, keepdim=True)

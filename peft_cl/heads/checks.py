@@ -1,0 +1,38 @@
+"""Checks of a head's options, with messages that name the option, its value and the rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> float:
+    """Refuse what is no finite number, or is below `least`, not above `above`, or over `most`."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    inside = is_number and (
+        (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
+    )
+    if not inside:
+        rules = [f"at least {least:g}"] * (least is not None) + [f"above {above:g}"] * (above is not None)
+        rules += [f"at most {most:g}"] * (most is not None)
+        raise ValueError(f"{name} is {value!r}, but must be a number{' of ' if rules else ''}{' and '.join(rules)}.")
+    return value
+
+
+def check_count(name: str, value: Any, *, or_none: bool = False) -> int | None:
+    """Refuse what is no whole number of at least 1 (or None, where that is allowed)."""
+    if value is None and or_none:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        none = ", or None" if or_none else ""
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1{none}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> Any:
+    """Refuse what is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+    return value

@@ -1,0 +1,49 @@
+"""Nearest class mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from .checks import check_choice, check_number
+from .head import Sizes, register_head
+from .solved import SolvedHead
+
+
+@register_head("ncm")
+class ClassMeansHead(SolvedHead):
+    """The nearest mean of the training features of each class (Janson et al. 2022, arXiv 2210.04428).
+
+    In Euclidean distance this is a linear head: -|f - mu_c|^2 / 2 = f mu_c - |mu_c|^2 / 2 - |f|^2 / 2, whose last term
+    is the same for all classes. In cosine it is `scale` cos(f, mu_c).
+
+    Args:
+        metric: `"euclidean"` or `"cosine"`.
+        scale: of the cosines, so that their softmax is not flat.
+    """
+
+    title = "nearest class mean"
+    keeps_gram = False
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        classes: int,
+        *,
+        metric: Literal["euclidean", "cosine"] = "euclidean",
+        scale: float = 16.0,
+    ):
+        self.metric = check_choice("metric", metric, ("euclidean", "cosine"))
+        self.scale = check_number("scale", scale, above=0)
+        super().__init__(sizes, classes)
+
+    def forward(self, features, query=None):
+        return super().forward(F.normalize(features.float(), dim=-1) if self.metric == "cosine" else features)
+
+    def solve(self, sums):
+        means = sums.means
+        if self.metric == "cosine":
+            return self.scale * F.normalize(means, dim=-1), torch.zeros_like(means[:, 0]), None
+        return means, -means.square().sum(-1) / 2, None

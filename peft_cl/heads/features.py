@@ -1,0 +1,65 @@
+"""What a head sees of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+#: Parts of a layer's output: the CLS token, and the mean of the patches.
+PARTS = ("cls", "mean")
+#: In `head_features`, for the frozen model's features of the same parts beside those of the prompted one.
+QUERY = "query"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Parts of the last layers' outputs, each after the final norm, one behind the other: the last layer comes first.
+
+    Attributes:
+        parts: of `PARTS`, in that order.
+        layers: how many of the last layers.
+        query: whether the frozen model's features stand behind the prompted model's.
+    """
+
+    parts: tuple[str, ...] = ("cls",)
+    layers: int = 1
+    query: bool = False
+
+    @classmethod
+    def parse(cls, text: str, layers: int) -> Features:
+        """From `head_features`, such as `"cls+mean"` or `"cls+mean+query"`, and `head_layers`.
+
+        Raises:
+            ValueError: other parts, parts named twice, or none.
+        """
+        names = text.split("+") if isinstance(text, str) else []
+        own = tuple(part for part in PARTS if part in names)
+        if not own or len(set(names)) < len(names) or set(names) - {*PARTS, QUERY}:
+            raise ValueError(
+                f"head_features is {text!r}, but must name parts joined by '+': 'cls' (the CLS token), 'mean' (the mean "
+                f"of the patches), and with one of them {QUERY!r} (the frozen model's features too); for instance "
+                "'cls+mean'."
+            )
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise ValueError(f"head_layers is {layers!r}, but must be a whole number of at least 1.")
+        return cls(own, layers, QUERY in names)
+
+    @property
+    def of_query(self) -> Features:
+        """The features of the frozen model: the CLS token of the last layer is the first of them, as prompts are
+        chosen by it."""
+        return Features(tuple(part for part in PARTS if part == "cls" or part in self.parts), self.layers)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether all tokens of the last layer are needed."""
+        return "mean" in self.parts
+
+    def width(self, hidden_size: int) -> int:
+        """F, for a model of this width."""
+        own = len(self.parts) * self.layers * hidden_size
+        return own + (self.of_query.width(hidden_size) if self.query else 0)
+
+
+#: What L2P, DualPrompt and CODA-Prompt call the query, and what their heads read unless they are told otherwise.
+CLS = Features()

@@ -1,0 +1,67 @@
+"""The file in which the sums of a head lie beside its adapter: wanted to learn on and to join, not to predict."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+SUMS_FILE = "head_sums.safetensors"
+
+
+def save_sums(folder: str | Path, state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Path:
+    """Write what `Head.going_on` gave into `folder`, at once or not at all.
+
+    Args:
+        facts: what the sums belong to, in types that JSON knows; `load_sums` compares it.
+    """
+    path = Path(folder) / SUMS_FILE
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tensors = {name: value.contiguous() for name, value in state.items()}
+        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors in the file at `path`.
+
+    Args:
+        facts: what they must belong to.
+
+    Raises:
+        ValueError: the file is damaged, or its sums belong to something else; the message says what differs.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"The sums of the head in {str(path)!r} cannot be read ({error}). Copy the file again, or save the adapter "
+            "anew."
+        ) from error
+    differ = [f"{name} is {_short(found.get(name))}, not {_short(value)}" for name, value in facts.items() if found.get(name) != value]
+    if differ:
+        raise ValueError(
+            f"The sums of the head in {str(path)!r} are not this adapter's: {'; '.join(differ)}. Take the file that was "
+            "saved with the adapter, on the same backbone (loaded in float32 or bfloat16)."
+        )
+    return tensors
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,101 @@
+"""Two heads as one: what the prompted model says, and what the frozen model's features say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .checks import check_number
+from .head import HEADS, Head, Sizes, make_head, register_head
+from .linear import Init
+
+
+@register_head("fusion")
+class FusionHead(Head):
+    """logits = log softmax(prompted(f)) + `weight` x query_head(q),  for the prompted feature f and the frozen one q.
+
+    The frozen feature costs nothing, as prompts are chosen by it; and as it never changes, sums over it stay exact
+    while prompts go on learning. The query's head should give log-likelihoods, as `"lda"` does.
+
+    Args:
+        prompted: name of the head on prompted features.
+        query: name of the head on frozen features, which must be one that observes.
+        weight: of the frozen features' word.
+        prompted_options, query_options: the two heads' own options.
+    """
+
+    title = "fusion"
+    observes = True
+    needs_query = True
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        classes: int,
+        init: Init = "default",
+        *,
+        prompted: str = "linear",
+        query: str = "lda",
+        weight: float = 1.0,
+        prompted_options: Mapping | None = None,
+        query_options: Mapping | None = None,
+    ):
+        super().__init__(sizes, classes)
+        self.weight = check_number("weight", weight, least=0)
+        if query not in HEADS or not HEADS[query].observes or query == "fusion":
+            known = [name for name, head in HEADS.items() if head.observes and name not in ("fusion", "aligned")]
+            raise ValueError(f"query is {query!r}, but must be a head that observes: {', '.join(map(repr, known))}.")
+        if prompted not in HEADS or prompted == "fusion" or HEADS[prompted].observes:
+            known = [name for name, head in HEADS.items() if not head.observes]
+            raise ValueError(f"prompted is {prompted!r}, but must be a trained head: {', '.join(map(repr, known))}.")
+        self.prompted = make_head(prompted, sizes, classes, prompted_options or {}, init)
+        self.query = make_head(query, Sizes(sizes.query, sizes.query), classes, query_options or {})
+        self.title = f"{self.prompted.title} and {self.query.title} of the query"
+
+    def forward(self, features, query=None):
+        logits = self.prompted(features)
+        if self.training:
+            return logits
+        if query is None:
+            raise ValueError("The head 'fusion' needs the frozen model's features beside the prompted ones.")
+        with torch.autocast(features.device.type, enabled=False):
+            return logits.float().log_softmax(-1) + self.weight * self.query(query.to(self.query.dtype))
+
+    def grow(self, classes, *, keep):
+        for head in (self.prompted, self.query):
+            head.grow(classes, keep=keep)
+        self.classes = classes
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        for head in (self.query, self.prompted):
+            head.keep_rows(rows)
+        self.classes = len(rows)
+
+    def check_classes(self, classes):
+        self.query.check_classes(classes)
+
+    def observe(self, features, labels, query=None):
+        self.query.observe(query, labels)
+
+    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.query.merge_counts(total)
+
+    def fit(self):
+        self.query.fit()
+
+    def forget_observed(self):
+        self.query.forget_observed()
+
+    def sums_unknown(self) -> None:
+        self.query.sums_unknown()
+
+    @property
+    def has_sums(self) -> bool:
+        return self.query.has_sums
+
+    def going_on(self):
+        return self.query.going_on()
+
+    def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.query.go_on(state)

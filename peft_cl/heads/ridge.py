@@ -1,0 +1,100 @@
+"""Ridge regression on one-hot targets, of the features themselves or of a random projection."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .checks import check_choice, check_count, check_number
+from .head import Sizes, register_head
+from .solved import SolvedHead, below_the_seen
+from .sums import Sums, solve_positive
+
+
+@register_head("ridge")
+class RidgeHead(SolvedHead):
+    """RanPAC (McDonnell et al., NeurIPS 2023, arXiv 2307.02251) with `projection`, else as LayUP (arXiv 2312.08888)
+    and ACIL (arXiv 2205.14922) have it:
+
+        (1)  h = relu(f W_r),  W_r ~ N(0, 1)^(F x M) drawn once   [without a projection: h = f]
+        (2)  W = (G + lambda I)^-1 Q^T,   lambda = `ridge` tr(G) / M
+        (3)  logit_c = h W_c / sigma^2,   sigma^2 = (N - 2 tr(Q W) + tr(W^T G W)) / (N C).
+
+    RanPAC draws lambda anew for each task; relative to the trace one value holds for all. The division by the variance
+    of the residuals in (3) turns scores, which lie between 0 and 1, into log-likelihoods of an isotropic Gaussian, so
+    that their softmax is of use; it does not change which class is first.
+
+    Args:
+        projection: M; None: no projection. At least as many as there are classes.
+        ridge: lambda in parts of the mean eigenvalue of G. The default was chosen on held back training images.
+        normalize: standardise each feature vector before the projection (layer norm without weights), so that the
+            relu cuts where it matters whatever the backbone's scale. RanPAC does not.
+        seed: of W_r.
+        by_class: as in `SolvedHead`.
+    """
+
+    title = "ridge"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        classes: int,
+        *,
+        projection: int | None = None,
+        ridge: float = 0.1,
+        normalize: bool = False,
+        seed: int = 0,
+        by_class: bool = False,
+    ):
+        self.projection_size = check_count("projection", projection, or_none=True)
+        self.ridge = check_number("ridge", ridge, above=0)
+        self.normalize = check_choice("normalize", normalize, (True, False))
+        self.seed = int(check_number("seed", seed, least=0))
+        super().__init__(sizes, classes, by_class=by_class)
+        self.register_buffer("scale", torch.ones(()))
+        # Drawn again when an adapter is loaded, not saved: it may be as large as the rest of the adapter.
+        self.register_buffer("projection", self._draw(), persistent=False)
+        self.title = "random projection + ridge" if projection else "ridge"
+
+    def _draw(self) -> torch.Tensor | None:
+        """W_r / sqrt(F), (F, M): the division takes back what sums of F numbers gain."""
+        if self.projection_size is None:
+            return None
+        size = self.sizes.features
+        # The one stream that numpy promises never to change (NEP 19): an adapter must read the same in ten years.
+        drawn = np.random.RandomState(self.seed).standard_normal((size, self.projection_size))
+        return torch.from_numpy((drawn / size**0.5).astype(np.float32))
+
+    @property
+    def width(self):
+        return self.projection_size or self.sizes.features
+
+    def map(self, features):
+        if self.normalize:
+            features = F.layer_norm(features, features.shape[-1:])
+        return features if self.projection is None else torch.relu(features @ self.projection)  # eq. 1
+
+    def check_classes(self, classes):
+        if self.projection_size is not None and classes > self.projection_size:
+            raise ValueError(
+                f"projection is {self.projection_size}, but there are {classes} classes, which so few numbers cannot "
+                "tell apart. Set it to some multiple of the number of classes, for instance 2000."
+            )
+
+    def forward(self, features, query=None):
+        return below_the_seen(super().forward(features) * self.scale, self.seen)
+
+    def solve(self, sums: Sums):
+        gram, width = sums.gram, self.width
+        least = torch.finfo(gram.dtype).tiny ** 0.5
+        lambda_ = (self.ridge * gram.diagonal().mean()).clamp_min(least)
+        eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
+        weight = solve_positive(gram + lambda_ * eye, sums.totals.T).T  # eq. 2
+        residuals = sums.images - 2 * (weight * sums.totals).sum() + (weight @ gram * weight).sum()
+        variance = residuals / max(sums.images * int((sums.counts > 0).sum()), 1)  # eq. 3
+        self.scale = (1 / variance.clamp_min(1e-6)).to(self.scale)
+        return weight, torch.zeros_like(sums.counts), None
+
+    def _map_settings(self):
+        return (*super()._map_settings(), self.projection_size, self.normalize, self.seed)

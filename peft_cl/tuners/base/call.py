@@ -1,0 +1,58 @@
+"""What belongs to one call of the classification model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ...heads import Features
+from .prompts import Prompts
+
+
+@dataclass
+class Call:
+    """One call of the classification model: what the user passed beside the images, and what the pool answered.
+
+    `query`, (B, Q), is the user's or the query pass's; None where nothing has a use for one. `features` is what the head
+    sees; None: what the method's paper reads (`PromptPool.head_type`).
+    """
+
+    labels: torch.Tensor | None = None
+    task_ids: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    features: Features | None = None
+    prompts: Prompts = field(default_factory=Prompts)
+
+    def check(self, batch: int, width: int | None = None) -> None:
+        """Refuse `task_ids` and `query` that are not of `batch` images, which would be broadcast in silence, and a
+        `query` of fewer than `width` numbers."""
+        if self.task_ids is not None:
+            self.task_ids = torch.as_tensor(self.task_ids)
+            if self.task_ids.shape != (batch,) or self.task_ids.is_floating_point():
+                raise ValueError(
+                    f"task_ids have shape {tuple(self.task_ids.shape)} and dtype {self.task_ids.dtype}, but must be "
+                    f"the number of a task for each of the {batch} images, ({batch},)."
+                )
+        if self.query is not None and (self.query.ndim != 2 or len(self.query) != batch):
+            raise ValueError(
+                f"query has shape {tuple(self.query.shape)}, but must be a feature for each of the {batch} images, "
+                f"({batch}, D)."
+            )
+        if self.query is not None and width is not None and self.query.shape[1] < width:
+            raise ValueError(
+                f"query has {self.query.shape[1]} numbers an image, but the head reads {width} of the frozen model. Make "
+                "it by model.base_model.query(pixel_values), or leave it out."
+            )
+
+
+@dataclass
+class Trace:
+    """Outputs that HF users may ask for; they contain the prompts."""
+
+    hidden_states: list[torch.Tensor] | None = None
+    attentions: list[torch.Tensor] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.hidden_states is not None or self.attentions is not None

@@ -1,0 +1,135 @@
+"""The part of all configurations that says what the head is, what it sees, and what becomes of prompts under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft import PeftConfig
+
+from ...heads import CLS, HEADS, Features, Sizes, make_head
+
+
+#: Fields that an earlier version would leave out without a word, and what it takes them for.
+SINCE_FORMAT_2 = {
+    "head": "linear",
+    "head_options": {},
+    "head_features": None,
+    "head_layers": 1,
+    "train_prompts": "every_task",
+    "drift_compensation": None,
+}
+
+
+@dataclass
+class HeadConfig(PeftConfig):
+    """Base of `PromptPoolConfig`, which has the facts of the adapter that this reads."""
+
+    head: str = field(
+        default="linear",
+        metadata={
+            "help": "What turns features into logits: linear (the papers), cosine, ncm, lda, ridge, aligned, fusion, or "
+            "a head of your own (register_head)."
+        },
+    )
+    head_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Settings of the head, by the names in its docstring."}
+    )
+    head_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the head sees: 'cls', 'mean' (of the patches) or 'cls+mean', each after the final norm, and "
+            "'+query' for those of the frozen model too. None: what the method's paper reads."
+        },
+    )
+    head_layers: int = field(
+        default=1, metadata={"help": "Of how many of the last layers the head sees these features."}
+    )
+    train_prompts: Literal["every_task", "first_task"] = field(
+        default="every_task",
+        metadata={
+            "help": "Whether prompts are learnt in every task (the papers) or in the first one and are frozen then, so "
+            "that what a head has observed stays exact."
+        },
+    )
+    drift_compensation: Literal["means", "map"] | None = field(
+        default=None,
+        metadata={
+            "help": "How sums of a head follow prompts that go on learning: class means by the drift of nearby images, "
+            "all sums by a linear map, or None."
+        },
+    )
+    head_init: Literal["default", "zeros", "trunc_normal"] = field(
+        default="default",
+        metadata={
+            "help": "Initialisation of a new class's row in the head: PyTorch's default, zeros, or normal (std 0.02)."
+        },
+    )
+
+    method: ClassVar[str] = "prompt pool"
+
+    def _check_head(self) -> None:
+        if not isinstance(self.head_options, dict):
+            raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
+        kind = make_head(self.head, Sizes(2, 2), 0, self.head_options)
+        features = self.features
+        if self.head_features is None and self.head_layers != 1:
+            raise ValueError(
+                f"head_layers is {self.head_layers}, but head_features is None, which is what the paper reads of the "
+                "last layer. Set head_features, for instance to 'cls+mean'."
+            )
+        for name, wanted in (("head", kind.needs_query), ("head_features", features is not None and features.query)):
+            if wanted and not self.has_query:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which reads the frozen model's features beside the prompted "
+                    f"ones, but here there is no pass of the frozen model besides. Set {name} to another."
+                )
+        if self.task_evidence and kind.observes:
+            raise ValueError(
+                f"task_evidence is {self.task_evidence}, but head={self.head!r} compares classes of different tasks by "
+                "itself. Set task_evidence to 0."
+            )
+        if self.drift_compensation and (not kind.observes or self.train_prompts == "first_task"):
+            raise ValueError(
+                f"drift_compensation is {self.drift_compensation!r}, but head={self.head!r} with train_prompts="
+                f"{self.train_prompts!r} has no sums that prompts could move. Leave it at None."
+            )
+        if any(getattr(self, name) != value for name, value in SINCE_FORMAT_2.items()):
+            self.format_version = max(self.format_version, 2)
+
+    @property
+    def has_query(self) -> bool:
+        """Whether there is a pass of the frozen model beside the prompted one."""
+        return True
+
+    @property
+    def features(self) -> Features | None:
+        """What the head sees; None: what the method's paper reads."""
+        return None if self.head_features is None else Features.parse(self.head_features, self.head_layers)
+
+    @property
+    def query_features(self) -> Features:
+        """What the frozen model's features of an image are made of, from the first task on."""
+        features = self.features if self.tasks else None
+        if features is None:
+            return CLS
+        if not self.has_query:
+            return features
+        return features.of_query if features.query or HEADS[self.head].needs_query else CLS
+
+    @property
+    def prompts_frozen(self) -> bool:
+        """Whether the prompts have learnt all that they will."""
+        return self.train_prompts == "first_task" and self.num_tasks > 1
+
+    @property
+    def title(self) -> str:
+        """The method's name in tables and cards."""
+        kind = make_head(self.head, Sizes(2, 2), 0, self.head_options)
+        title = self.method if self.head == "linear" else f"{self._features_title} + {kind.title}"
+        return f"{title} with task evidence" if self.task_evidence else title
+
+    @property
+    def _features_title(self) -> str:
+        """What the features of a head are called in tables."""
+        return self.method
