@@ -23,7 +23,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 @register_head("aligned")
 class AlignedHead(Head):
-    """SLCA's classifier alignment (Zhang et al., ICCV 2023, arXiv 2303.05118; HiDe-Prompt, arXiv 2310.07234, does alike).
+    """SLCA's classifier alignment (Zhang et al., ICCV 2023, arXiv 2303.05118; likewise HiDe-Prompt, arXiv 2310.07234).
 
     The linear head is trained on each task as published, under the mask. After the task all its rows are trained on
 

@@ -15,9 +15,9 @@ def check_number(
         (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
     )
     if not inside:
-        rules = [f"at least {least:g}"] * (least is not None) + [f"above {above:g}"] * (above is not None)
-        rules += [f"at most {most:g}"] * (most is not None)
-        raise ValueError(f"{name} is {value!r}, but must be a number{' of ' if rules else ''}{' and '.join(rules)}.")
+        bounds = {"at least": least, "above": above, "at most": most}
+        rules = [f"{rule} {bound:g}" for rule, bound in bounds.items() if bound is not None]
+        raise ValueError(f"{name} is {value!r}, but must be a number{' ' if rules else ''}{' and '.join(rules)}.")
     return value
 
 

@@ -16,8 +16,9 @@ from .solved import SolvedHead
 class ClassMeansHead(SolvedHead):
     """The nearest mean of the training features of each class (Janson et al. 2022, arXiv 2210.04428).
 
-    In Euclidean distance this is a linear head: -|f - mu_c|^2 / 2 = f mu_c - |mu_c|^2 / 2 - |f|^2 / 2, whose last term
-    is the same for all classes. In cosine it is `scale` cos(f, mu_c).
+    In Euclidean distance this is a linear head: with features and means taken from the mean m of all images,
+    -|f - mu_c|^2 / 2 = f mu_c - |mu_c|^2 / 2 - |f|^2 / 2, whose last term is the same for all classes. In cosine it is
+    `scale` cos(f, mu_c).
 
     Args:
         metric: `"euclidean"` or `"cosine"`.
@@ -46,4 +47,5 @@ class ClassMeansHead(SolvedHead):
         means = sums.means
         if self.metric == "cosine":
             return self.scale * F.normalize(means, dim=-1), torch.zeros_like(means[:, 0]), None
-        return means, -means.square().sum(-1) / 2, None
+        offsets = means - sums.mean
+        return offsets, -offsets.square().sum(-1) / 2, sums.mean

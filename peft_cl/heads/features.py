@@ -36,9 +36,9 @@ class Features:
         own = tuple(part for part in PARTS if part in names)
         if not own or len(set(names)) < len(names) or set(names) - {*PARTS, QUERY}:
             raise ValueError(
-                f"head_features is {text!r}, but must name parts joined by '+': 'cls' (the CLS token), 'mean' (the mean "
-                f"of the patches), and with one of them {QUERY!r} (the frozen model's features too); for instance "
-                "'cls+mean'."
+                f"head_features is {text!r}, but must name parts joined by '+': 'cls' (the CLS token), 'mean' (the "
+                f"mean of the patches), and with one of them {QUERY!r} (the frozen model's features too); for "
+                "instance 'cls+mean'."
             )
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise ValueError(f"head_layers is {layers!r}, but must be a whole number of at least 1.")

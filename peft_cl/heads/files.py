@@ -50,14 +50,18 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
-            f"The sums of the head in {str(path)!r} cannot be read ({error}). Copy the file again, or save the adapter "
-            "anew."
+            f"The sums of the head in {str(path)!r} cannot be read ({error}). Copy the file again, or save the "
+            "adapter anew."
         ) from error
-    differ = [f"{name} is {_short(found.get(name))}, not {_short(value)}" for name, value in facts.items() if found.get(name) != value]
+    differ = [
+        f"{name} is {_short(found.get(name))}, not {_short(value)}"
+        for name, value in facts.items()
+        if found.get(name) != value
+    ]
     if differ:
         raise ValueError(
-            f"The sums of the head in {str(path)!r} are not this adapter's: {'; '.join(differ)}. Take the file that was "
-            "saved with the adapter, on the same backbone (loaded in float32 or bfloat16)."
+            f"The sums of the head in {str(path)!r} are not this adapter's: {'; '.join(differ)}. Take the file that "
+            "was saved with the adapter, on the same backbone (loaded in float32 or bfloat16)."
         )
     return tensors
 

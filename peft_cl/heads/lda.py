@@ -67,7 +67,7 @@ def shrunk_covariance(sums: Sums, shrinkage: float) -> torch.Tensor:
     images, eye = max(sums.images, 1.0), torch.eye(len(sums.mean), dtype=torch.float64, device=sums.counts.device)
     covariance = sums.within() / images  # eq. 1
     variance = covariance.diagonal().mean()
-    around_mean = sums.gram.diagonal().mean() / images - sums.mean.square().mean()
+    around_mean = sums.moment.diagonal().mean() / images - sums.mean.square().mean()
     least = (LEAST_VARIANCE * around_mean).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
     if variance <= least:  # as good as one image in each class: nothing is known of how they spread
         return around_mean.clamp_min(least) * eye

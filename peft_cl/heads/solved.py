@@ -19,8 +19,8 @@ class SolvedHead(Head):
     """logits = `weight` (h - `center`) + `bias`, for the mapped feature h = `map(f)` in R^M.
 
     A subclass defines `solve`, and `map` and `width` (M) if features do not enter as they are. Predicting needs the
-    buffers alone: `weight` (C, M), `bias` (C,), `center` (M,) and `seen` (C,), which classes it has images of. The sums
-    are not among them: they are needed to learn on, to join and to forget, and are kept beside the adapter
+    buffers alone: `weight` (C, M), `bias` (C,), `center` (M,) and `seen` (C,), which classes it has images of. The
+    sums are not among them: they are needed to learn on, to join and to forget, and are kept beside the adapter
     (`files.py`). A class without images gets a logit below all others.
 
     Args:
@@ -135,7 +135,7 @@ class SolvedHead(Head):
 
     def empty_sums(self) -> Sums:
         """Sums of no images."""
-        return Sums(self.classes, self.width, self.keeps_gram, self.by_class and self.keeps_gram)
+        return Sums(self.classes, self.width, self.keeps_gram, self.keeps_gram and self.by_class)
 
     # ----------------------------------------------------------------------------------------------- going on
 
@@ -174,11 +174,12 @@ class SolvedHead(Head):
         return sums
 
     def add(self, other: Head, rows: Sequence[int]) -> None:
-        same = type(other) is type(self) and other.width == self.width and self._map_settings() == other._map_settings()
-        if not same:
+        is_alike = type(other) is type(self) and other.width == self.width
+        if not is_alike or self._map_settings() != other._map_settings():
             raise ValueError(
-                f"A {self.title} head of width {self.width} cannot take in the sums of a {other.title} head with other "
-                "settings. Join adapters whose configurations have the same head, head_options and head_features."
+                f"A {self.title} head of width {self.width} cannot take in the sums of a {other.title} head with "
+                "other settings. Join adapters whose configurations have the same head, head_options and "
+                "head_features."
             )
         if self.sums is None or other.sums is None:
             raise ValueError(

@@ -21,13 +21,14 @@ class Sums:
         classes: C.
         width: M.
         gram: keep G, (M, M).
-        by_class: keep the part G_c of each class, (C, M, M): it makes classes forgettable, at C times the bytes.
+        by_class: keep the part G_c of each class in its place, (C, M, M): it makes classes forgettable, at C times the
+            bytes.
     """
 
     def __init__(self, classes: int, width: int, gram: bool = True, by_class: bool = False):
         self.counts = torch.zeros(classes, dtype=torch.float64)
         self.totals = torch.zeros(classes, width, dtype=torch.float64)
-        self.gram = torch.zeros(width, width, dtype=torch.float64) if gram else None
+        self.gram = torch.zeros(width, width, dtype=torch.float64) if gram and not by_class else None
         self.grams = torch.zeros(classes, width, width, dtype=torch.float64) if by_class else None
 
     @property
@@ -54,9 +55,14 @@ class Sums:
         """The mean of all images, (M,)."""
         return self.totals.sum(0) / self.counts.sum().clamp_min(1)
 
+    @property
+    def moment(self) -> torch.Tensor:
+        """G, (M, M)."""
+        return self.gram if self.grams is None else self.grams.sum(0)
+
     def within(self) -> torch.Tensor:
         """The scatter of images around their classes' means, G - sum_c n_c mu_c mu_c^T, (M, M)."""
-        return self.gram - self.totals.T @ self.means
+        return self.moment - self.totals.T @ self.means
 
     def within_class(self, row: int) -> torch.Tensor:
         """The scatter of the images of one class around their mean, (M, M)."""
@@ -108,17 +114,13 @@ class Sums:
             ValueError: G was kept, but not by class, so that no class's part of it is known.
         """
         if self.gram is not None:
-            if self.grams is None:
-                raise ValueError(
-                    "Sums were not kept class by class, so no class can be taken out of them. Set "
-                    'head_options={"by_class": True} before the first task (it takes C times the bytes), or learn '
-                    "the other classes anew."
-                )
-            # From the parts that stay, not by a difference: no rounding of the forgotten ones is left.
-            self.gram = self.grams[list(rows)].sum(0)
+            raise ValueError(
+                "Sums were not kept class by class, so no class can be taken out of them. Set "
+                'head_options={"by_class": True} before the first task (it takes C times the bytes), or learn the '
+                "other classes anew."
+            )
         for name, value in self.tensors.items():
-            if name != "gram":
-                setattr(self, name, value[list(rows)].clone())
+            setattr(self, name, value[list(rows)].clone())
 
     def to(self, device: torch.device | str) -> None:
         for name, value in self.tensors.items():
@@ -179,7 +181,7 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     """The lower Cholesky factor of a symmetric positive semi-definite matrix, with as much jitter as it takes."""
-    scale = matrix.diagonal().abs().mean().clamp_min(torch.finfo(matrix.dtype).tiny**0.5)
+    scale = matrix.diagonal().abs().mean().clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     jitter = 0.0
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 
 from ..heads import ClassMeansHead, LinearHead, Sizes
@@ -69,7 +70,10 @@ class NearestClassMean(Strategy):
         # Classes of a run before this one keep their rows.
         own = torch.tensor([name in trainer.scenario.classes for name in tuner.head.config.classes])
         own = own.to(head.weight.device)
-        head.weight[own], head.bias[own] = means.weight[own], means.bias[own]
+        rows = means.sums.means
+        rows = (F.normalize(rows, dim=-1) if self.cosine else rows).to(head.weight)
+        head.weight[own] = rows[own]
+        head.bias[own] = 0.0 if self.cosine else -rows[own].square().sum(-1) / 2
         head.bias[own & ~means.seen] = UNSEEN
 
     def _means_for(self, head: LinearHead) -> ClassMeansHead:

@@ -63,6 +63,7 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
                     "False, or make the batch smaller."
                 )
     config = model.peft_config[model.active_adapter]
+    model.base_model.head.active.check_classes(len({*(config.classes if config.tasks else ()), *scenario.classes}))
     check_scenario(config, args, scenario, strategy, finished_tasks)
     check_parts(args.learning_rates or {}, model)
     check_ahead(config, args, scenario)

@@ -83,7 +83,7 @@ class ObservingTrainer(TaskTrainer):
         return torch.cat(found)
 
     def _kept_features(self, task: Task) -> torch.Tensor | None:
-        """What the head reads of the task's training images, if that is the frozen model's features, which are kept."""
+        """What the head reads of the task's training images, if it is the frozen model's features, which are kept."""
         if not self.args.cache_queries or not self.tuner.pool.query_is_feature:
             return None
         return self.queries.queries([task], "train", self.tuner, self.plain_batches)

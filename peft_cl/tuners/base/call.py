@@ -14,8 +14,8 @@ from .prompts import Prompts
 class Call:
     """One call of the classification model: what the user passed beside the images, and what the pool answered.
 
-    `query`, (B, Q), is the user's or the query pass's; None where nothing has a use for one. `features` is what the head
-    sees; None: what the method's paper reads (`PromptPool.head_type`).
+    `query`, (B, Q), is the user's or the query pass's; None where nothing has a use for one. `features` is what the
+    head sees; None: what the method's paper reads (`PromptPool.head_type`).
     """
 
     labels: torch.Tensor | None = None
@@ -41,8 +41,8 @@ class Call:
             )
         if self.query is not None and width is not None and self.query.shape[1] < width:
             raise ValueError(
-                f"query has {self.query.shape[1]} numbers an image, but the head reads {width} of the frozen model. Make "
-                "it by model.base_model.query(pixel_values), or leave it out."
+                f"query has {self.query.shape[1]} numbers an image, but the head reads {width} of the frozen model. "
+                "Make it by model.base_model.query(pixel_values), or leave it out."
             )
 
 

@@ -72,9 +72,7 @@ class PromptPoolConfig(HeadConfig):
     stream: bool = field(
         default=False, metadata={"help": "Whether it is learnt from a stream without task boundaries (written)."}
     )
-    format_version: int = field(
-        default=1, metadata={"help": "Version of the adapter's file format (written)."}
-    )
+    format_version: int = field(default=1, metadata={"help": "Version of the adapter's file format (written)."})
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

@@ -169,8 +169,8 @@ class PromptedEncoder(AdapterLayer):
             pixel_values: (B, channels, height, width).
 
         Returns:
-            (B, D): the CLS token after the final norm, in the encoder's dtype; (B, Q), with the CLS token first, if the
-            head of the active adapter reads more of the frozen model (`query_features`).
+            (B, D): the CLS token after the final norm, in the encoder's dtype; (B, Q), with the CLS token first, if
+            the head of the active adapter reads more of the frozen model (`query_features`).
         """
         with self.lock.held():
             return self._query(pixel_values, interpolate_pos_encoding, 0)[0]

@@ -28,8 +28,8 @@ class HeadConfig(PeftConfig):
     head: str = field(
         default="linear",
         metadata={
-            "help": "What turns features into logits: linear (the papers), cosine, ncm, lda, ridge, aligned, fusion, or "
-            "a head of your own (register_head)."
+            "help": "What turns features into logits: linear (the papers), cosine, ncm, lda, ridge, aligned, fusion, "
+            "or a head of your own (register_head)."
         },
     )
     head_options: dict[str, Any] = field(
@@ -48,15 +48,15 @@ class HeadConfig(PeftConfig):
     train_prompts: Literal["every_task", "first_task"] = field(
         default="every_task",
         metadata={
-            "help": "Whether prompts are learnt in every task (the papers) or in the first one and are frozen then, so "
-            "that what a head has observed stays exact."
+            "help": "Whether prompts are learnt in every task (the papers) or in the first one and are frozen then, "
+            "so that what a head has observed stays exact."
         },
     )
     drift_compensation: Literal["means", "map"] | None = field(
         default=None,
         metadata={
-            "help": "How sums of a head follow prompts that go on learning: class means by the drift of nearby images, "
-            "all sums by a linear map, or None."
+            "help": "How sums of a head follow prompts that go on learning: class means by the drift of nearby "
+            "images, all sums by a linear map, or None."
         },
     )
     head_init: Literal["default", "zeros", "trunc_normal"] = field(
@@ -86,8 +86,8 @@ class HeadConfig(PeftConfig):
                 )
         if self.task_evidence and kind.observes:
             raise ValueError(
-                f"task_evidence is {self.task_evidence}, but head={self.head!r} compares classes of different tasks by "
-                "itself. Set task_evidence to 0."
+                f"task_evidence is {self.task_evidence}, but head={self.head!r} compares classes of different tasks "
+                "by itself. Set task_evidence to 0."
             )
         if self.drift_compensation and (not kind.observes or self.train_prompts == "first_task"):
             raise ValueError(

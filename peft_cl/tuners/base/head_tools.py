@@ -36,9 +36,7 @@ class HeadTools:
             self.model(pixel_values=pixel_values, query=query)
         return captured[0], captured[1]
 
-    def observe(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None = None
-    ) -> None:
+    def observe(self, pixel_values: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None = None) -> None:
         """Show training images of the current task to a head that observes, each once; then call `fit_head`.
 
         Args:
@@ -106,10 +104,10 @@ class HeadTools:
         if folder is None:
             where = f" beside it in {config.source[0]!r}" if config.source else ""
             raise ValueError(
-                f"The head {config.head!r} of this adapter is computed from sums over all training images, and to learn "
-                f"on it needs them, but there is no {SUMS_FILE}{where}. Copy that file there from where the adapter was "
-                "trained (the trainer writes it; with a loop of your own, model.save_sums(folder)), or call "
-                "model.load_sums(folder)."
+                f"The head {config.head!r} of this adapter is computed from sums over all training images, and to "
+                f"learn on it needs them, but there is no {SUMS_FILE}{where}. Copy that file there from where the "
+                "adapter was trained (the trainer writes it; with a loop of your own, model.save_sums(folder)), or "
+                "call model.load_sums(folder)."
             )
         self.load_sums(folder)
 
@@ -204,8 +202,8 @@ class HeadTools:
         other, theirs = self.peft_config[adapter_name], self.head.entries[adapter_name]
         if _state(self.encoder.entries[adapter]) != _state(self.encoder.entries[adapter_name]):
             raise ValueError(
-                f"{adapter!r} and {adapter_name!r} have different prompts, so their heads see different features. Join "
-                "adapters without prompts, or with the same ones."
+                f"{adapter!r} and {adapter_name!r} have different prompts, so their heads see different features. "
+                "Join adapters without prompts, or with the same ones."
             )
         self.need_sums()
         self.set_adapter(adapter_name)

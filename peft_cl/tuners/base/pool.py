@@ -55,8 +55,8 @@ class PromptPool(nn.Module):
 
     @property
     def task(self) -> int:
-        """The current task t, from 0. Before the first `begin_task` the pool is in its task 0; a pool that learns in the
-        first task alone stays in it."""
+        """The current task t, from 0. Before the first `begin_task` the pool is in its task 0; a pool that learns in
+        the first task alone stays in it."""
         return 0 if self.config.train_prompts == "first_task" else max(self.config.num_tasks - 1, 0)
 
     @property
