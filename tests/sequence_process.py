@@ -2,7 +2,8 @@
 
 METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
 (queries in files), `+stopping` (early, with checkpoints), `+best` (checkpoint at the end), `+uneven` (tasks that
-batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+er`, `+ewc`, `+finetuning`.
+batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+er`, `+ewc`, `+finetuning`; a head: `+lda`,
+`+ridge`, `+aligned`, `+fusion` (with `+first`: prompts are learnt in the first task, with `+drift`: sums follow them).
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -43,6 +44,16 @@ CONFIGS = {
     ),
     "coda": lambda **more: CodaPromptConfig(components_per_task=2, prompt_length=4, layers=[0, 1], **more),
     "probe": lambda **more: LinearProbeConfig(**more),
+}
+HEADS = {
+    "lda": {"head": "lda", "head_features": "cls+mean", "head_layers": 2, "head_options": {"shrinkage": 0.1}},
+    "ridge": {"head": "ridge", "head_options": {"projection": 40}},
+    "aligned": {"head": "aligned", "head_options": {"samples": 16}},
+    "fusion": {
+        "head": "fusion",
+        "head_features": "cls+mean+query",
+        "head_options": {"query_options": {"shrinkage": 0.1}},
+    },
 }
 STRATEGIES = {"er": lambda: ExperienceReplay(8), "ewc": lambda: EWC(10.0, 8), "finetuning": FineTuning}
 #: Kinds of the moments so far.
@@ -101,6 +112,15 @@ def trainer_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def head_settings(options: list[str]) -> dict:
+    settings = {name: value for option in options for name, value in HEADS.get(option, {}).items()}
+    if "first" in options:
+        settings["train_prompts"] = "first_task"
+    if "drift" in options:
+        settings["drift_compensation"] = "map"
+    return settings
+
+
 def main(folder: str, method: str, kill: str, resume: str) -> None:
     global kill_at
     kill_at = int(kill)
@@ -111,7 +131,8 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     strategies = [STRATEGIES[option]() for option in options if option in STRATEGIES]
     stream = "stream" in options
     augmented = "augmented" in options or not os.environ.get("PLAIN")
-    settings = {"task_evidence": 2.0} if name == "l2p" and not strategies else {}
+    settings = head_settings(options)
+    settings |= {"task_evidence": 2.0} if name == "l2p" and not strategies and not settings else {}
     if strategies or "unmasked" in options:
         settings["train_mask"] = False
     if "checkpoints" in options:

@@ -68,12 +68,17 @@ KILLS = [
     ("dualprompt+stream", "between tasks"),
     ("probe+finetuning+ewc+checkpoints", "evaluation"),
     ("l2p+er", "in a step"),
+    ("probe+lda", "fsync"),
+    ("coda+lda+drift+checkpoints", "in a step"),
+    ("l2p+aligned+checkpoints", "evaluation"),
+    ("dualprompt+fusion+stream", "between tasks"),
+    ("coda+ridge+first+checkpoints", "before a step"),
 ]
 
 
 def test_a_run_is_killed_at_each_kind_of_moment(whole):
     _, moments = whole("coda+checkpoints")
-    assert set(moments) == {kind for _, kind in KILLS}
+    assert set(moments) == {kind for _, kind in KILLS}  # heads that observe have no moments of their own
     assert moments.count("between tasks") == 2 and moments.count("in a step") == moments.count("before a step") > 6
     # What is written within a task lies between its steps.
     steps = [place for place, kind in enumerate(moments) if kind == "in a step"]

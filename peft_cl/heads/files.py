@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 
 SUMS_FILE = "head_sums.safetensors"
+#: In the file's metadata: what the sums belong to.
+FACTS = "facts"
 
 
 def save_sums(folder: str | Path, state: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Path:
@@ -28,7 +30,8 @@ def save_sums(folder: str | Path, state: Mapping[str, torch.Tensor], facts: Mapp
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         tensors = {name: value.contiguous() for name, value in state.items()}
-        save_file(tensors, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
+        # Under one name: the library writes several in an order that changes, and equal sums shall be equal files.
+        save_file(tensors, aside, metadata={FACTS: json.dumps(facts)})
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -46,7 +49,7 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(

@@ -1,0 +1,483 @@
+"""Heads that observe, under the trainer: every scenario, later tasks, saving, and what they cost."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from trainer_cases import images
+
+from peft_cl import (
+    CodaPromptConfig,
+    DualPromptConfig,
+    L2PConfig,
+    LinearProbeConfig,
+    RandomResizedCropFlip,
+    RunResults,
+    class_incremental,
+    dataset_sequence,
+    domain_incremental,
+    results_table,
+    task_free,
+    task_incremental,
+)
+from peft_cl.heads import LDAHead, Sizes
+from peft_cl.heads.files import SUMS_FILE
+from peft_cl.strategies import ExperienceReplay, FineTuning, JointTraining, NearestClassMean
+
+
+WIDE = {"head_features": "cls+mean", "head_layers": 3}
+LDA = {"head": "lda", "head_options": {"shrinkage": 0.1}}
+PROMPTS = {
+    "l2p": lambda **more: L2PConfig(pool_size=6, prompt_length=2, top_k=2, **more),
+    "dualprompt": lambda **more: DualPromptConfig(prompt_length=2, g_prompt_length=2, **more),
+    "coda": lambda **more: CodaPromptConfig(components_per_task=2, prompt_length=4, **more),
+}
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-4 of the largest: passes in batches of other sizes round in other ways."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def adapter_logits(trainer, data: Dataset) -> torch.Tensor:
+    batch = trainer._collators[False](list(data))
+    with torch.no_grad():
+        return trainer.model.eval()(pixel_values=batch["pixel_values"]).logits
+
+
+def batch_of(trainer, data: Dataset) -> dict[str, torch.Tensor]:
+    return trainer._collators[False](list(data))
+
+
+def all_at_once(trainer, data) -> torch.Tensor:
+    """Logits for the test images of an LDA on the frozen features of all training images, computed here."""
+    train, test = (batch_of(trainer, data[split]) for split in ("train", "test"))
+    tuner = trainer.tuner
+    features = tuner.query(train["pixel_values"])
+    order = [trainer.scenario.classes.index(name) for name in tuner.head.config.classes]
+    head = LDAHead(Sizes(features.shape[1], 0), len(order), shrinkage=0.1)
+    head.observe(features, train["labels"])
+    head.fit()
+    return head(tuner.query(test["pixel_values"]))
+
+
+# ------------------------------------------------------------------------------------------------ scenarios
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("num_tasks", [1, 3, 6])
+def test_any_number_of_tasks_equals_all_data_at_once(num_tasks, cached, make_trainer, data):
+    trainer = make_trainer(LinearProbeConfig(**LDA, **WIDE), num_tasks=num_tasks, cache_queries=cached)
+    trainer.train()
+    found = adapter_logits(trainer, data["test"])
+    torch.testing.assert_close(found, all_at_once(trainer, data))
+    assert trainer.metrics["average_accuracy"] == 1.0
+    assert trainer.state.global_step == 0 and trainer.results.trainable_parameters == 0  # nothing was trained
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_order_of_tasks_gives_the_same_head(seed, make_trainer, data):
+    found = {}
+    for order in (None, seed):
+        scenario = class_incremental(data, 3, seed=order)
+        trainer = make_trainer(LinearProbeConfig(**LDA), scenario=scenario, folder=f"order-{order}")
+        trainer.train()
+        columns = [trainer.tuner.head.config.classes.index(name) for name in data["train"].features["label"].names]
+        found[order] = adapter_logits(trainer, data["test"])[:, columns]
+    check_close(found[seed], found[None])
+
+
+def test_domains_add_up(make_trainer, data):
+    halves = Features({**data["train"].features, "domain": ClassLabel(names=["odd", "even"])})
+    split = {
+        name: Dataset.from_list([{**row, "domain": place % 2} for place, row in enumerate(part)], features=halves)
+        for name, part in data.items()
+    }
+    trainer = make_trainer(LinearProbeConfig(**LDA), scenario=domain_incremental(split))
+    trainer.train()
+    check_close(adapter_logits(trainer, data["test"]), all_at_once(trainer, data))
+
+
+def test_a_stream_is_observed_as_it_comes(make_trainer, data):
+    """On frozen features; each image once for each pass of the stream."""
+    trainer = make_trainer(
+        LinearProbeConfig(**LDA), scenario=task_free(data, 3), num_train_epochs=1, lr_scheduler_type="constant"
+    )
+    trainer.train()
+    head = trainer.tuner.head.active
+    assert head.sums.images == len(data["train"])
+    check_close(adapter_logits(trainer, data["test"]), all_at_once(trainer, data))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("head", ["lda", "aligned", "fusion"])
+def test_a_stream_under_prompts_is_observed_in_its_steps(name, head, make_trainer, data):
+    config = PROMPTS[name](head=head, **({"pool_size": 6} if name == "dualprompt" else {}))
+    trainer = make_trainer(
+        config, scenario=task_free(data, 3), num_train_epochs=1, lr_scheduler_type="constant", learning_rate=1e-2
+    )
+    trainer.train()
+    head = trainer.tuner.head.active
+    sums = {"aligned": "gaussians", "fusion": "query"}
+    assert getattr(head, sums.get(config.head, ""), head).sums.images == len(data["train"])
+    assert trainer.metrics["average_accuracy"] > 0.5
+
+
+def test_a_known_task_is_masked(make_trainer, data):
+    scenario = task_incremental(data, 3)
+    trainer = make_trainer(LinearProbeConfig(**LDA), scenario=scenario)
+    trainer.train()
+    batch = batch_of(trainer, data["test"])
+    with torch.no_grad():
+        logits = trainer.model.eval()(batch["pixel_values"], task_ids=torch.full((len(batch["labels"]),), 1)).logits
+    assert logits[:, 2:4].isfinite().all() and torch.isneginf(logits[:, [0, 1, 4, 5]]).all()
+
+
+def test_data_sets_one_after_the_other(make_trainer, data):
+    pairs = {"first": (data["train"], data["test"]), "second": (images(10, 5), images(4, 6))}
+    for shared, classes in ((True, 6), (False, 12)):
+        trainer = make_trainer(
+            LinearProbeConfig(**LDA), scenario=dataset_sequence(pairs, shared_classes=shared), folder=str(shared)
+        )
+        trainer.train()
+        head = trainer.tuner.head.active
+        assert head.classes == classes and head.sums.images == len(data["train"]) + 60
+        assert trainer.metrics["average_accuracy"] > (0.9 if shared else 0.3)  # the same colours under two names
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_the_first_task_stay_and_sums_stay_exact(name, dtype, augmented, make_trainer, data, tiny_vit):
+    """What a head knows of the first task's images after the last task is what it would know now."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_vit().to(getattr(torch, dtype)), PROMPTS[name](**LDA, **WIDE, train_prompts="first_task")
+    )
+    augmentation = RandomResizedCropFlip(size=32) if augmented else None
+    trainer = make_trainer(None, model=model, augmentation=augmentation)
+    pool = trainer.tuner.pool
+    trainer.train_task(trainer.scenario[0])
+    first = {key: value.clone() for key, value in pool.state_dict().items()}
+    trainer.train()
+    assert pool.state_dict().keys() == first.keys()
+    assert all(torch.equal(value, first[key]) for key, value in pool.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+    head = trainer.tuner.head.active
+    assert head.training_head is None
+    sums = head.sums.clone()
+    trainer.tuner.fit_head()  # adds nothing
+    again = LDAHead(head.sizes, 6, shrinkage=0.1)
+    for task in trainer.scenario:
+        for batch in trainer.plain_batches(task):
+            again.observe(trainer.tuner.features(batch["pixel_values"])[0], batch["labels"])
+    again.fit()
+    assert sums.images == again.sums.images
+    check_close(again.sums.means, sums.means, rtol=1e-5, atol=1e-5)
+    assert trainer.metrics["average_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_sums_follow_prompts_that_go_on(name, make_trainer):
+    """The second task's training moves the features of the first one's images, of which sums know where they were."""
+    errors = {}
+    for drift in (None, "means", "map"):
+        config = PROMPTS[name](**LDA, drift_compensation=drift)
+        trainer = make_trainer(config, folder=str(drift), num_train_epochs=4, learning_rate=5e-2, num_tasks=2)
+        trainer.train()
+        head, first = trainer.tuner.head.active, trainer.scenario[0]
+        now = LDAHead(head.sizes, 6)
+        for batch in trainer.plain_batches(first):
+            now.observe(trainer.tuner.features(batch["pixel_values"])[0], batch["labels"])
+        now.fit()
+        errors[drift] = (head.sums.means - now.sums.means)[:3].norm().item()
+    assert errors["map"] < 0.9 * errors[None] and errors["means"] < errors[None], errors
+
+
+def test_mid_task_measurements_are_of_the_head_as_it_would_be(make_trainer):
+    """They see a head for the task's classes, and leave no trace: prompts learn as under the linear head."""
+    seen, pools = [], []
+    for head in ({"head": "linear"}, LDA):
+        trainer = make_trainer(PROMPTS["coda"](**head), folder=head["head"], eval_strategy="epoch")
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda evaluate=evaluate, **words: seen.append(evaluate(**words)) or seen[-1]
+        trainer.train()
+        pools.append(trainer.tuner.pool.state_dict())
+    assert all(torch.equal(value, pools[1][name]) for name, value in pools[0].items())
+    assert len(seen) == 2 * 3 * (2 + 1)
+    assert all(metrics["eval_average_accuracy"] > 0.9 for metrics in seen[9:])
+    assert trainer.tuner.head.active.sums.images == 96
+
+
+# ------------------------------------------------------------------------------------------------ strategies
+
+
+def test_joint_training_observes_all_data_anew(make_trainer, data):
+    config = PROMPTS["l2p"](**LDA, train_mask=False)
+    trainer = make_trainer(config, strategy=JointTraining())
+    trainer.train()
+    assert trainer.tuner.head.active.sums.images == len(data["train"])
+
+
+def test_replay_observes_each_image_once(make_trainer, data):
+    trainer = make_trainer(PROMPTS["l2p"](**LDA, train_mask=False), strategy=ExperienceReplay(8))
+    trainer.train()
+    assert trainer.tuner.head.active.sums.images == len(data["train"])
+
+
+def test_the_strategy_and_the_head_of_class_means_agree(make_trainer, data):
+    strategy = make_trainer(LinearProbeConfig(), strategy=NearestClassMean(), folder="strategy")
+    head = make_trainer(LinearProbeConfig(head="ncm"), folder="head")
+    for trainer in (strategy, head):
+        trainer.train()
+    assert (strategy.accuracy_matrix == head.accuracy_matrix).sum() == 6
+    first, second = (adapter_logits(each, data["test"]).log_softmax(-1) for each in (strategy, head))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy", "message"),
+    [
+        (lambda: LinearProbeConfig(**LDA, train_mask=False), FineTuning(), "head is 'lda'.*Fine-tuning changes all"),
+        (lambda: LinearProbeConfig(**LDA), NearestClassMean(), "fills a linear head.*head='lda'"),
+        (lambda: LinearProbeConfig(head="ridge", head_options={"projection": 5}), None, "projection is 5.*6 classes"),
+    ],
+)
+def test_what_cannot_work_is_told_before_training(config, strategy, message, make_trainer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(config(), strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_prompts": "first_task"}, "train_prompts is 'first_task', but a stream has no tasks"),
+        ({"drift_compensation": "map", **LDA}, "drift_compensation is 'map', but a stream has no tasks"),
+    ],
+)
+def test_a_stream_has_no_tasks_to_learn_prompts_in(fields, message, make_trainer, data):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(
+            PROMPTS["l2p"](**fields), scenario=task_free(data, 3), num_train_epochs=1, lr_scheduler_type="constant"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def test_sums_lie_beside_the_adapter_and_are_counted(make_trainer, tiny_vit, data):
+    trainer = make_trainer(LinearProbeConfig(**LDA))
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    record = RunResults.load(folder)
+    assert record.sums_bytes == (folder / SUMS_FILE).stat().st_size > record.adapter_bytes
+    assert f"+ {record.sums_bytes / 1e3:.1f} kB of sums" in results_table([record])
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "sums" in name or "training" in name]  # noqa: SIM118
+    expected = adapter_logits(trainer, data["test"])
+    (folder / SUMS_FILE).unlink()
+    loaded = PeftModel.from_pretrained(tiny_vit(), folder)
+    with torch.no_grad():
+        found = loaded(batch_of(trainer, data["test"])["pixel_values"]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [lambda: LinearProbeConfig(**LDA, **WIDE), lambda: PROMPTS["coda"](head="fusion")])
+def test_an_adapter_learns_on_weeks_later(config, make_trainer, tiny_vit, data):
+    whole = make_trainer(config(), scenario=class_incremental(data, classes_per_task=[2, 2, 2]), folder="whole")
+    whole.train()
+    short = {split: part.filter(lambda label: label < 4, input_columns="label") for split, part in data.items()}
+    first = make_trainer(config(), scenario=class_incremental(short, classes_per_task=[2, 2]), folder="first")
+    first.train()
+    model = PeftModel.from_pretrained(tiny_vit(), first.args.output_dir, is_trainable=True)
+    rest = {split: part.filter(lambda label: label >= 4, input_columns="label") for split, part in data.items()}
+    later = make_trainer(None, model=model, scenario=class_incremental(rest, 1), folder="later")
+    later.train()
+    assert model.config.id2label == whole.model.config.id2label
+    if config().head == "lda":
+        torch.testing.assert_close(adapter_logits(later, data["test"]), adapter_logits(whole, data["test"]))
+    assert (Path(later.args.output_dir) / SUMS_FILE).is_file()
+
+
+def test_a_task_may_be_added(make_trainer, data):
+    trainer = make_trainer(LinearProbeConfig(**LDA))
+    trainer.train()
+    trainer.train_task({"train": images(10, 7), "test": images(4, 8)}, name="more")
+    assert trainer.finished_tasks == 4 and trainer.tuner.head.active.sums.images == 96 + 60
+
+
+def saved(make_trainer) -> Path:
+    trainer = make_trainer(LinearProbeConfig(**LDA))
+    trainer.train()
+    return Path(trainer.args.output_dir)
+
+
+def test_going_on_without_the_sums_is_refused_with_the_remedy(make_trainer, tiny_vit, tmp_path):
+    folder = saved(make_trainer)
+    shutil.move(folder / SUMS_FILE, tmp_path / SUMS_FILE)
+    model = PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=True)
+    with pytest.raises(ValueError, match=rf"head 'lda' .*no {SUMS_FILE} beside it in .*load_sums\(folder\)"):
+        model.begin_task(["more"])
+    assert model.peft_config["default"].num_tasks == 3  # nothing has begun
+    model.load_sums(tmp_path)  # the remedy
+    model.begin_task(["more"])
+
+
+def test_sums_of_something_else_are_refused(make_trainer, tiny_vit, tmp_path):
+    folder = saved(make_trainer)
+    with pytest.raises(ValueError, match="sums.*not this adapter's.*backbone is"):
+        PeftModel.from_pretrained(tiny_vit(seed=1), folder, is_trainable=True).begin_task(["more"])
+    content = bytearray((folder / SUMS_FILE).read_bytes())
+    (folder / SUMS_FILE).write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="cannot be read.*Copy the file again"):
+        PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=True).begin_task(["more"])
+    other = make_trainer(LinearProbeConfig(**LDA), folder="other", num_tasks=2)
+    other.train_task(other.scenario[0])
+    shutil.copy(Path(other.args.output_dir) / SUMS_FILE, folder / SUMS_FILE)
+    with pytest.raises(ValueError, match="not this adapter's: classes is"):
+        PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=True).begin_task(["more"])
+
+
+def test_a_bfloat16_backbone_takes_the_sums_of_float32(make_trainer, tiny_vit):
+    folder = saved(make_trainer)
+    model = PeftModel.from_pretrained(tiny_vit().to(torch.bfloat16), folder, is_trainable=True)
+    model.begin_task(["more"])
+    assert model.head.active.sums.images == 96
+
+
+# ------------------------------------------------------------------------------------------------ without it
+
+
+def test_a_loop_of_ones_own(make_trainer, tiny_vit, data):
+    expected = make_trainer(LinearProbeConfig(**LDA))
+    expected.train()
+    model = get_peft_model(tiny_vit(), LinearProbeConfig(**LDA))
+    for task in expected.scenario:
+        model.begin_task(task.classes)
+        model.fit_head(expected.plain_batches(task, batch_size=5))
+    batch = batch_of(expected, data["test"])["pixel_values"]
+    with torch.no_grad():
+        found = model.eval()(batch).logits
+    check_close(found, adapter_logits(expected, data["test"]))
+
+
+def test_halves_learnt_apart_join(make_trainer, tiny_vit, data):
+    whole = make_trainer(LinearProbeConfig(**LDA), num_tasks=2, folder="whole")
+    whole.train()
+    folders = []
+    for name, keep in (("low", range(3)), ("high", range(2, 6))):  # one class in both
+        rows = {
+            split: part.filter(lambda label, keep=keep: label in keep, input_columns="label")
+            for split, part in data.items()
+        }
+        if name == "high":  # of the class in both, other images
+            rows["train"] = rows["train"].filter(lambda label: label > 2, input_columns="label")
+        trainer = make_trainer(LinearProbeConfig(**LDA), scenario=class_incremental(rows, 1), folder=name)
+        trainer.train()
+        folders.append(trainer.args.output_dir)
+    model = PeftModel.from_pretrained(tiny_vit(), folders[0], is_trainable=True)
+    model.load_adapter(folders[1], "high", is_trainable=True)
+    model.join("high")
+    assert model.config.id2label == whole.model.config.id2label
+    with torch.no_grad():
+        found = model.eval()(batch_of(whole, data["test"])["pixel_values"]).logits
+    check_close(found, adapter_logits(whole, data["test"]))
+    assert model.peft_config["default"].num_tasks == 2
+    with pytest.raises(ValueError, match="'none' is no other adapter"):
+        model.join("none")
+
+
+@pytest.mark.parametrize("head", ["ncm", "lda"])
+def test_a_forgotten_class_is_gone_from_every_file(head, make_trainer, tiny_vit, data, tmp_path):
+    options = {"shrinkage": 0.1, "by_class": True} if head == "lda" else {}
+    adapters = {}
+    for name in ("forgets", "never"):
+        model = get_peft_model(tiny_vit(), LinearProbeConfig(head=head, head_options=options))
+        for labels in ([0, 1], [2, 3, 4]):
+            labels = [label for label in labels if name == "forgets" or label != 3]
+            model.begin_task([f"class {label}" for label in labels])
+            rows = data["train"].filter(lambda label, labels=labels: label in labels, input_columns="label")
+            names = [model.config.label2id[f"class {label}"] for label in rows["label"]]
+            pixels = torch.stack([torch.from_numpy(np.array(each)) for each in rows["image"]])
+            pixels = pixels.permute(0, 3, 1, 2).float() / 255
+            for place in range(len(names)):  # each image alone, so that the rest of a batch is the same
+                model.observe(pixels[place : place + 1], torch.tensor(names[place : place + 1]))
+            model.fit_head()
+        adapters[name] = model
+    adapters["forgets"].forget_classes(["class 3"])
+    for name, model in adapters.items():
+        model.save_pretrained(tmp_path / name)
+        model.save_sums(tmp_path / name)
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in adapters]
+    assert files[0] == files[1] and SUMS_FILE in files[0]
+    for file in files[0]:
+        if file.endswith(("json", "safetensors")):
+            assert (tmp_path / "forgets" / file).read_bytes() == (tmp_path / "never" / file).read_bytes(), file
+
+
+def test_forgetting_says_what_it_cannot_do(make_trainer):
+    trainer = make_trainer(PROMPTS["coda"](head="ncm"))
+    trainer.train()
+    model = trainer.model
+    with pytest.raises(ValueError, match="'lion'.* are no classes that this adapter has learnt"):
+        model.forget_classes(["lion"])
+    with pytest.warns(UserWarning, match="red: their rows and sums are gone, but prompts"):
+        model.forget_classes("red")
+    assert list(model.config.id2label.values()) == ["green", "blue", "yellow", "cyan", "magenta"]
+    assert model.peft_config["default"].tasks == [[0], [1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="All classes would be forgotten"):
+        model.forget_classes(list(model.config.id2label.values()))
+
+
+def test_several_adapters_have_heads_of_their_own(make_trainer, tiny_vit, data):
+    folder = saved(make_trainer)
+    model = PeftModel.from_pretrained(tiny_vit(), folder, is_trainable=True)
+    model.add_adapter("ridge", LinearProbeConfig(head="ridge", **WIDE))
+    batch = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        before = model.eval()(batch).logits
+        model.set_adapter("ridge")
+        model.begin_task(["a", "b"])
+        model.fit_head([{"pixel_values": batch, "labels": torch.tensor([0, 1, 0, 1])}])
+        assert model.eval()(batch).logits.argmax(-1).tolist() == [0, 1, 0, 1]
+        model.set_adapter("default")
+        check_close(model(batch).logits, before, rtol=0, atol=0)
+        with model.disable_adapter():
+            assert torch.equal(model(batch).logits, tiny_vit()(batch).logits)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+def test_a_pass_over_the_training_images_is_all_it_costs(cached, make_trainer):
+    """Uncached, an evaluation sees 2, 4 and 6 of the 6 classes' test images."""
+    trainer = make_trainer(LinearProbeConfig(**LDA), cache_queries=cached)
+    encoder, counted = trainer.tuner.encoder, []
+    start = encoder._start
+    encoder._start = lambda pixels, *words: counted.append(len(pixels)) or start(pixels, *words)
+    trainer.train()
+    assert sum(counted) == 96 + (48 if cached else 16 + 32 + 48)
+
+
+def test_the_scenario_is_read_without_augmentation(make_trainer, data):
+    plain = make_trainer(LinearProbeConfig(**LDA), folder="plain")
+    cropped = make_trainer(LinearProbeConfig(**LDA), folder="cropped", augmentation=RandomResizedCropFlip(size=32))
+    for trainer in (plain, cropped):
+        trainer.train()
+    first, second = (adapter_logits(each, data["test"]) for each in (plain, cropped))
+    torch.testing.assert_close(first, second)
+
+
+def test_a_task_with_a_transform_of_its_own(make_trainer, data):
+    scenario = class_incremental(data, num_tasks=2)
+    transformed = scenario[0].train.with_transform(lambda batch: batch)
+    scenario._tasks = (replace(scenario[0], train=transformed), scenario[1])
+    trainer = make_trainer(LinearProbeConfig(**LDA), scenario=scenario)
+    trainer.train()
+    assert trainer.tuner.head.active.sums.images == 96
