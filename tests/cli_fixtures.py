@@ -46,6 +46,7 @@ def place(tmp_path_factory) -> Path:
     config = {
         "model": {"name": str(folder / "model")},
         "method": "coda",
+        "preset": "official",
         "adapter": {"components_per_task": 2, "prompt_length": 4, "layers": [0, 1]},
         "dataset": {"path": str(folder / "data")},
         "scenario": {"num_tasks": 2, "seed": 3},

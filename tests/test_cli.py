@@ -107,11 +107,24 @@ def test_a_run_in_the_output_folder_is_kept_unless_overwrite(place, trained, cap
     assert not (tmp_path / "out" / "prompt_usage.png").exists()
 
 
-@pytest.mark.parametrize("method", ["l2p", "dualprompt", "linear-probe", "nearest-class-mean"])
-def test_every_method_trains_from_a_configuration(train, tmp_path, method):
-    adapter = {"l2p": "{top_k: 2, prompt_length: 2}", "dualprompt": "{layers: [1], g_layers: [0]}"}.get(method, "{}")
-    assert train("--method", method, "--adapter", adapter, "--training.max_steps", "1") == 0
-    assert RunResults.load(tmp_path / "out").finished_tasks == 2
+@pytest.mark.parametrize(
+    ("method", "preset"),
+    [
+        *((method, preset) for method in ("l2p", "dualprompt", "coda") for preset in ("null", "paper")),
+        *((method, "null") for method in ("frozen", "linear-probe", "nearest-class-mean")),
+    ],
+)
+def test_every_method_trains_from_a_configuration(train, tmp_path, method, preset):
+    """Without a preset a method begins with "best", which suits a head of statistics."""
+    layers = {"l2p": "{layers: [1], top_k: 2}", "dualprompt": "{layers: [1], g_layers: [0]}", "coda": "{layers: [1]}"}
+    adapter = "{top_k: 2, prompt_length: 2}" if (method, preset) == ("l2p", "paper") else layers.get(method, "{}")
+    words = ("--method", method, "--preset", preset, "--adapter", adapter, "--training.max_steps", "1")
+    assert train(*words) == 0
+    results = RunResults.load(tmp_path / "out")
+    assert results.finished_tasks == 2
+    is_best = preset == "null" and method not in ("linear-probe", "nearest-class-mean")
+    assert results.hyperparameters["adapter"].get("head", "linear") == ("lda" if is_best else "linear")
+    assert (tmp_path / "out" / "head_sums.safetensors").is_file() == is_best
 
 
 def test_a_run_is_resumed(train, tmp_path, capsys, monkeypatch):
@@ -159,7 +172,7 @@ def test_every_kind_of_scenario_trains_from_a_configuration(train, place, tmp_pa
 
 
 def test_fine_tuning_keeps_the_backbone_it_trained(train, place, tmp_path, capsys):
-    assert train("--method", "fine-tuning", "--adapter", "null") == 0
+    assert train("--method", "fine-tuning", "--preset", "null", "--adapter", "null") == 0
     results = RunResults.load(tmp_path / "out")
     capsys.readouterr()
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")

@@ -44,7 +44,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         (["--model.name", "./nowhere"], ["'./nowhere'", "no such folder"]),
         (["--model.dtype", "float8"], ["'float8'", "bfloat16"]),
         (["--model.attn_implementation", "eagr"], ["eagr", "sdpa"]),
-        (["--model.dtype", "bfloat16", "--method", "fine-tuning", "--adapter", "{}"], ["float32", "fine-tuning"]),
+        (
+            ["--model.dtype", "bfloat16", "--method", "fine-tuning", "--preset", "null", "--adapter", "{}"],
+            ["float32", "fine-tuning"],
+        ),
         (["--dataset.path", "./nowhere"], ["data set './nowhere'", "no such folder"]),
         (["--dataset.label_column", "lable"], ["'lable'", "['image', 'label']"]),
         (["--dataset.image_column", "img"], ["'img'", "['image', 'label']"]),

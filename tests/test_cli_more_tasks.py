@@ -17,7 +17,7 @@ from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main
 
 
-ANEW = ("--adapter", "null")
+ANEW = ("--preset", "null", "--adapter", "null")
 
 
 @pytest.fixture
@@ -95,7 +95,9 @@ def test_the_adapter_to_continue_from_is_not_written_over(first, train, capsys):
 def test_settings_beside_those_of_the_adapter_are_refused(first, train, capsys):
     more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
     assert train(*more) == 2
-    assert "adapter are given too. Take them out, for instance by --adapter null" in (capsys.readouterr().err)
+    assert "preset and adapter are given too. Take them out, for instance by --preset null --adapter null" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_method_must_fit_the_adapter(first, train, capsys):

@@ -30,6 +30,7 @@ OBSERVING = {
     "aligned": ("aligned", {"samples": 8, "epochs": 2}),
     "aligned-class": ("aligned", {"samples": 8, "epochs": 2, "covariance": "class"}),
     "fusion": ("fusion", {}),
+    "fusion-of-two": ("fusion", {"prompted": "lda", "weight": 0.5}),
 }
 SOLVED = [name for name in OBSERVING if not name.startswith(("aligned", "fusion"))]
 
@@ -347,8 +348,8 @@ def test_float16_features_give_the_rows_of_float32():
         ("ncm", {"metric": "dot"}, "metric is 'dot'"),
         ("cosine", {"scale": -1}, "scale is -1"),
         ("aligned", {"samples": 0}, "samples is 0"),
-        ("fusion", {"query": "linear"}, "query is 'linear', but must be a head that observes"),
-        ("fusion", {"prompted": "lda"}, "prompted is 'lda', but must be a trained head"),
+        ("fusion", {"query": "linear"}, "query is 'linear', but must be one of 'lda', 'ncm', 'ridge'"),
+        ("fusion", {"prompted": "fusion"}, "prompted is 'fusion', but must be one of .*'linear'"),
         ("fusion", {"query_options": {"shrinkage": 2}}, "shrinkage is 2"),
     ],
 )  # fmt: skip

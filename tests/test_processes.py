@@ -42,8 +42,9 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
     for name, tensor in adapters[0].items():
         if not tensor.numel():
             continue
-        difference = (tensor - adapters[1][name]).abs().max().item()
-        assert difference <= absolute + relative * adapters[1][name].abs().max().item(), f"{name}: {difference}"
+        tensor, expected_tensor = tensor.double(), adapters[1][name].double()
+        difference = (tensor - expected_tensor).abs().max().item()
+        assert difference <= absolute + relative * expected_tensor.abs().max().item(), f"{name}: {difference}"
     counts = torch.load(expected / "counts-0.pt")
     for file in found.glob("counts-*.pt"):  # of every process
         torch.testing.assert_close(torch.load(file), counts, atol=absolute, rtol=relative)

@@ -12,11 +12,15 @@ from ..tuners.base.config import PromptPoolConfig
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter's configuration, how it is trained, and settings of the adapter that differ from its defaults."""
+    """An adapter's configuration, how it is trained, and settings of the adapter that differ from its defaults.
+
+    `preset` is what a run begins with that names none and adds no strategy.
+    """
 
     config_class: type[PromptPoolConfig]
     strategy_class: type[Strategy] = Strategy
     defaults: tuple[tuple[str, object], ...] = ()
+    preset: str | None = None
 
     @property
     def trains_backbone(self) -> bool:
@@ -27,6 +31,10 @@ class Method:
     def title(self) -> str:
         """Name in tables."""
         return self.strategy_class.name or self.config_class.method
+
+    def fits(self, config: PromptPoolConfig) -> bool:
+        """Whether it is a way to go on with an adapter of this configuration."""
+        return type(config) is self.config_class and (config.head == "linear" or self.preset == "best")
 
     def configure(self, preset: str | None = None, **settings: object) -> PromptPoolConfig:
         """Make the adapter's configuration.
@@ -39,9 +47,10 @@ class Method:
 
 
 METHODS = {
-    "l2p": Method(L2PConfig),
-    "dualprompt": Method(DualPromptConfig),
-    "coda": Method(CodaPromptConfig),
+    "l2p": Method(L2PConfig, preset="best"),
+    "dualprompt": Method(DualPromptConfig, preset="best"),
+    "coda": Method(CodaPromptConfig, preset="best"),
+    "frozen": Method(LinearProbeConfig, preset="best"),
     "linear-probe": Method(LinearProbeConfig),
     # Fine-tuning means the plain cross-entropy over all classes seen, without the mask that the prompt methods have.
     "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=(("train_mask", False),)),

@@ -21,6 +21,7 @@ from ..scenarios import (
 
 #: The kind of scenario that has several data sets, and the name of the one that all other kinds have.
 SEQUENCE, ONLY = "dataset-sequence", ""
+STREAM = "task-free"
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ KINDS = {
     "task-incremental": task_incremental,
     "domain-incremental": domain_incremental,
     SEQUENCE: dataset_sequence,
-    "task-free": task_free,
+    STREAM: task_free,
 }
 
 

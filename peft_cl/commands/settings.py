@@ -16,7 +16,7 @@ from .adapters import SavedAdapter
 from .errors import CommandError, explained, unknown
 from .methods import METHODS, STRATEGIES, Method
 from .options import check_names, fill
-from .sections import ONLY, SEQUENCE, DatasetSettings, ModelSettings, ScenarioSettings
+from .sections import ONLY, SEQUENCE, STREAM, DatasetSettings, ModelSettings, ScenarioSettings
 
 
 SECTIONS = (
@@ -71,8 +71,9 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         if name not in SECTIONS:
             raise _unknown_section(name)
     model = fill("model", ModelSettings, _model_values(config.get("model"), earlier))
+    scenario = fill("scenario", ScenarioSettings, config.get("scenario"))
     method_name, method, preset, adapter = (
-        _make_adapter(config) if earlier is None else _take_over(config, earlier.config)
+        _make_adapter(config, scenario.kind) if earlier is None else _take_over(config, earlier.config)
     )
     if method.trains_backbone and model.dtype != "float32":
         raise CommandError(
@@ -83,7 +84,6 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
     if not isinstance(output_dir, str) or not output_dir:
         raise CommandError("output_dir is missing: it names the folder for adapter and results. Give one.")
     training, note = _make_arguments(config.get("training"), output_dir)
-    scenario = fill("scenario", ScenarioSettings, config.get("scenario"))
     return RunSettings(
         method_name=method_name,
         method=method,
@@ -137,7 +137,7 @@ def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
     return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
 
 
-def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, PromptPoolConfig]:
+def _make_adapter(config: dict[str, Any], kind: str) -> tuple[str, Method, str | None, PromptPoolConfig]:
     name = config.get("method")
     if name is None:
         raise CommandError(f"method is missing. Give one of {', '.join(METHODS)}.")
@@ -150,6 +150,10 @@ def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, Prom
     known = [setting for setting in config_class.__dataclass_fields__ if setting not in NOT_SETTINGS]
     values = check_names("adapter", config.get("adapter"), known)
     with explained("adapter is wrong"):
+        if preset is None and method.preset and config.get("strategy") is None:
+            preset = method.preset
+            if kind == STREAM:  # which has no first task
+                values = {"train_prompts": "every_task", **values}
         return name, method, preset, method.configure(preset, **values)
 
 
@@ -160,7 +164,7 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
             f"continue_from takes the settings from the adapter, but {' and '.join(given)} are given too. Take them "
             f"out, for instance by {' '.join(f'--{name} null' for name in given)}."
         )
-    fitting = [name for name, method in METHODS.items() if method.config_class is type(earlier)]
+    fitting = [name for name, method in METHODS.items() if method.fits(earlier)]
     name = config.get("method") or (fitting[0] if len(fitting) == 1 else None)
     if name not in fitting:
         raise CommandError(

@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.card import NOT_SETTINGS
 from ..metrics import RunResults, results_table
@@ -107,7 +108,7 @@ def refuse_existing(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
     forget_state(folder)
-    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *PICTURE_FILES):
+    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():
         shutil.rmtree(folder / BACKBONE_FOLDER)
@@ -156,7 +157,8 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     training, scenario = settings.training, trainer.scenario
     facts = scenario.describe()
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    defaults = settings.method.config_class().to_dict()
+    method = settings.method
+    defaults = method.configure(settings.preset).to_dict() if settings.preset else method.config_class().to_dict()
     changed = {
         name: value
         for name, value in settings.adapter.to_dict().items()

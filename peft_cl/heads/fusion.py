@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .checks import check_number
+from .checks import check_choice, check_number
 from .head import HEADS, Head, Sizes, make_head, register_head
 from .linear import Init
 
@@ -19,7 +19,7 @@ class FusionHead(Head):
     while prompts go on learning. The query's head should give log-likelihoods, as `"lda"` does.
 
     Args:
-        prompted: name of the head on prompted features.
+        prompted: name of the head on prompted features, trained or one that observes.
         query: name of the head on frozen features, which must be one that observes.
         weight: of the frozen features' word.
         prompted_options, query_options: the two heads' own options.
@@ -43,12 +43,9 @@ class FusionHead(Head):
     ):
         super().__init__(sizes, classes)
         self.weight = check_number("weight", weight, least=0)
-        if query not in HEADS or not HEADS[query].observes or query == "fusion":
-            known = [name for name, head in HEADS.items() if head.observes and name not in ("fusion", "aligned")]
-            raise ValueError(f"query is {query!r}, but must be a head that observes: {', '.join(map(repr, known))}.")
-        if prompted not in HEADS or prompted == "fusion" or HEADS[prompted].observes:
-            known = [name for name, head in HEADS.items() if not head.observes]
-            raise ValueError(f"prompted is {prompted!r}, but must be a trained head: {', '.join(map(repr, known))}.")
+        known = [name for name, head in HEADS.items() if name not in ("fusion", "aligned") and head.observes]
+        check_choice("query", query, tuple(known))
+        check_choice("prompted", prompted, tuple(name for name in HEADS if name != "fusion"))
         self.prompted = make_head(prompted, sizes, classes, prompted_options or {}, init)
         self.query = make_head(query, Sizes(sizes.query, sizes.query), classes, query_options or {})
         self.title = f"{self.prompted.title} and {self.query.title} of the query"
@@ -73,29 +70,47 @@ class FusionHead(Head):
         self.classes = len(rows)
 
     def check_classes(self, classes):
-        self.query.check_classes(classes)
+        for head in (self.prompted, self.query):
+            head.check_classes(classes)
 
     def observe(self, features, labels, query=None):
+        self.prompted.observe(features, labels)
         self.query.observe(query, labels)
 
     def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.query.merge_counts(total)
+        for head in (self.prompted, self.query):
+            head.merge_counts(total)
 
     def fit(self):
-        self.query.fit()
+        for head in (self.prompted, self.query):
+            head.fit()
+
+    def move(self, old, new, how):
+        self.prompted.move(old, new, how)  # the query's features stay
 
     def forget_observed(self):
-        self.query.forget_observed()
+        for head in (self.prompted, self.query):
+            head.forget_observed()
 
     def sums_unknown(self) -> None:
-        self.query.sums_unknown()
+        for head in (self.prompted, self.query):
+            head.sums_unknown()
 
     @property
     def has_sums(self) -> bool:
-        return self.query.has_sums
+        return self.prompted.has_sums and self.query.has_sums
 
     def going_on(self):
-        return self.query.going_on()
+        parts = {"prompted": self.prompted, "query": self.query}
+        return {f"{part}.{name}": value for part, head in parts.items() for name, value in head.going_on().items()}
 
     def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.query.go_on(state)
+        for part, head in (("prompted", self.prompted), ("query", self.query)):
+            own = f"{part}."
+            head.go_on({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
+
+    def add(self, other: Head, rows: Sequence[int]) -> None:
+        if not isinstance(other, FusionHead):
+            raise ValueError(f"A {self.title} head cannot take in the sums of a {other.title} head.")
+        self.prompted.add(other.prompted, rows)
+        self.query.add(other.query, rows)

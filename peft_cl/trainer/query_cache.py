@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..heads import CLS
 from ..scenarios import Task
 from ..tuners.base.model import PromptPoolModel
 from ..tuners.base.reading import hooks_of
@@ -102,7 +103,9 @@ class QueryCache:
         base = tuner.encoder.base_layer
         weight = next(base.parameters())
         kind = weight.device.type
+        features = tuner.encoder.query_features
         return {
+            **({} if features == CLS else {"features": str(features)}),
             **self.settings,
             "backbone": digest_of_weights(base),
             "modules": digest_of_modules(base),

@@ -211,17 +211,14 @@ class PromptPoolConfig(HeadConfig):
         return ()
 
     def check_backbone(self, num_layers: int) -> None:
-        """Refuse layers that the backbone does not have."""
+        """Refuse layers that the backbone does not have; the head sees those that there are."""
         outside = [layer for layer in self.prompted_layers if layer >= num_layers]
         if outside:
             raise ValueError(
                 f"layers {outside} are out of range: the base model has {num_layers} layers, counted 0 to "
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
             )
-        if self.head_layers > num_layers:
-            raise ValueError(
-                f"head_layers is {self.head_layers}, but the base model has {num_layers} layers. Lower head_layers."
-            )
+        self.head_layers = min(self.head_layers, num_layers)
 
     # ----------------------------------------------------------------------------------------------- checks
 

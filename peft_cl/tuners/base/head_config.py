@@ -21,6 +21,11 @@ SINCE_FORMAT_2 = {
 }
 
 
+#: What the preset "best" of each method says of the head: linear discriminant analysis of the CLS token and the mean
+#: of the patches in the last layers, with prompts that stay as the first task left them.
+BEST = {"head": "lda", "head_features": "cls+mean", "head_layers": 6, "train_prompts": "first_task"}
+
+
 @dataclass
 class HeadConfig(PeftConfig):
     """Base of `PromptPoolConfig`, which has the facts of the adapter that this reads."""
@@ -43,7 +48,8 @@ class HeadConfig(PeftConfig):
         },
     )
     head_layers: int = field(
-        default=1, metadata={"help": "Of how many of the last layers the head sees these features."}
+        default=1,
+        metadata={"help": "Of how many of the last layers the head sees these features; of all, if there are fewer."},
     )
     train_prompts: Literal["every_task", "first_task"] = field(
         default="every_task",

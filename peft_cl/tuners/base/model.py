@@ -98,7 +98,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
         Args:
             total: sums a tensor over the processes.
         """
-        self.pool.merge_counts(total)
+        if not self.pool.is_frozen:  # it counts no more: what it has is joined
+            self.pool.merge_counts(total)
         head = self.head.active
         head.merge_counts(total)
         if head.evidence is not None:

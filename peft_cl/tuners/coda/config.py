@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ..base.config import PromptPoolConfig
+from ..base.head_config import BEST
 
 
 @dataclass
@@ -67,6 +68,7 @@ class CodaPromptConfig(PromptPoolConfig):
 
     method: ClassVar[str] = "CODA-Prompt"
     presets: ClassVar[dict] = {
+        "best": {**BEST, "head_init": "zeros"},
         "paper": {"orthogonality_coefficient": 0.1},
         "official": {},
         "textbook": {

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ..base.config import KeyPoolConfig
+from ..base.head_config import BEST
 
 
 @dataclass
@@ -56,6 +57,7 @@ class DualPromptConfig(KeyPoolConfig):
 
     method: ClassVar[str] = "DualPrompt"
     presets: ClassVar[dict] = {
+        "best": {**BEST, "head_init": "zeros"},
         "paper": {"head_init": "zeros"},
         "imagenet-r": {"prompt_length": 20, "head_init": "zeros"},
         "coda": {

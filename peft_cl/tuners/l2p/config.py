@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ..base.config import KeyPoolConfig
+from ..base.head_config import BEST
 
 
 #: L2P in the prefix form that the CODA-Prompt paper compares with.
@@ -88,6 +89,15 @@ class L2PConfig(KeyPoolConfig):
 
     method: ClassVar[str] = "L2P"
     presets: ClassVar[dict] = {
+        "best": {
+            **BEST,
+            "prompt_type": "prefix",
+            "prompt_length": 4,
+            "layers": [0, 1, 2, 3, 4],
+            "keys_per_layer": True,
+            "head_type": "cls",
+            "head_init": "zeros",
+        },
         "paper": {"pool_size": 10, "prompt_length": 5, "top_k": 5, "pull_coefficient": 0.5, "head_init": "zeros"},
         "google": {
             "pool_size": 10,

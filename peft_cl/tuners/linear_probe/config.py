@@ -8,6 +8,7 @@ from typing import ClassVar
 from peft.utils.peft_types import PeftType
 
 from ..base.config import PromptPoolConfig
+from ..base.head_config import BEST
 
 
 @dataclass
@@ -20,6 +21,10 @@ class LinearProbeConfig(PromptPoolConfig):
     """
 
     method: ClassVar[str] = "Linear probe"
+    presets: ClassVar[dict] = {
+        "best": {name: value for name, value in BEST.items() if name != "train_prompts"},
+        "linear": {},
+    }
 
     @property
     def has_query(self) -> bool:
