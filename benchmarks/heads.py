@@ -269,7 +269,7 @@ def run(method: str, seed: int, data: Any, options: argparse.Namespace) -> None:
 
 
 def cached_features(method: str, seed: int, data: Any, options: argparse.Namespace) -> dict:
-    """Features under a method's prompts, kept in `--work` while its rows are measured; without prompts no seed tells."""
+    """Features under a method's prompts, kept in `--work` meanwhile; without prompts no seed tells."""
     path = options.work / (f"{method}-seed{seed}.pt" if method != "none" else "none.pt")
     if path.is_file():
         return torch.load(path)

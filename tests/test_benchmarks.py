@@ -7,8 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+
+from peft_cl.commands.digits import load_digits_dataset
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -39,3 +43,31 @@ def test_a_benchmark_prints_and_writes_its_rows(script, options, rows, tmp_path)
     assert len([line for line in run.stdout.splitlines() if line.startswith("| ")]) == rows + 1
     times = [value for row in found for name, value in row.items() if name.endswith(("seconds", "_ms"))]
     assert len(times) >= rows and all(value > 0 for value in times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "coda"])
+def test_heads_on_shared_features_are_those_of_the_trainer(method, tmp_path, monkeypatch):
+    """What `heads.py` measures on features that it computes once is what a run of the trainer measures."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import heads as benchmark
+
+    data = load_digits_dataset(per_digit=10)
+    for split in data:
+        data[split] = data[split].add_column("row", list(range(len(data[split]))))
+    options = SimpleNamespace(
+        **{"work": tmp_path / "work", "output": tmp_path, "attention": "eager", "epochs": 1, "quiet": True},
+        **{"scenario": "class-incremental", "num_tasks": 5, "more_tasks": [10], "holdout": None, "methods": [method]},
+        **{"seeds": [0], "rows": [benchmark.Row("lda"), benchmark.Row("ncm", {"metric": "cosine"}, "cls", 1)]},
+    )
+    benchmark.run(method, 0, data, options)
+    record = json.loads((tmp_path / f"{method}-seed0.json").read_text())
+    found = record["rows"]["lda (cls+mean of 6 layers)"]
+    trainer = benchmark.learn_prompts(method, 0, data, options)
+    trainer.train()
+    measured = np.array([[np.nan if value is None else value for value in row] for row in found["matrix"]])
+    np.testing.assert_allclose(measured, trainer.accuracy_matrix, atol=1e-6)
+    assert found["sums_bytes"] > found["head_bytes"] > 0
+    if method == "none":
+        more = record["more_tasks"]["10"]["lda (cls+mean of 6 layers)"]["accuracy"]
+        assert more == pytest.approx(found["accuracy"], abs=0.03)  # sizes of tasks differ, images do not

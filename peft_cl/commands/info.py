@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..heads.files import SUMS_FILE
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
 from .errors import explained
@@ -45,7 +46,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         "tasks": [[config.classes[row] for row in rows] for rows in config.tasks or ()],
         "rows_in_use": config.rows_in_use,
         "parameters": {name: {"shapes": shapes, "count": sum(map(prod, shapes))} for name, shapes in parts.items()},
+        "head": {"name": config.head, "options": config.head_options, "features": config.head_features},
         "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "sums_bytes": (folder / SUMS_FILE).stat().st_size if (folder / SUMS_FILE).is_file() else None,
         "results": json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")) if results else None,
     }
 
@@ -59,7 +62,7 @@ def parameters_by_part(file: Path) -> dict[str, list[list[int]]]:
     with safe_open(file, framework="pt") as weights:
         for key in weights.keys():
             place, _, name = key.rpartition(".")
-            part = "head" if place.endswith("_head") else key.partition("_pool.")[2].split(".")[0]
+            part = "head" if "_head" in place else key.partition("_pool.")[2].split(".")[0]
             parts[(part or name).removeprefix("past_")].append(list(weights.get_slice(key).get_shape()))
     return dict(sorted(parts.items()))
 
@@ -73,12 +76,15 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{'tasks:':<15}{len(facts['tasks'])} with {classes} classes",
         *(f"{f'  task {index}:':<15}{', '.join(names)}" for index, names in enumerate(facts["tasks"])),
         f"{'rows in use:':<15}{facts['rows_in_use']}",
+        f"{'head:':<15}{facts['head']['name']}" + "".join(f", {k} {v}" for k, v in facts["head"]["options"].items()),
         f"{'parameters:':<15}{total:,}",
     ]
     for name, part in facts["parameters"].items():
         shapes = " + ".join(" x ".join(map(str, shape)) for shape in part["shapes"] if prod(shape))
         lines.append(f"{f'  {name}:':<15}{part['count']:>10,}  ({shapes or 'empty'})")
     lines.append(f"{'file:':<15}{facts['file_bytes']:,} bytes")
+    if facts["sums_bytes"]:
+        lines.append(f"{'sums:':<15}{facts['sums_bytes']:,} bytes, wanted to learn on")
     if not facts["results"]:
         return "\n".join([*lines, "results:       none beside the adapter"])
     results = RunResults.load(facts["folder"])

@@ -198,7 +198,7 @@ def _metadata(
             "peft",
             "peft-cl",
             "continual-learning",
-            *_tags(scenario.get("name"), results.method.partition(" with ")[0]),
+            *_tags(scenario.get("name"), *results.method.partition(" with ")[0].split(" + ")),
         ],
         model_name=name if eval_results else None,
         eval_results=eval_results or None,
@@ -229,7 +229,26 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
         else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
     )
     head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
-    return "\n\n".join([*head, what, method, *_evidence(results.hyperparameters.get("adapter", {}))])
+    adapter = results.hyperparameters.get("adapter", {})
+    return "\n\n".join([*head, what, method, *_head(results, adapter), *_evidence(adapter)])
+
+
+def _head(results: RunResults, adapter: Mapping[str, Any]) -> list[str]:
+    """What stands in the place of the paper's linear head, and what its sums are for."""
+    name = adapter.get("head", "linear")
+    if name == "linear":
+        return []
+    parts = [f"Not from the paper is the head, `{name}` of `peft_cl.heads`"]
+    if adapter.get("head_features"):
+        parts.append(f", which sees {adapter['head_features']} of the last {adapter.get('head_layers', 1)} layers")
+    if adapter.get("train_prompts") == "first_task":
+        parts.append("; prompts were learnt in the first task and are frozen since")
+    if results.sums_bytes:
+        parts.append(
+            f". The file `head_sums.safetensors` ({results.sums_bytes / 1e6:.1f} MB) holds the sums that it is "
+            "computed from: they are wanted to learn on, to join adapters and to forget classes, not to predict"
+        )
+    return ["".join(parts) + "."]
 
 
 def _evidence(adapter: Mapping[str, Any]) -> list[str]:
