@@ -273,7 +273,8 @@ def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, mon
     )
     assert main(["demo", "--quick", "--output", str(tmp_path / "demo")]) == 0
     text = capsys.readouterr().out
-    for method in ("L2P", "DualPrompt", "CODA-Prompt", "Linear probe", "Fine-tuning", "Nearest class mean"):
+    best = ("Frozen features + LDA", "L2P + LDA", "DualPrompt + LDA", "CODA-Prompt + LDA")
+    for method in (*best, "CODA-Prompt", "Linear probe", "Fine-tuning", "Nearest class mean"):
         assert f"| {method} |" in text
     (path,) = loaded
     assert Path(path).parent == tmp_path / "demo"

@@ -71,9 +71,8 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         if name not in SECTIONS:
             raise _unknown_section(name)
     model = fill("model", ModelSettings, _model_values(config.get("model"), earlier))
-    scenario = fill("scenario", ScenarioSettings, config.get("scenario"))
     method_name, method, preset, adapter = (
-        _make_adapter(config, scenario.kind) if earlier is None else _take_over(config, earlier.config)
+        _make_adapter(config) if earlier is None else _take_over(config, earlier.config)
     )
     if method.trains_backbone and model.dtype != "float32":
         raise CommandError(
@@ -84,6 +83,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
     if not isinstance(output_dir, str) or not output_dir:
         raise CommandError("output_dir is missing: it names the folder for adapter and results. Give one.")
     training, note = _make_arguments(config.get("training"), output_dir)
+    scenario = fill("scenario", ScenarioSettings, config.get("scenario"))
     return RunSettings(
         method_name=method_name,
         method=method,
@@ -137,7 +137,7 @@ def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
     return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
 
 
-def _make_adapter(config: dict[str, Any], kind: str) -> tuple[str, Method, str | None, PromptPoolConfig]:
+def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, PromptPoolConfig]:
     name = config.get("method")
     if name is None:
         raise CommandError(f"method is missing. Give one of {', '.join(METHODS)}.")
@@ -152,7 +152,8 @@ def _make_adapter(config: dict[str, Any], kind: str) -> tuple[str, Method, str |
     with explained("adapter is wrong"):
         if preset is None and method.preset and config.get("strategy") is None:
             preset = method.preset
-            if kind == STREAM:  # which has no first task
+            scenario = config.get("scenario")
+            if isinstance(scenario, dict) and scenario.get("kind") == STREAM:  # which has no first task
                 values = {"train_prompts": "every_task", **values}
         return name, method, preset, method.configure(preset, **values)
 
