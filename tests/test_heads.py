@@ -14,6 +14,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
 from peft_cl.heads import HEADS, ClassMeansHead, Head, LDAHead, RidgeHead, Sizes, Sums, make_head
+from peft_cl.heads.maps import FourierFeatures
 
 
 WIDTH, CLASSES = 24, 7
@@ -24,6 +25,7 @@ OBSERVING = {
     "lda": ("lda", {}),
     "lda-unshrunk": ("lda", {"shrinkage": 0.0, "priors": "empirical"}),
     "lda-by-class": ("lda", {"by_class": True}),
+    "kernel-lda": ("lda", {"fourier": 40}),
     "ridge": ("ridge", {}),
     "ranpac": ("ridge", {"projection": 40}),
     "ranpac-normalized": ("ridge", {"projection": 40, "normalize": True, "by_class": True}),
@@ -116,9 +118,37 @@ def test_a_projection_is_the_one_that_its_seed_has_always_drawn():
     """Adapters hold the seed alone. Printed once; numpy promises that this stream stays (NEP 19)."""
     head = RidgeHead(Sizes(2, 2), 0, projection=3)
     expected = torch.tensor([[1.764052, 0.400157, 0.978738], [2.240893, 1.867558, -0.977278]]) / math.sqrt(2)
-    torch.testing.assert_close(head.projection, expected, rtol=0, atol=1e-6)
-    assert not torch.equal(RidgeHead(Sizes(2, 2), 0, projection=3, seed=1).projection, head.projection)
-    assert "projection" not in head.state_dict()
+    torch.testing.assert_close(head.mapping.projection, expected, rtol=0, atol=1e-6)
+    assert not torch.equal(RidgeHead(Sizes(2, 2), 0, projection=3, seed=1).mapping.projection, head.mapping.projection)
+    assert not [name for name in head.state_dict() if "projection" in name]
+
+
+def test_fourier_features_are_a_gaussian_kernel():
+    """Products of the cosines are the kernel, to the noise of 200,000 draws; they depend on the direction alone."""
+    first, second = data(6)[0], data(6, seed=1)[0]
+    mapping = FourierFeatures(WIDTH, 200_000, gamma=0.5)
+    mapped = [mapping(each) for each in (first, 3 * first, second)]
+    torch.testing.assert_close(mapped[0], mapped[1], rtol=0, atol=1e-3)
+    cosines = [each[:, WIDTH:] for each in mapped]
+    standard = [F.layer_norm(each, (WIDTH,)) for each in (first, second)]
+    kernel = torch.exp(-(0.5**2) * torch.cdist(*standard).square() / (2 * WIDTH))
+    torch.testing.assert_close(cosines[0] @ cosines[2].T / 200_000, kernel, rtol=0, atol=0.02)
+    torch.testing.assert_close(mapped[0][:, :WIDTH], standard[0])
+
+
+def test_a_kernel_divides_what_no_plane_does():
+    """Two rings around each other."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    features = F.normalize(torch.randn(400, 3, generator=generator), dim=-1)
+    features = torch.cat([features, (1 + 2 * labels[:, None]) * features.flip(-1)], dim=-1)
+    found = {}
+    for fourier in (None, 200):
+        head = LDAHead(Sizes(6, 6), 2, fourier=fourier)
+        head.observe(features[:200], labels[:200])
+        head.fit()
+        found[fourier] = (logits(head, features[200:]).argmax(-1) == labels[200:]).float().mean().item()
+    assert found[None] < 0.65 and found[200] > 0.85, found
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

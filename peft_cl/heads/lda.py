@@ -6,14 +6,17 @@ from typing import Literal
 
 import torch
 
-from .checks import check_choice, check_number
+from .checks import check_choice, check_count, check_number
 from .head import Sizes, register_head
+from .maps import FourierFeatures
 from .solved import SolvedHead
 from .sums import Sums, solve_positive
 
 
 #: Of the variance of all images: below it the variance within classes counts for nothing (one image in each class).
 LEAST_VARIANCE = 1e-6
+#: Of the second moment: a difference below it is rounding.
+ROUNDING = 1e-12
 
 
 @register_head("lda")
@@ -34,6 +37,9 @@ class LDAHead(SolvedHead):
         shrinkage: s, from 0 (the covariance as it is) to 1 (a multiple of the identity, which is nearest class mean).
             The default was chosen on held back training images (`benchmarks/README.md`).
         priors: `"equal"`, or `"empirical"` for the classes' shares of the images.
+        fourier: M cosines of a random Gaussian kernel beside the features (`FourierFeatures`, KLDA), for classes that
+            no plane divides; None: the features as they are.
+        gamma, seed: of `FourierFeatures`.
         by_class: as in `SolvedHead`.
     """
 
@@ -46,11 +52,22 @@ class LDAHead(SolvedHead):
         *,
         shrinkage: float = 0.01,
         priors: Literal["equal", "empirical"] = "equal",
+        fourier: int | None = None,
+        gamma: float = 0.75,
+        seed: int = 0,
         by_class: bool = False,
     ):
         self.shrinkage = check_number("shrinkage", shrinkage, least=0, most=1)
         self.priors = check_choice("priors", priors, ("equal", "empirical"))
-        super().__init__(sizes, classes, by_class=by_class)
+        self.fourier = check_count("fourier", fourier, or_none=True)
+        self.gamma = check_number("gamma", gamma, above=0)
+        self.seed = int(check_number("seed", seed, least=0))
+        mapping = FourierFeatures(sizes.features, fourier, gamma, self.seed) if fourier else None
+        super().__init__(sizes, classes, by_class=by_class, mapping=mapping)
+        self.title = "kernel LDA" if fourier else "LDA"
+
+    def _map_settings(self):
+        return (*super()._map_settings(), self.fourier, self.gamma, self.seed)
 
     def solve(self, sums: Sums):
         mean = sums.mean
@@ -66,9 +83,10 @@ def shrunk_covariance(sums: Sums, shrinkage: float) -> torch.Tensor:
     """The covariance within classes (M, M), shrunk to a multiple of the identity (eq. 1 and 2)."""
     images, eye = max(sums.images, 1.0), torch.eye(len(sums.mean), dtype=torch.float64, device=sums.counts.device)
     covariance = sums.within() / images  # eq. 1
-    variance = covariance.diagonal().mean()
-    around_mean = sums.moment.diagonal().mean() / images - sums.mean.square().mean()
-    least = (LEAST_VARIANCE * around_mean).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    if variance <= least:  # as good as one image in each class: nothing is known of how they spread
-        return around_mean.clamp_min(least) * eye
+    variance, second = covariance.diagonal().mean(), sums.moment.diagonal().mean() / images
+    around_mean = second - sums.mean.square().mean()
+    rounding = ROUNDING * second + torch.finfo(torch.float64).tiny ** 0.5
+    if variance <= torch.maximum(LEAST_VARIANCE * around_mean, rounding):
+        # As good as one image in each class, or equal images: nothing is known of how they spread.
+        return (around_mean if around_mean > rounding else second + rounding) * eye
     return (1 - shrinkage) * covariance + shrinkage * variance * eye  # eq. 2

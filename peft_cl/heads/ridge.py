@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .checks import check_choice, check_count, check_number
 from .head import Sizes, register_head
+from .maps import RandomProjection
 from .solved import SolvedHead
 from .sums import Sums, solve_positive
 
@@ -29,8 +28,7 @@ class RidgeHead(SolvedHead):
         projection: M; None: no projection. At least as many as there are classes.
         ridge: lambda in parts of the mean eigenvalue of G; None: 0.1 with a projection and 0.01 without, as held back
             training images had it (`benchmarks/README.md`).
-        normalize: standardise each feature vector before the projection (layer norm without weights), so that the
-            relu cuts where it matters whatever the backbone's scale. RanPAC does not.
+        normalize: as in `RandomProjection`.
         seed: of W_r.
         by_class: as in `SolvedHead`.
     """
@@ -48,39 +46,20 @@ class RidgeHead(SolvedHead):
         seed: int = 0,
         by_class: bool = False,
     ):
-        self.projection_size = check_count("projection", projection, or_none=True)
+        self.projection = check_count("projection", projection, or_none=True)
         default = 0.1 if projection else 0.01
         self.ridge = default if ridge is None else check_number("ridge", ridge, above=0)
         self.normalize = check_choice("normalize", normalize, (True, False))
         self.seed = int(check_number("seed", seed, least=0))
-        super().__init__(sizes, classes, by_class=by_class)
+        mapping = RandomProjection(sizes.features, projection, normalize, self.seed) if projection else None
+        super().__init__(sizes, classes, by_class=by_class, mapping=mapping)
         self.register_buffer("scale", torch.ones(()))
-        # Drawn again when an adapter is loaded, not saved: it may be as large as the rest of the adapter.
-        self.register_buffer("projection", self._draw(), persistent=False)
         self.title = "random projection + ridge" if projection else "ridge"
 
-    def _draw(self) -> torch.Tensor | None:
-        """W_r / sqrt(F), (F, M): the division takes back what sums of F numbers gain."""
-        if self.projection_size is None:
-            return None
-        size = self.sizes.features
-        # The one stream that numpy promises never to change (NEP 19): an adapter must read the same in ten years.
-        drawn = np.random.RandomState(self.seed).standard_normal((size, self.projection_size))
-        return torch.from_numpy((drawn / size**0.5).astype(np.float32))
-
-    @property
-    def width(self):
-        return self.projection_size or self.sizes.features
-
-    def map(self, features):
-        if self.normalize:
-            features = F.layer_norm(features, features.shape[-1:])
-        return features if self.projection is None else torch.relu(features @ self.projection)  # eq. 1
-
     def check_classes(self, classes):
-        if self.projection_size is not None and classes > self.projection_size:
+        if self.projection is not None and classes > self.projection:
             raise ValueError(
-                f"projection is {self.projection_size}, but there are {classes} classes, which so few numbers cannot "
+                f"projection is {self.projection}, but there are {classes} classes, which so few numbers cannot "
                 "tell apart. Set it to some multiple of the number of classes, for instance 2000."
             )
 
@@ -96,4 +75,4 @@ class RidgeHead(SolvedHead):
         return weight * self.scale.to(weight), torch.zeros_like(sums.counts), None
 
     def _map_settings(self):
-        return (*super()._map_settings(), self.projection_size, self.normalize, self.seed)
+        return (*super()._map_settings(), self.projection, self.normalize, self.seed)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .checks import check_choice
 from .drift import move_sums
@@ -18,21 +19,24 @@ from .sums import Sums
 class SolvedHead(Head):
     """logits = `weight` (h - `center`) + `bias`, for the mapped feature h = `map(f)` in R^M.
 
-    A subclass defines `solve`, and `map` and `width` (M) if features do not enter as they are. Predicting needs the
+    A subclass defines `solve`, and gives a `mapping` if features do not enter as they are. Predicting needs the
     buffers alone: `weight` (C, M), `bias` (C,), `center` (M,) and `seen` (C,), which classes it has images of. The
     sums are not among them: they are needed to learn on, to join and to forget, and are kept beside the adapter
     (`files.py`). A class without images gets a logit below all others.
 
     Args:
         by_class: keep the sums of each class apart, so that `forget_classes` can take one out.
+        mapping: a module that makes h (B, M) of features (B, F) and does not depend on the data, with M as its `width`
+            (`maps.py`); None: h = f.
     """
 
     observes = True
     #: Whether G is needed.
     keeps_gram: ClassVar[bool] = True
 
-    def __init__(self, sizes: Sizes, classes: int, *, by_class: bool = False):
+    def __init__(self, sizes: Sizes, classes: int, *, by_class: bool = False, mapping: nn.Module | None = None):
         super().__init__(sizes, classes)
+        self.mapping = mapping
         self.by_class = check_choice("by_class", by_class, (True, False))
         width = self.width
         self.register_buffer("weight", torch.zeros(classes, width))
@@ -47,11 +51,11 @@ class SolvedHead(Head):
     @property
     def width(self) -> int:
         """M."""
-        return self.sizes.features
+        return self.sizes.features if self.mapping is None else self.mapping.width
 
     def map(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) -> h (B, M), by a map that does not depend on the data. Default: h = f."""
-        return features
+        """(B, F) -> h (B, M)."""
+        return features if self.mapping is None else self.mapping(features)
 
     def solve(self, sums: Sums) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Rows (C, M), biases (C,), and the center (M,) or None for 0, in float64."""
