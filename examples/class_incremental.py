@@ -23,7 +23,7 @@ set_seed(0)
 processor = AutoImageProcessor.from_pretrained(backbone)
 model = get_peft_model(
     AutoModelForImageClassification.from_pretrained(backbone, dtype="float32"),
-    CodaPromptConfig(components_per_task=4, head_init="zeros"),
+    CodaPromptConfig.from_preset("best"),  # prompts of the first task, and a head that forgets nothing; or "paper"
 )
 trainer = ContinualTrainer(
     model=model,
@@ -31,7 +31,8 @@ trainer = ContinualTrainer(
         "out/class_incremental",
         num_train_epochs=1,
         per_device_train_batch_size=16,
-        learning_rate=5e-3,
+        per_device_eval_batch_size=128,
+        learning_rate=2e-3,
         lr_scheduler_type="constant",
     ),
     scenario=class_incremental(dataset, num_tasks=5, label_column="label"),

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_fixtures import COLOURS, pictures
 from peft import PeftModel
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
-from peft_cl import ContinualTrainer, RunResults
+from peft_cl import ContinualTrainer, LinearProbeConfig, RunResults
 from peft_cl.cli import main
 from peft_cl.commands import demo, digits
 from peft_cl.commands.options import read_config
 from peft_cl.commands.settings import make_settings
+from peft_cl.heads import HEADS, Sizes
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -260,6 +262,27 @@ def test_the_example_script_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "class_incremental.py"))
     assert re.search(r"digit \d, predicted \d", capsys.readouterr().out)
+
+
+def test_a_head_of_ones_own_is_one_class(tmp_path, capsys, monkeypatch):
+    small = digits.load_digits_dataset(per_digit=16)
+    monkeypatch.setattr(digits, "load_digits_dataset", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    module = runpy.run_path(str(EXAMPLES / "custom_head.py"), run_name="__main__")
+    (percent,) = re.findall(r"Frozen features \+ naive Bayes: (\d+\.\d)% of the digits", capsys.readouterr().out)
+    assert float(percent) > 60  # guessing: 10
+    # Its sums join, as those of all heads do.
+    features, labels = torch.randn(60, 6), torch.arange(60) % 3
+    whole, *halves = (module["NaiveBayesHead"](Sizes(6, 6), 3) for _ in range(3))
+    for head, rows in ((whole, slice(None)), (halves[0], slice(30)), (halves[1], slice(30, None))):
+        head.observe(features[rows], labels[rows])
+        head.fit()
+    halves[0].add(halves[1], range(3))
+    halves[0].fit()
+    torch.testing.assert_close(halves[0](features), whole(features))
+    with pytest.raises(ValueError, match="floor is 2"):
+        LinearProbeConfig(head="naive-bayes", head_options={"floor": 2})
+    del HEADS["naive-bayes"]
 
 
 def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, monkeypatch):

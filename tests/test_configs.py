@@ -65,6 +65,32 @@ def test_the_papers_constants():
     assert CodaPromptConfig.from_preset("official").orthogonality_coefficient == 0.0
 
 
+@pytest.mark.parametrize("config_class", [L2PConfig, DualPromptConfig, CodaPromptConfig, LinearProbeConfig])
+def test_only_what_an_earlier_version_could_not_read_is_written_in_format_2(config_class):
+    assert config_class().format_version == 1
+    best = config_class.from_preset("best")
+    assert best.format_version == 2 and best.head != "linear"
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_layers", "expected"),
+    [(192, 6, 6), (192, 12, 6), (24, 3, 3), (768, 12, 2), (1024, 24, 1), (4096, 40, 1)],
+)
+def test_how_many_layers_a_head_sees_follows_from_the_width(hidden_size, num_layers, expected):
+    settings = LinearProbeConfig.from_preset("best")
+    settings.set_head_layers(num_layers, hidden_size)
+    assert settings.head_layers == expected
+    given = LinearProbeConfig.from_preset("best", head_layers=4)
+    given.set_head_layers(num_layers, hidden_size)
+    assert given.head_layers == min(4, num_layers)
+
+
+def test_presets_are_not_shared():
+    first = CodaPromptConfig.from_preset("best")
+    first.head_options["query_options"]["shrinkage"] = 0.5
+    assert CodaPromptConfig.from_preset("best").head_options["query_options"]["shrinkage"] == 0.1
+
+
 def test_layers_are_sorted_and_none_means_all():
     assert CodaPromptConfig(layers=(4, 0, 2)).layers == [0, 2, 4]
     assert DualPromptConfig(g_layers=[], layers=range(2)).layers == [0, 1]
@@ -121,6 +147,38 @@ def test_layers_are_sorted_and_none_means_all():
             "query_projection is 'mlp'.*query_source is 'layer_cls'",
         ),
         (LinearProbeConfig, {"query_projection": "mlp"}, "query_projection is 'mlp', but a linear probe has no query"),
+        (LinearProbeConfig, {"head": "svm"}, "head is 'svm', but must be one of .*'lda'"),
+        (
+            L2PConfig,
+            {"head": "lda", "head_options": {"shrinkage": 2}},
+            "shrinkage is 2, but must be a number at least 0",
+        ),
+        (L2PConfig, {"head": "lda", "head_options": 0.1}, "head_options is 0.1, but must be a dict"),
+        (L2PConfig, {"head_features": "clss"}, "head_features is 'clss', but must name parts joined by"),
+        (L2PConfig, {"head_features": "cls+cls"}, "head_features is 'cls.cls'"),
+        (L2PConfig, {"head_features": "query"}, "head_features is 'query'"),
+        (L2PConfig, {"head_features": ""}, "head_features is ''"),
+        (
+            L2PConfig,
+            {"head_features": "cls", "head_layers": 0},
+            "head_layers is 0, but must be a whole number of at least 1, or None",
+        ),
+        (L2PConfig, {"head_layers": 3}, "head_layers is 3, but head_features is None.*'cls.mean'"),
+        (LinearProbeConfig, {"head": "fusion"}, "head is 'fusion', which reads the frozen model's features beside"),
+        (LinearProbeConfig, {"head_features": "cls+query"}, "head_features is 'cls.query', which reads the frozen"),
+        (
+            CodaPromptConfig,
+            {"query_source": "layer_cls", "head": "fusion"},
+            "head is 'fusion', which reads the frozen.*no pass of the frozen model besides",
+        ),
+        (L2PConfig, {"drift_compensation": "map"}, "drift_compensation is 'map', but head='linear'.*no sums"),
+        (
+            L2PConfig,
+            {"head": "lda", "train_prompts": "first_task", "drift_compensation": "map"},
+            "drift_compensation is 'map'.*train_prompts='first_task'",
+        ),
+        (L2PConfig, {"train_prompts": "never"}, "train_prompts is 'never', but must be one of 'every_task'"),
+        (L2PConfig, {"head": "lda", "task_evidence": 6}, "task_evidence is 6, but head='lda' compares classes"),
         (LinearProbeConfig, {"format_version": 3}, "format_version is 3.*newer peft_cl.*Upgrade"),
     ],
 )
@@ -131,8 +189,8 @@ def test_bad_settings_are_refused(config_class, settings, message):
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_an_unknown_preset_is_refused(config_class):
-    with pytest.raises(ValueError, match=f"{config_class.__name__} has no preset 'best'; choose one of"):
-        config_class.from_preset("best")
+    with pytest.raises(ValueError, match=f"{config_class.__name__} has no preset 'finest'; choose one of"):
+        config_class.from_preset("finest")
 
 
 @pytest.mark.parametrize("module", [base_config, l2p_config, dualprompt_config, coda_config, linear_probe_config])
@@ -213,5 +271,11 @@ def test_the_matrix_covers_every_preset_that_changes_the_form():
         (DualPromptConfig, "paper"),
         (DualPromptConfig, "imagenet-r"),
         (CodaPromptConfig, "official"),
+        (LinearProbeConfig, "linear"),
+        # The heads and what becomes of prompts under them have tests of their own (`test_head_adapters.py`).
+        *(
+            (config_class, "best")
+            for config_class in (L2PConfig, DualPromptConfig, CodaPromptConfig, LinearProbeConfig)
+        ),
     }
     assert set(PRESETS) <= covered | values_only

@@ -15,8 +15,9 @@ from .sums import Sums, solve_positive
 WAYS = ("means", "map")
 #: Of the distance weights, in units of the median distance between the new images and a class's mean.
 BANDWIDTH = 0.5
-#: Weight of the identity in the map, in parts of the mean eigenvalue of the features' second moment.
-IDENTITY = 0.1
+#: Weight of the identity in the map, in parts of the mean eigenvalue of the features' second moment: directions into
+#: which the new images hardly reach stay as they are.
+IDENTITY = 1.0
 
 
 @torch.no_grad()

@@ -40,8 +40,6 @@ class Features:
                 f"mean of the patches), and with one of them {QUERY!r} (the frozen model's features too); for "
                 "instance 'cls+mean'."
             )
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-            raise ValueError(f"head_layers is {layers!r}, but must be a whole number of at least 1.")
         return cls(own, layers, QUERY in names)
 
     @property

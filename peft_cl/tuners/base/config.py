@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ class PromptPoolConfig(HeadConfig):
         """
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; choose one of {', '.join(sorted(cls.presets))}.")
-        return cls(**{**cls.presets[name], **overrides})
+        return cls(**{**copy.deepcopy(dict(cls.presets[name])), **overrides})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -211,14 +212,13 @@ class PromptPoolConfig(HeadConfig):
         return ()
 
     def check_backbone(self, num_layers: int) -> None:
-        """Refuse layers that the backbone does not have; the head sees those that there are."""
+        """Refuse layers that the backbone does not have."""
         outside = [layer for layer in self.prompted_layers if layer >= num_layers]
         if outside:
             raise ValueError(
                 f"layers {outside} are out of range: the base model has {num_layers} layers, counted 0 to "
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
             )
-        self.head_layers = min(self.head_layers, num_layers)
 
     # ----------------------------------------------------------------------------------------------- checks
 

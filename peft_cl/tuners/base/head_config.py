@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 
 from ...heads import CLS, HEADS, Features, Sizes, make_head
+from ...heads.checks import check_count
 
 
 #: Fields that an earlier version would leave out without a word, and what it takes them for.
@@ -21,9 +22,26 @@ SINCE_FORMAT_2 = {
 }
 
 
-#: What the preset "best" of each method says of the head: linear discriminant analysis of the CLS token and the mean
-#: of the patches in the last layers, with prompts that stay as the first task left them.
-BEST = {"head": "lda", "head_features": "cls+mean", "head_layers": 6, "train_prompts": "first_task"}
+#: The head of the preset "best" on frozen features: kernel LDA of the CLS token and the mean of the patches in the
+#: last layers. Settings were chosen on held back training images (`benchmarks/README.md`).
+KERNEL_LDA = {"fourier": 2000, "shrinkage": 0.1}
+BEST_FROZEN = {"head": "lda", "head_options": KERNEL_LDA, "head_features": "cls+mean", "head_layers": None}
+#: With prompts: what this head says of the frozen features, and LDA of the prompted ones.
+BEST = {
+    "head": "fusion",
+    "head_options": {
+        "prompted": "lda",
+        "prompted_options": {"shrinkage": 0.03},
+        "query": "lda",
+        "query_options": KERNEL_LDA,
+    },
+    "head_features": "cls+mean",
+    "head_layers": None,
+    "train_prompts": "first_task",
+}
+#: With `head_layers=None` the head sees at most so many layers, and at most so many numbers of an image: the square of
+#: the latter has to be kept.
+MOST_LAYERS, MOST_NUMBERS = 6, 3072
 
 
 @dataclass
@@ -47,9 +65,12 @@ class HeadConfig(PeftConfig):
             "'+query' for those of the frozen model too. None: what the method's paper reads."
         },
     )
-    head_layers: int = field(
+    head_layers: int | None = field(
         default=1,
-        metadata={"help": "Of how many of the last layers the head sees these features; of all, if there are fewer."},
+        metadata={
+            "help": "Of how many of the last layers the head sees these features (of all, if there are fewer). None: "
+            "of up to 6, as long as they are no more than 3,072 numbers, which the model's width decides."
+        },
     )
     train_prompts: Literal["every_task", "first_task"] = field(
         default="every_task",
@@ -79,6 +100,7 @@ class HeadConfig(PeftConfig):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
         kind = make_head(self.head, Sizes(2, 2), 0, self.head_options)
         features = self.features
+        check_count("head_layers", self.head_layers, or_none=True)
         if self.head_features is None and self.head_layers != 1:
             raise ValueError(
                 f"head_layers is {self.head_layers}, but head_features is None, which is what the paper reads of the "
@@ -111,7 +133,7 @@ class HeadConfig(PeftConfig):
     @property
     def features(self) -> Features | None:
         """What the head sees; None: what the method's paper reads."""
-        return None if self.head_features is None else Features.parse(self.head_features, self.head_layers)
+        return None if self.head_features is None else Features.parse(self.head_features, self.head_layers or 1)
 
     @property
     def query_features(self) -> Features:
@@ -122,6 +144,13 @@ class HeadConfig(PeftConfig):
         if not self.has_query:
             return features
         return features.of_query if features.query or HEADS[self.head].needs_query else CLS
+
+    def set_head_layers(self, num_layers: int, hidden_size: int) -> None:
+        """Settle how many layers of this backbone the head sees."""
+        if self.head_layers is None:
+            parts = len(Features.parse(self.head_features, 1).parts)
+            self.head_layers = max(1, min(MOST_LAYERS, MOST_NUMBERS // (parts * hidden_size)))
+        self.head_layers = min(self.head_layers, num_layers)
 
     @property
     def prompts_frozen(self) -> bool:

@@ -202,7 +202,9 @@ class PromptPoolModel(HeadTools, BaseTuner):
                     "anew."
                 )
         peft_config.target_modules = places
-        peft_config.check_backbone(self._geometry().num_layers)
+        geometry = self._geometry()
+        peft_config.check_backbone(geometry.num_layers)
+        peft_config.set_head_layers(geometry.num_layers, geometry.hidden_size)
         return peft_config
 
     def _geometry(self) -> Geometry:

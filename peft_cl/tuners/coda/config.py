@@ -17,8 +17,9 @@ class CodaPromptConfig(PromptPoolConfig):
 
     Every task adds components; those of earlier tasks take part, detached. The number of tasks need not be known.
 
-    Presets: `paper` (orthogonality 0.1), `official` (the published scripts, orthogonality 0), `textbook` (a pool for
-    every layer, top-1 by the layer's own CLS token, as tokens, with pairwise orthogonality and entropy).
+    Presets: `best` (ours: the preset of choice, see `BEST`), `paper` (orthogonality 0.1), `official` (the published
+    scripts, orthogonality 0), `textbook` (a pool for every layer, top-1 by the layer's own CLS token, as tokens, with
+    pairwise orthogonality and entropy).
 
     Example:
         >>> CodaPromptConfig.from_preset("paper", components_per_task=5).prompt_length

@@ -15,8 +15,9 @@ from ..base.head_config import BEST
 class DualPromptConfig(KeyPoolConfig):
     """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): a general prompt for all tasks, an expert row for each.
 
-    Presets: `paper` (CIFAR-100), `imagenet-r` (20 expert rows), `coda` (the CODA-Prompt repository's DualPrompt: keys
-    per layer, summed distance), `textbook` (both prompts as tokens, with an MLP on the query).
+    Presets: `best` (ours: the preset of choice, see `BEST`), `paper` (CIFAR-100), `imagenet-r` (20 expert rows),
+    `coda` (the CODA-Prompt repository's DualPrompt: keys per layer, summed distance), `textbook` (both prompts as
+    tokens, with an MLP on the query).
 
     Example:
         >>> DualPromptConfig.from_preset("imagenet-r").prompt_length
@@ -57,7 +58,15 @@ class DualPromptConfig(KeyPoolConfig):
 
     method: ClassVar[str] = "DualPrompt"
     presets: ClassVar[dict] = {
-        "best": {**BEST, "head_init": "zeros"},
+        "best": {
+            **BEST,
+            "prompt_length": 10,
+            "layers": [2, 3, 4, 5],
+            "train_prompts": "every_task",
+            "drift_compensation": "map",
+            "pool_size": None,
+            "head_init": "zeros",
+        },
         "paper": {"head_init": "zeros"},
         "imagenet-r": {"prompt_length": 20, "head_init": "zeros"},
         "coda": {

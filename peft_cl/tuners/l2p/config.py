@@ -28,9 +28,9 @@ L2P_PLUS_PLUS = {
 class L2PConfig(KeyPoolConfig):
     """Learning to Prompt (Wang et al., CVPR 2022, arXiv 2112.08654): one pool, the top-N prompts of each image.
 
-    Presets: `paper` (the paper's constants), `google` (the official JAX code's CIFAR-100 file), `jhlee` (the PyTorch
-    port), `l2p++` and `deep` (prefix forms of the CODA-Prompt paper), `textbook` (plain form with squared distance and
-    an MLP on the query).
+    Presets: `best` (ours: the preset of choice, see `BEST`; as prefix), `paper` (the paper's constants), `google` (the
+    official JAX code's CIFAR-100 file), `jhlee` (the PyTorch port), `l2p++` and `deep` (prefix forms of the CODA-
+    Prompt paper), `textbook` (plain form with squared distance and an MLP on the query).
 
     Example:
         >>> L2PConfig(pool_size=20, top_k=4).prompt_length

@@ -8,12 +8,15 @@ from typing import ClassVar
 from peft.utils.peft_types import PeftType
 
 from ..base.config import PromptPoolConfig
-from ..base.head_config import BEST
+from ..base.head_config import BEST_FROZEN
 
 
 @dataclass
 class LinearProbeConfig(PromptPoolConfig):
-    """A linear head over the classes seen, on the frozen model's feature: the baseline without prompts.
+    """A head over the classes seen on the frozen model's features: the baseline without prompts, a linear one unless
+    `head` says otherwise.
+
+    Presets: `best` (ours: the head that the other methods' `best` has), `linear`.
 
     Example:
         >>> LinearProbeConfig(head_init="zeros").train_mask
@@ -22,7 +25,7 @@ class LinearProbeConfig(PromptPoolConfig):
 
     method: ClassVar[str] = "Linear probe"
     presets: ClassVar[dict] = {
-        "best": {name: value for name, value in BEST.items() if name != "train_prompts"},
+        "best": BEST_FROZEN,
         "linear": {},
     }
 
