@@ -13,10 +13,17 @@ import torch
 from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from peft_cl import ContinualTrainer, ContinualTrainingArguments, LinearProbeConfig, class_incremental
+from peft_cl import (
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    LinearProbeConfig,
+    SolvedHead,
+    Sums,
+    class_incremental,
+    register_head,
+)
 from peft_cl.assets import default_backbone
 from peft_cl.commands.digits import load_digits_dataset
-from peft_cl.heads import SolvedHead, Sums, register_head
 
 
 @register_head("naive-bayes")

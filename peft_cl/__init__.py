@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .heads import Head, SolvedHead, Sums, register_head
 from .metrics import RunResults, continual_metrics, results_table
 from .scenarios import (
     RandomResizedCropFlip,
@@ -34,6 +35,7 @@ __all__ = [
     "ContinualTrainingArguments",
     "DualPromptConfig",
     "DualPromptModel",
+    "Head",
     "L2PConfig",
     "L2PModel",
     "LinearProbeConfig",
@@ -41,13 +43,16 @@ __all__ = [
     "RandomResizedCropFlip",
     "RunResults",
     "Scenario",
+    "SolvedHead",
     "Strategy",
+    "Sums",
     "Task",
     "__version__",
     "class_incremental",
     "continual_metrics",
     "dataset_sequence",
     "domain_incremental",
+    "register_head",
     "results_table",
     "task_free",
     "task_incremental",

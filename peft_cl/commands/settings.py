@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.processing_utils import ImagesKwargs
 
-from ..hub.card import NOT_SETTINGS
+from ..hub.terms import NOT_SETTINGS
 from ..scenarios import RandomResizedCropFlip
 from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
-from ..hub.card import NOT_SETTINGS
+from ..hub.terms import NOT_SETTINGS
 from ..metrics import RunResults, results_table
 from ..plots.run import PICTURE_FILES
 from ..scenarios import Scenario

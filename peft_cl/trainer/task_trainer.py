@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
-from datasets import Dataset
-from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -20,16 +15,17 @@ from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .checks import check_augmentation, check_image_size
-from .examples import EpochDraws, TaskExamples, rows_by_image
+from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
 from .processes import kept_counts, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
+from .task_data import TaskData
 
 
-class TaskTrainer(Trainer):
+class TaskTrainer(TaskData):
     """`transformers.Trainer` whose `fit` trains on the examples of tasks, with everything that a task needs made anew.
 
     Attributes:
@@ -278,131 +274,6 @@ class TaskTrainer(Trainer):
             super().log(logs, start_time)
         finally:
             self.state.global_step = own
-
-    # ----------------------------------------------------------------------------------------------- data
-
-    def examples(self, tasks: Sequence[Task], split: str, *, measured: bool = False) -> TaskExamples:
-        """The tasks' `"train"` or `"test"` examples one after the other, with what belongs to each of them: its label
-        in the order of the model's outputs, its query where that is kept, its task where that is known at test.
-
-        Args:
-            measured: whether training examples are to be measured on, as test examples are.
-        """
-        labels = [self.scenario.model_labels(task, split, self.classes_before) for task in tasks]
-        tensors = {"model_label": torch.from_numpy(np.concatenate(labels))}
-        if self.args.cache_queries:
-            with self.accelerator.autocast():  # in the precision of the steps
-                tensors["query"] = self.queries.queries(tasks, split, self.tuner, self.plain_batches)
-        if (split == "test" or measured) and self.scenario.task_known:
-            numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
-            sizes = torch.tensor([len(getattr(task, split)) for task in tasks])
-            tensors["task_ids"] = numbers.repeat_interleave(sizes)
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        augmented = split == "train" and self.augmentation is not None
-        # What is trained on, so that two tasks' draws differ.
-        seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
-        parts = [getattr(task, split) for task in tasks]
-        draws = self.args.augmentation_draws
-        examples = TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts), draws)
-        come_again = augmented and draws and self.batch_augmentation is None
-        if come_again and self.args.cache_queries and self.queries.are_fixed(self.tuner):
-            examples.drawn["query"] = torch.stack([self._queries_of_draw(examples, draw) for draw in range(draws)])
-        return examples
-
-    def _queries_of_draw(self, examples: TaskExamples, draw: int) -> torch.Tensor:
-        """Queries of augmented images, (examples, D) float32."""
-        examples.begin_epoch(draw)
-        with self.accelerator.autocast():
-            batches = self._batches(examples, training=True)
-            return torch.cat([self.tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
-
-    def part_of(self, task: Task, rows: Sequence[int]) -> Task:
-        """The task with some of its training examples, in the order of `rows`. `forget` it after use."""
-        part = replace(task, train=task.train.select(rows))
-        if self.images is not None:
-            self.images.take(part.train, task.train, rows)
-        return part
-
-    def forget(self, tasks: Sequence[Task]) -> None:
-        """Let go of what is kept of the training examples of `tasks`; files stay."""
-        self.queries.forget(tasks)
-        if self.images is not None:
-            for task in tasks:
-                self.images.forget(task.train)
-
-    def _image_bytes(self, parts: Sequence[Dataset]) -> list[torch.Tensor] | None:
-        return None if self.images is None else [self.images.of(part) for part in parts]
-
-    def training_batch(self, examples: TaskExamples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Some of the examples as a batch of training, augmented as others are, on the device."""
-        examples.begin_epoch(int(torch.randint(2**62, ())))  # other draws each time
-        return self._prepare_inputs(self._collators[True](examples.__getitems__(indices)))
-
-    def plain_batches(
-        self,
-        task: Task,
-        split: str = "train",
-        batch_size: int | None = None,
-        rows: Sequence[int] | None = None,
-        with_queries: bool = False,
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Un-augmented batches of all of a task's examples (or of `rows`), in order, on this process alone."""
-        tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
-        if with_queries:
-            with self.accelerator.autocast():
-                tensors["query"] = self.queries.queries([task], split, self.tuner, self.plain_batches)
-        parts = [getattr(task, split)]
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        examples = TaskExamples(parts, tensors, images=self._image_bytes(parts))
-        return self._batches(examples, batch_size, rows=rows)
-
-    def _batches(
-        self,
-        examples: TaskExamples,
-        batch_size: int | None = None,
-        training: bool = False,
-        rows: Sequence[int] | None = None,
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        # A generator of its own: the order of the training images must not depend on whether queries are cached.
-        loader = DataLoader(
-            examples,
-            batch_size or self.args.eval_batch_size,
-            sampler=rows,
-            collate_fn=self._collators[training],
-            generator=torch.Generator(),
-        )
-        return (self._prepare_inputs(batch) for batch in loader)
-
-    def get_train_dataloader(self):
-        self.data_collator = self._collators[True]
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = self._collators[False]
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.scenario.boundaries:
-            return super()._get_train_sampler(train_dataset)
-        return SequentialSampler(train_dataset or self.train_dataset)  # the order of a stream is the data
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        # Kept loaders are found by a name that all data sets given as objects share: a stale one would be served.
-        self.__dict__.pop("_eval_dataloaders", None)
-        with self._every_example():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        with self._every_example():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _every_example(self) -> Iterator[None]:
-        """Incomplete batches are dropped in training only; every test image counts."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def _save(self, output_dir=None, state_dict=None):
         # The Trainer writes its arguments beside the adapter, in `training_args.bin`, and both are shared.
