@@ -15,21 +15,24 @@ RUFF_EXISTING = $(wildcard $(RUFF_PATHS))
 
 # Tests marked `data` need real images; without them they are deselected by name, not skipped one by one.
 ifeq ($(strip $(PEFT_CL_DATA)),)
-SELECTION := -m "not data"
+SELECTION := and not data
 SELECTION_NOTE := PEFT_CL_DATA is not set: tests marked 'data' are left out
 else
 SELECTION :=
 SELECTION_NOTE := PEFT_CL_DATA=$(PEFT_CL_DATA): tests marked 'data' run too
 endif
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# Keeps pytest's own exit status.
+KEPT = status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
 
 # Where .ci/run reads pytest's own exit status from: make turns every failure into its own status 2.
 PYTEST_STATUS ?= /dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quality style clean
+.PHONY: help install demo test test-slow quality style clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## Create .venv and install the project with its tested dependencies, where not done yet
 
@@ -45,7 +48,11 @@ demo: install  ## Train and compare the methods on small data, from nothing (set
 
 test: install  ## Run the tests (with those on real images if PEFT_CL_DATA names their folder)
 	@echo "$(SELECTION_NOTE)"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(SELECTION) $(ARGS); status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
+	@$(PYTEST) -m "not slow $(SELECTION)" $(ARGS); $(KEPT)
+
+test-slow: install  ## Run the tests that take long: more kills and processes, matrices, benchmarks
+	@echo "$(SELECTION_NOTE)"
+	@$(PYTEST) -m "slow $(SELECTION)" $(ARGS); $(KEPT)
 
 quality: install  ## Check lint and format, change nothing
 	@$(BIN)/ruff check $(RUFF_EXISTING)

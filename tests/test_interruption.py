@@ -69,6 +69,9 @@ KILLS = [
     ("probe+finetuning+ewc+checkpoints", "evaluation"),
     ("l2p+er", "in a step"),
     ("probe+lda", "fsync"),
+]
+#: Heads that observe, under prompts.
+MORE_KILLS = [
     ("coda+lda+drift+checkpoints", "in a step"),
     ("l2p+aligned+checkpoints", "evaluation"),
     ("dualprompt+fusion+stream", "between tasks"),
@@ -85,7 +88,9 @@ def test_a_run_is_killed_at_each_kind_of_moment(whole):
     assert {"fsync", "replace"} <= set(moments[steps[0] : steps[2]])
 
 
-@pytest.mark.parametrize(("method", "kind"), KILLS)
+@pytest.mark.parametrize(
+    ("method", "kind"), [*KILLS, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_KILLS)]
+)
 def test_kill_and_resume_gives_the_same_bits(method, kind, whole, tmp_path):
     folder, moments = whole(method)
     places = [place for place, each in enumerate(moments, start=1) if each == kind]

@@ -110,6 +110,7 @@ def test_a_stream_is_observed_as_it_comes(make_trainer, data):
     check_close(adapter_logits(trainer, data["test"]), all_at_once(trainer, data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("head", ["lda", "aligned", "fusion"])
 def test_a_stream_under_prompts_is_observed_in_its_steps(name, head, make_trainer, data):
@@ -146,6 +147,7 @@ def test_data_sets_one_after_the_other(make_trainer, data):
         assert trainer.metrics["average_accuracy"] > (0.9 if shared else 0.3)  # the same colours under two names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PROMPTS)
@@ -178,6 +180,7 @@ def test_prompts_of_the_first_task_stay_and_sums_stay_exact(name, dtype, augment
     assert trainer.metrics["average_accuracy"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_sums_follow_prompts_that_go_on(name, make_trainer):
     """The second task's training moves the features of the first one's images, of which sums know where they were."""

@@ -66,10 +66,15 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
         "probe+er",
         "dualprompt+stream+unmasked",
         "probe+lda+uneven",
-        "probe+ridge+stream+uneven",
-        "coda+lda+drift+uneven",
-        "dualprompt+fusion+stream+unmasked+uneven",
-        "l2p+aligned+first+uneven",
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (
+                "probe+ridge+stream+uneven",
+                "coda+lda+drift+uneven",
+                "dualprompt+fusion+stream+unmasked+uneven",
+                "l2p+aligned+first+uneven",
+            )
+        ),
     ],
 )
 def test_two_processes_equal_one(method, tmp_path):
