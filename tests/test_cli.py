@@ -125,7 +125,8 @@ def test_every_method_trains_from_a_configuration(train, tmp_path, method, prese
     results = RunResults.load(tmp_path / "out")
     assert results.finished_tasks == 2
     is_best = preset == "null" and method not in ("linear-probe", "nearest-class-mean")
-    assert results.hyperparameters["adapter"].get("head", "linear") == ("lda" if is_best else "linear")
+    best = "lda" if method == "frozen" else "fusion"
+    assert results.hyperparameters["adapter"].get("head", "linear") == (best if is_best else "linear")
     assert (tmp_path / "out" / "head_sums.safetensors").is_file() == is_best
 
 
@@ -296,7 +297,8 @@ def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, mon
     )
     assert main(["demo", "--quick", "--output", str(tmp_path / "demo")]) == 0
     text = capsys.readouterr().out
-    best = ("Frozen features + LDA", "L2P + LDA", "DualPrompt + LDA", "CODA-Prompt + LDA")
+    best = ["Frozen features + kernel LDA"]
+    best += [f"{name} + LDA and kernel LDA of the query" for name in ("L2P", "DualPrompt", "CODA-Prompt")]
     for method in (*best, "CODA-Prompt", "Linear probe", "Fine-tuning", "Nearest class mean"):
         assert f"| {method} |" in text
     (path,) = loaded

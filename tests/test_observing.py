@@ -176,7 +176,7 @@ def test_prompts_of_the_first_task_stay_and_sums_stay_exact(name, dtype, augment
             again.observe(trainer.tuner.features(batch["pixel_values"])[0], batch["labels"])
     again.fit()
     assert sums.images == again.sums.images
-    check_close(again.sums.means, sums.means, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.sums.means, sums.means, rtol=1e-5, atol=1e-5)
     assert trainer.metrics["average_accuracy"] > 0.9
 
 

@@ -241,6 +241,6 @@ def test_several_adapters_have_heads_of_their_own(make_trainer, tiny_vit, data):
         model.fit_head([{"pixel_values": batch, "labels": torch.tensor([0, 1, 0, 1])}])
         assert model.eval()(batch).logits.argmax(-1).tolist() == [0, 1, 0, 1]
         model.set_adapter("default")
-        check_close(model(batch).logits, before, rtol=0, atol=0)
+        torch.testing.assert_close(model(batch).logits, before, rtol=0, atol=0)
         with model.disable_adapter():
             assert torch.equal(model(batch).logits, tiny_vit()(batch).logits)
