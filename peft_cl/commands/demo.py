@@ -49,8 +49,6 @@ class Setting:
 
 SETTINGS = {
     "frozen-best": Setting("frozen", 0.0, 1, "best"),
-    "l2p-best": Setting("l2p", 2e-3, 3, "best"),
-    "dualprompt-best": Setting("dualprompt", 2e-3, 3, "best"),
     "coda-best": Setting("coda", 2e-3, 3, "best"),
     "coda": Setting("coda", 5e-3, 3, None, {"head_init": "zeros", "components_per_task": 4}),
     "linear-probe": Setting("linear-probe", 5e-3, 3, None, {"head_init": "zeros"}),
@@ -203,7 +201,7 @@ def _gain(runs: dict[str, RunResults]) -> str:
     best = max(prompted, key=lambda name: accuracy(runs[name]))
     points = 100 * (accuracy(runs[best]) - accuracy(runs["frozen-best"]))
     if points < 0.5:
-        return f"On these images prompts add nothing to that head ({points:+.1f} points at most): it needs none here."
+        return f"On these images prompts add nothing to that head ({points:+.1f} points): it needs none here."
     return f"To that head prompts add {points:.1f} points here ({runs[best].method})."
 
 
