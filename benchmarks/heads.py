@@ -245,7 +245,8 @@ def tables(options: argparse.Namespace) -> str:
             )
             for method in methods
         ]
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+        if set(cells) != {NOTHING}:
+            lines.append(f"| {row.title} | {' | '.join(cells)} |")
     lines += ["", "| Head (what it sees) | Seconds, all tasks | Head | Sums |", "|---|---:|---:|---:|"]
     for row in options.rows:
         found = [each["rows"][row.title] for each in records[methods[0]] if row.title in each["rows"]]
@@ -276,9 +277,13 @@ def tables(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+#: In place of a number that was not measured.
+NOTHING = "–"
+
+
 def spread(values: list[float]) -> str:
     if not values:
-        return "–"
+        return NOTHING
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 

@@ -35,7 +35,7 @@ class LDAHead(SolvedHead):
 
     Args:
         shrinkage: s, from 0 (the covariance as it is) to 1 (a multiple of the identity, which is nearest class mean).
-            The default was chosen on held back training images (`benchmarks/README.md`).
+            The default was chosen on held back training images (`benchmarks/heads.py --holdout 0.2`).
         priors: `"equal"`, or `"empirical"` for the classes' shares of the images.
         fourier: M cosines of a random Gaussian kernel beside the features (`FourierFeatures`, KLDA), for classes that
             no plane divides; None: the features as they are.
