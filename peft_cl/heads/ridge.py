@@ -27,7 +27,7 @@ class RidgeHead(SolvedHead):
     Args:
         projection: M; None: no projection. At least as many as there are classes.
         ridge: lambda in parts of the mean eigenvalue of G; None: 0.1 with a projection and 0.01 without, as held back
-            training images had it (`benchmarks/README.md`).
+            training images had it (`benchmarks/heads.py --holdout 0.2`).
         normalize: as in `RandomProjection`.
         seed: of W_r.
         by_class: as in `SolvedHead`.

@@ -44,7 +44,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         accuracy_matrix=trainer.accuracy_matrix.tolist(),
         test_sizes=[len(task.test) for task in scenario],
         metrics=trainer.metrics,
-        trainable_parameters=trainable,
+        trainable_parameters=max(trainable, trainer.most_trainable) if trainer.finished_tasks else trainable,
         total_parameters=total,
         adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
         sums_bytes=sums.stat().st_size if tuner.head.active.observes and sums.is_file() else None,

@@ -44,6 +44,7 @@ class ResumableTrainer(ObservingTrainer):
         details: what the last measurement between tasks tells beside accuracies of tasks, by its field in the record.
         baseline: accuracy on each task before the first is learnt, with `measure_ahead`.
         train_seconds: of the finished tasks, without evaluations.
+        most_trainable: parameters that were trained in one task, at most; prompts may be frozen after the first.
         under_way: whether a task has begun and is not finished.
     """
 
@@ -59,6 +60,7 @@ class ResumableTrainer(ObservingTrainer):
         self.details: dict[str, Any] = {}
         self.baseline: list[float] | None = None
         self.train_seconds = 0.0
+        self.most_trainable = 0
         self.began: float | None = None
         self.under_way = False
         self._resumed_from: Path | None = None
@@ -110,6 +112,7 @@ class ResumableTrainer(ObservingTrainer):
             "details": self.details,
             "baseline": self.baseline,
             "train_seconds": self.seconds(),
+            "most_trainable": self.most_trainable,
             "steps": self.steps_before + self.state.global_step,
             "weights": weights,
             "head": self.tuner.head.active.going_on(),
@@ -149,7 +152,8 @@ class ResumableTrainer(ObservingTrainer):
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
         self.train_seconds = state["train_seconds"]
-        self.steps_before = state.get("steps", 0)  # runs of earlier versions do not say
+        # Runs of earlier versions do not say.
+        self.steps_before, self.most_trainable = state.get("steps", 0), state.get("most_trainable", 0)
         for task in self.scenario[: self.finished_tasks]:
             self._start(task)  # for the shapes
             self.task = task

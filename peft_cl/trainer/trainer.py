@@ -205,6 +205,7 @@ class ContinualTrainer(ResumableTrainer):
         self.look_before(task)
         self._start(task)
         self.strategy.begin_task(self, task)
+        self.most_trainable = max(self.most_trainable, self.model.get_nb_trainable_parameters()[0])
 
     # ----------------------------------------------------------------------------------------------- measuring
 

@@ -23,7 +23,7 @@ SINCE_FORMAT_2 = {
 
 
 #: The head of the preset "best" on frozen features: kernel LDA of the CLS token and the mean of the patches in the
-#: last layers. Settings were chosen on held back training images (`benchmarks/README.md`).
+#: last layers. Settings were chosen on held back training images (`benchmarks/heads.py --holdout 0.2`).
 KERNEL_LDA = {"fourier": 2000, "shrinkage": 0.1}
 BEST_FROZEN = {"head": "lda", "head_options": KERNEL_LDA, "head_features": "cls+mean", "head_layers": None}
 #: With prompts: what this head says of the frozen features, and LDA of the prompted ones.
