@@ -154,7 +154,7 @@ def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, Prom
             preset = method.preset
             scenario = config.get("scenario")
             if isinstance(scenario, dict) and scenario.get("kind") == STREAM:  # which has no first task
-                values = {"train_prompts": "every_task", **values}
+                values = {"train_prompts": "every_task", "drift_compensation": None, **values}
         return name, method, preset, method.configure(preset, **values)
 
 
