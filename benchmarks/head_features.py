@@ -129,9 +129,7 @@ def features_under(name: str, seed: int, data: Any, options: argparse.Namespace)
                 "train": features,
                 "test": trainer.test_features(task),
                 "rows": [torch.tensor(getattr(task, split)["row"][:]) for split in ("train", "test")],
-                "labels": [
-                    torch.from_numpy(trainer.scenario.model_labels(task, split)) for split in ("train", "test")
-                ],
+                "labels": labels_of(trainer.scenario, task),
             }
             for task, (before, features) in zip(trainer.scenario, trainer.recorded, strict=True)
         ],

@@ -11,8 +11,6 @@ import torch
 from .sums import Sums, solve_positive
 
 
-#: Ways to follow, by the name that `drift_compensation` in a configuration gives.
-WAYS = ("means", "map")
 #: Of the distance weights, in units of the median distance between the new images and a class's mean.
 BANDWIDTH = 0.5
 #: Weight of the identity in the map, in parts of the mean eigenvalue of the features' second moment: directions into

@@ -31,7 +31,7 @@ class ObservingTrainer(TaskTrainer):
 
     def look_before(self, task: Task) -> None:
         """Before `task` begins: keep what its images' features are, if sums are to follow the drift of features."""
-        config = self.tuner.peft_config[self.tuner.active_adapters[0]]
+        config = self.tuner.head.config
         is_first = not config.tasks
         follows = config.drift_compensation and self.scenario.boundaries and not is_first
         self._features_before = self._features_of_all(task) if follows else None
@@ -48,16 +48,14 @@ class ObservingTrainer(TaskTrainer):
             if len(tasks) > 1:  # all of them come again
                 head.forget_observed()
             if self._features_before is not None:
-                head.move(self._features_before, self._features_of_all(task), self._drift)
+                head.move(
+                    self._features_before, self._features_of_all(task), self.tuner.head.config.drift_compensation
+                )
             for each in tasks:
                 self._show(each, head)
             if self.args.world_size > 1:
                 head.merge_counts(lambda counts: self.accelerator.reduce(counts, "sum"))
         head.fit()
-
-    @property
-    def _drift(self) -> str | None:
-        return self.tuner.peft_config[self.tuner.active_adapters[0]].drift_compensation
 
     def _show(self, task: Task, head: Head) -> None:
         """This process's share of the task's training images."""

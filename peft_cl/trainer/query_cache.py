@@ -13,6 +13,7 @@ from torch import nn
 
 from ..heads import CLS
 from ..scenarios import Task
+from ..tuners.base.digests import digest_of_weights
 from ..tuners.base.model import PromptPoolModel
 from ..tuners.base.reading import hooks_of
 from .examples import has_transform
@@ -126,16 +127,6 @@ def _precision_of_products() -> list[Any]:
     if hasattr(products, "fp32_precision"):
         return [products.fp32_precision, convolutions.conv.fp32_precision]
     return [torch.get_float32_matmul_precision(), convolutions.allow_tf32]
-
-
-def digest_of_weights(module: nn.Module) -> str:
-    """A digest of every parameter and buffer, by name, shape, dtype and content."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        content = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
-        digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
-    return digest.hexdigest()
 
 
 def digest_of_modules(module: nn.Module) -> str:

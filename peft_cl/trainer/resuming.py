@@ -14,11 +14,11 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..scenarios import Scenario, Task
+from ..tuners.base.digests import digest_of_weights
 from .files import explained_writes, finish_writing
 from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
-from .query_cache import digest_of_weights
 from .record import usage_of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from ...heads.files import SUMS_FILE, load_sums, save_sums
+from .digests import digest_of_tensors, digest_of_weights
 from .encoder import evaluation_mode
 
 
@@ -114,27 +114,19 @@ class HeadTools:
     def _facts_of_sums(self) -> dict[str, Any]:
         """What sums belong to."""
         config, head = self._active_config()[1], self.head.active
-        digest = hashlib.sha256()
-        for name, value in head.state_dict().items():
-            if not name.startswith("training_head"):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        saved = ((name, value) for name, value in head.state_dict().items() if not name.startswith("training_head"))
         return {
             "head": config.head,
             "features": [config.head_features, config.head_layers],
             "classes": config.classes,
             "backbone": self.backbone_digest(),
-            "adapter": digest.hexdigest()[:16],
+            "adapter": digest_of_tensors(saved)[:16],
         }
 
     def backbone_digest(self) -> str:
         """A digest of the backbone's weights, the same in float32 and in bfloat16."""
-        digest = hashlib.sha256()
-        for name, value in self.encoder.base_layer.state_dict().items():
-            digest.update(name.encode())
-            rounded = value.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(rounded.view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        weights = self.encoder.base_layer.state_dict().items()
+        return digest_of_tensors((name, value.to(torch.bfloat16)) for name, value in weights)[:16]
 
     # ----------------------------------------------------------------------------------------------- classes
 
@@ -200,7 +192,8 @@ class HeadTools:
         if adapter_name not in self.peft_config or adapter_name == adapter:
             raise ValueError(f"{adapter_name!r} is no other adapter of this model: {list(self.peft_config)}.")
         other, theirs = self.peft_config[adapter_name], self.head.entries[adapter_name]
-        if _state(self.encoder.entries[adapter]) != _state(self.encoder.entries[adapter_name]):
+        own, others = (digest_of_weights(self.encoder.entries[name]) for name in (adapter, adapter_name))
+        if own != others:
             raise ValueError(
                 f"{adapter!r} and {adapter_name!r} have different prompts, so their heads see different features. "
                 "Join adapters without prompts, or with the same ones."
@@ -230,14 +223,6 @@ class HeadTools:
         self._set_training_head(head, config, known)
         self.head.forget_rows()
         self.head.show_labels()
-
-
-def _state(module: torch.nn.Module) -> bytes:
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.digest()
 
 
 def _folder_of_sums(name: str, words: Mapping[str, Any]) -> Path | None:
