@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import check_choice, check_count, check_number
-from .head import Head, Sizes, register_head
+from .composite import CompositeHead
+from .head import Sizes, register_head
 from .lda import LDAHead, shrunk_covariance
 from .linear import Init, LinearHead
 from .sums import cholesky
@@ -22,7 +23,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
 @register_head("aligned")
-class AlignedHead(Head):
+class AlignedHead(CompositeHead):
     """SLCA's classifier alignment (Zhang et al., ICCV 2023, arXiv 2303.05118; likewise HiDe-Prompt, arXiv 2310.07234).
 
     The linear head is trained on each task as published, under the mask. After the task all its rows are trained on
@@ -44,6 +45,7 @@ class AlignedHead(Head):
 
     title = "aligned linear"
     observes = True
+    part_names = ("gaussians", "linear")
 
     def __init__(
         self,
@@ -73,25 +75,15 @@ class AlignedHead(Head):
     def forward(self, features, query=None):
         return self.linear(features)
 
-    def grow(self, classes, *, keep):
-        self.linear.grow(classes, keep=keep)
-        self.gaussians.grow(classes, keep=keep)
-        self.classes = classes
-
     def keep_rows(self, rows: Sequence[int]) -> None:
-        self.gaussians.keep_rows(rows)
-        self.linear.keep_rows(rows)
-        self.classes = len(rows)
+        super().keep_rows(rows)
         self.fit()
 
     def observe(self, features, labels, query=None):
         self.gaussians.observe(features, labels)
 
-    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.gaussians.merge_counts(total)
-
     def fit(self):
-        self.gaussians.fit()
+        super().fit()
         rows = self.gaussians.seen.nonzero()[:, 0]
         if len(rows) < 2:  # nothing to compare
             return
@@ -137,19 +129,3 @@ class AlignedHead(Head):
 
     def move(self, old, new, how):
         self.gaussians.move(old, new, how)
-
-    def forget_observed(self):
-        self.gaussians.forget_observed()
-
-    def sums_unknown(self) -> None:
-        self.gaussians.sums_unknown()
-
-    @property
-    def has_sums(self) -> bool:
-        return self.gaussians.has_sums
-
-    def going_on(self):
-        return self.gaussians.going_on()
-
-    def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.gaussians.go_on(state)

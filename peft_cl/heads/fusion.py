@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .checks import check_choice, check_number
+from .composite import CompositeHead
 from .head import HEADS, Head, Sizes, make_head, register_head
 from .linear import Init
 
 
 @register_head("fusion")
-class FusionHead(Head):
+class FusionHead(CompositeHead):
     """logits = log softmax(prompted(f)) + `weight` x query_head(q),  for the prompted feature f and the frozen one q.
 
     The frozen feature costs nothing, as prompts are chosen by it; and as it never changes, sums over it stay exact
@@ -28,6 +29,7 @@ class FusionHead(Head):
     title = "fusion"
     observes = True
     needs_query = True
+    part_names = ("query", "prompted")
 
     def __init__(
         self,
@@ -59,55 +61,12 @@ class FusionHead(Head):
         with torch.autocast(features.device.type, enabled=False):
             return logits.float().log_softmax(-1) + self.weight * self.query(query.to(self.query.dtype))
 
-    def grow(self, classes, *, keep):
-        for head in (self.prompted, self.query):
-            head.grow(classes, keep=keep)
-        self.classes = classes
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        for head in (self.query, self.prompted):
-            head.keep_rows(rows)
-        self.classes = len(rows)
-
-    def check_classes(self, classes):
-        for head in (self.prompted, self.query):
-            head.check_classes(classes)
-
     def observe(self, features, labels, query=None):
         self.prompted.observe(features, labels)
         self.query.observe(query, labels)
 
-    def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for head in (self.prompted, self.query):
-            head.merge_counts(total)
-
-    def fit(self):
-        for head in (self.prompted, self.query):
-            head.fit()
-
     def move(self, old, new, how):
         self.prompted.move(old, new, how)  # the query's features stay
-
-    def forget_observed(self):
-        for head in (self.prompted, self.query):
-            head.forget_observed()
-
-    def sums_unknown(self) -> None:
-        for head in (self.prompted, self.query):
-            head.sums_unknown()
-
-    @property
-    def has_sums(self) -> bool:
-        return self.prompted.has_sums and self.query.has_sums
-
-    def going_on(self):
-        parts = {"prompted": self.prompted, "query": self.query}
-        return {f"{part}.{name}": value for part, head in parts.items() for name, value in head.going_on().items()}
-
-    def go_on(self, state: Mapping[str, torch.Tensor]) -> None:
-        for part, head in (("prompted", self.prompted), ("query", self.query)):
-            own = f"{part}."
-            head.go_on({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
 
     def add(self, other: Head, rows: Sequence[int]) -> None:
         if not isinstance(other, FusionHead):
