@@ -57,6 +57,9 @@ def make_scenario(data: Any, seed: int, options: argparse.Namespace, num_tasks: 
 class Recording(ContinualTrainer):
     """Keeps the features of each task's images when it is learnt, and before."""
 
+    recorded = ()
+    feature_seconds = 0.0
+
     def look_before(self, task: Any) -> None:
         learns = self.tuner.peft_config["default"].train_prompts == "every_task" and task.index > 0
         moves = learns and any(True for _ in self.tuner.pool.parameters())
@@ -64,11 +67,10 @@ class Recording(ContinualTrainer):
 
     def observe(self, task: Any) -> None:
         super().observe(task)
-        began = time.perf_counter()
+        began = time.process_time()
         features = self._features_of_all(task)
-        self.__dict__.setdefault("recorded", []).append((self.before, features))
-        self.feature_seconds = self.__dict__.get("feature_seconds", 0.0) + time.perf_counter() - began
-        self.began += time.perf_counter() - began
+        self.recorded = (*self.recorded, (self.before, features))
+        self.feature_seconds += time.process_time() - began
 
     def test_features(self, task: Any) -> torch.Tensor:
         batches = self.plain_batches(task, "test")
@@ -116,12 +118,13 @@ def features_under(name: str, seed: int, data: Any, options: argparse.Namespace)
         return reordered(torch.load(others[0]), make_scenario(data, seed, options))
     trainer = learn_prompts(name, seed, data, options)
     trainer.evaluate = lambda *words, **more: {}  # heads are measured afterwards
+    prompt_seconds = 0.0  # of the processor, all threads together: another program beside this one does not count
     for task in trainer.scenario:
         trainer._begin(task)
-        trainer.began = time.perf_counter()
+        began = time.process_time()
         trainer.strategy.learn(trainer, task)
+        prompt_seconds += time.process_time() - began
         trainer.observe(task)
-        trainer.train_seconds, trainer.began = trainer.seconds(), None
     found = {
         "tasks": [
             {
@@ -134,7 +137,7 @@ def features_under(name: str, seed: int, data: Any, options: argparse.Namespace)
             for task, (before, features) in zip(trainer.scenario, trainer.recorded, strict=True)
         ],
         "size": trainer.model.config.hidden_size,
-        "prompt_seconds": trainer.train_seconds,
+        "prompt_seconds": prompt_seconds,
         "feature_seconds": trainer.feature_seconds,
         "pool_bytes": sum(value.nbytes for value in trainer.tuner.pool.state_dict().values()),
         "settings": trainer.results.hyperparameters,

@@ -21,7 +21,7 @@ from peft_cl import (
     task_incremental,
 )
 from peft_cl.heads import LDAHead
-from peft_cl.strategies import ExperienceReplay, FineTuning, JointTraining, NearestClassMean
+from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
 
 
 # ------------------------------------------------------------------------------------------------ scenarios
@@ -205,6 +205,11 @@ def test_the_strategy_and_the_head_of_class_means_agree(make_trainer, data):
     ("config", "strategy", "message"),
     [
         (lambda: LinearProbeConfig(**LDA, train_mask=False), FineTuning(), "head is 'lda'.*Fine-tuning changes all"),
+        (
+            lambda: PROMPTS["coda"](**LDA, train_prompts="first_task", train_mask=False),
+            [EWC(), ExperienceReplay(8)],
+            "head is 'lda'.*EWC holds weights by the likelihood that a trained head gives. Set head='linear'",
+        ),
         (lambda: LinearProbeConfig(**LDA), NearestClassMean(), "fills a linear head.*head='lda'"),
         (lambda: LinearProbeConfig(head="ridge", head_options={"projection": 5}), None, "projection is 5.*6 classes"),
     ],

@@ -32,6 +32,7 @@ class EWC(Strategy):
 
     name = "EWC"
     has_task_evidence = False
+    why_trained_head = "holds weights by the likelihood that a trained head gives"
     learns_streams = False
 
     def __init__(self, strength: float = 1000.0, fisher_samples: int = 256):

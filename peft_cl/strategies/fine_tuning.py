@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ..heads import HEADS
 from ..trainer import ContinualTrainer, Strategy
 
 
@@ -24,6 +23,7 @@ class FineTuning(Strategy):
 
     name = "Fine-tuning"
     has_task_evidence = False
+    why_trained_head = "changes all features with each task"
     limits = (
         f"All weights of the backbone were trained: load the base model from the folder `{BACKBONE_FOLDER}` beside "
         "this file, not the original one.",
@@ -33,12 +33,6 @@ class FineTuning(Strategy):
         return self.name
 
     def prepare(self, model: PeftModel) -> None:
-        head = model.peft_config[model.active_adapter].head
-        if HEADS[head].observes:
-            raise ValueError(
-                f"head is {head!r}, which is computed from sums over features, but {self.name} changes all features "
-                "with each task. Set head='linear'."
-            )
         for parameter in model.base_model.encoder.base_layer.parameters():
             if parameter.dtype != torch.float32:
                 raise ValueError(

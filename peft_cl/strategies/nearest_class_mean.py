@@ -79,14 +79,10 @@ class NearestClassMean(Strategy):
     def _means_for(self, head: LinearHead) -> ClassMeansHead:
         """The means so far, with a row for each row of `head`."""
         if self.means is None:
-            self.means = self._make(head.sizes.features)
+            self.means = ClassMeansHead(head.sizes, 0)
         self.means.to(head.weight.device)
         self.means.grow(head.classes, keep=self.means.classes)
         return self.means
-
-    def _make(self, width: int, classes: int = 0) -> ClassMeansHead:
-        metric = "cosine" if self.cosine else "euclidean"
-        return ClassMeansHead(Sizes(width, width), classes, metric=metric, scale=1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.means is None else self.means.going_on()
@@ -95,6 +91,6 @@ class NearestClassMean(Strategy):
         self.means = None
         if state:
             classes, width = state["sums.totals"].shape
-            self.means = self._make(width, classes)
+            self.means = ClassMeansHead(Sizes(width, width), classes)
             self.means.go_on(state)
             self.means.fit()

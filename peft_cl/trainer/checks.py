@@ -12,6 +12,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, get_scheduler
 from transformers.utils import logging
 
+from ..heads import HEADS
 from ..scenarios import ImageTransform, Scenario
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
@@ -231,6 +232,11 @@ def check_scenario(
         raise ValueError(
             f"train_mask is True, but {strategy.name} trains on classes of earlier tasks too, whose loss would be "
             "infinite. Set train_mask=False in the adapter's configuration."
+        )
+    if strategy.why_trained_head and HEADS[config.head].observes:
+        raise ValueError(
+            f"head is {config.head!r}, which is computed from sums over features, but {strategy.why_trained_head}. "
+            "Set head='linear'."
         )
     if config.task_evidence and not strategy.has_task_evidence:
         raise ValueError(

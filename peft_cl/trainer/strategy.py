@@ -41,6 +41,9 @@ class Strategy:
     #: Whether batches hold classes of earlier tasks, so that their logits must not be masked.
     trains_earlier_classes = False
 
+    #: Why it cannot do with a head that is computed from sums over features; empty if it can.
+    why_trained_head = ""
+
     def title(self, adapter: str) -> str:
         """Name of the method in tables. Default: that of the adapter's method, and the strategy's if it has one."""
         return f"{adapter} + {self.name}" if self.name else adapter
@@ -125,6 +128,8 @@ class Combined(Strategy):
         self.learns_streams = all(each.learns_streams for each in strategies)
         self.limits = tuple(limit for each in strategies for limit in each.limits)
         self.has_task_evidence = all(each.has_task_evidence for each in strategies)
+        reasons = [f"{each.name} {each.why_trained_head}" for each in strategies if each.why_trained_head]
+        self.why_trained_head = ", and ".join(reasons)
         self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
         self.own = {}
         for hook in ("learn", "tasks"):
