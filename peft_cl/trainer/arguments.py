@@ -273,7 +273,9 @@ class ContinualTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "
-                "-inf in training, which makes a smoothed loss infinite. Set it to 0."
+                "-inf in training, which makes a smoothed loss infinite. Set it to 0, and give the trainer "
+                "loss=lambda logits, labels, class_names: torch.nn.functional.cross_entropy(logits, labels, "
+                f"label_smoothing={self.label_smoothing_factor}), which gets the classes in question alone."
             )
 
     def _scale_rate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -99,6 +100,32 @@ def check_callbacks(args: ContinualTrainingArguments, callbacks: Any) -> None:
                         "metric_for_best_model, for instance to 'average_accuracy', and eval_strategy to 'epoch' or "
                         "'steps'."
                     )
+
+
+#: Arguments of the Trainer that would stand in the place of something of ours, and what to give instead.
+REPLACEMENTS = {
+    "optimizers": "Set optim, optim_args and learning_rates in the arguments",
+    "optimizer_cls_and_kwargs": "Set optim, optim_args and learning_rates in the arguments",
+    "train_dataset": "Give the data to the scenario",
+    "eval_dataset": "Give the data to the scenario",
+    "data_collator": "Give augmentation= or batch_augmentation=",
+    "compute_metrics": "Read accuracy_matrix and metrics, or call predict(task)",
+    "preprocess_logits_for_metrics": "Read the predicted classes from predict(task), or override Strategy.predict",
+    "compute_loss_func": "Give it as loss=, a function (logits, labels, class_names) to which the method's own terms "
+    "and masks are applied",
+    "model_init": "Make a model and a trainer for each set of settings in a loop of your own",
+}
+
+
+def check_replacements(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of the Trainer in whose place the task sequence needs its own."""
+    for name, remedy in REPLACEMENTS.items():
+        value = given.get(name)
+        if value is None or (name == "optimizers" and value == (None, None)):
+            continue
+        raise ValueError(
+            f"{name} is given, but each task has its own, which scenario and arguments say. Leave it out. {remedy}."
+        )
 
 
 def check_optimizer(args: ContinualTrainingArguments) -> None:

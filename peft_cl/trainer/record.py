@@ -25,8 +25,9 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     folder = adapter_folder(Path(trainer.args.output_dir), adapter)
     weights, sums = folder / SAFETENSORS_WEIGHTS_NAME, folder / SUMS_FILE
     settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
-    if trainer.batch_augmentation is not None:
-        settings["batch_augmentation"] = described(trainer.batch_augmentation)
+    for name, function in (("batch_augmentation", trainer.batch_augmentation), ("loss", tuner.head.own_loss)):
+        if function is not None:
+            settings[name] = described(function)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
     if trainer.tasks_before:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size
 from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
@@ -46,6 +47,7 @@ class TaskTrainer(TaskData):
         processing_class: Any,
         augmentation: Callable | None,
         batch_augmentation: Callable[[torch.Tensor], torch.Tensor] | None,
+        loss: Callable[..., torch.Tensor] | None,
         strategy: Strategy,
         **kwargs: Any,
     ):
@@ -62,6 +64,8 @@ class TaskTrainer(TaskData):
         }
         check_image_size(model, self._transforms[False].output_size)
         check_augmentation(self._transforms[True], scenario, args.augmentation_draws)
+        size = self._transforms[False].output_size or (64, 64)
+        check_batch_augmentation(batch_augmentation, size, args.train_batch_size, args.device)
         self.make_collators()
         if args.eval_strategy != "no":  # the Trainer asks for it; `evaluate` knows what to measure
             kwargs.setdefault("eval_dataset", scenario[0].test)
@@ -74,6 +78,7 @@ class TaskTrainer(TaskData):
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
+        self.tuner.head.own_loss = loss  # of the last trainer, if it had one, no more
         self.progress = SequenceProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
@@ -220,22 +225,13 @@ class TaskTrainer(TaskData):
         with nullcontext() if self._weight else kept_counts(self.tuner):
             inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
             if self.batch_augmentation is not None:
-                inputs["pixel_values"] = self._augmented(inputs["pixel_values"])
+                with torch.no_grad():
+                    augmented = self.batch_augmentation(inputs["pixel_values"])
+                inputs["pixel_values"] = of_that_shape(augmented, inputs["pixel_values"])
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.strategy.after_backward(self)
         return loss
-
-    @torch.no_grad()
-    def _augmented(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        augmented = self.batch_augmentation(pixel_values)
-        if getattr(augmented, "shape", None) != pixel_values.shape:
-            found = tuple(augmented.shape) if isinstance(augmented, torch.Tensor) else type(augmented).__name__
-            raise ValueError(
-                f"batch_augmentation makes {found} of a batch of shape {tuple(pixel_values.shape)}, but must give a "
-                "tensor of that shape. Crop and scale to the backbone's size in it."
-            )
-        return augmented
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
