@@ -21,6 +21,7 @@ from .arguments import ContinualTrainingArguments
 from .examples import has_transform
 from .learning_rates import check_parts
 from .strategy import Strategy
+from .transformed import check_transformed
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,7 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
                 "so a process holds its weights once, without gradients or optimizer state."
             )
     check_images(args, scenario)
+    check_transformed(scenario)
     check_metric(args, scenario)
     if args.dataloader_drop_last:
         for task in scenario[finished_tasks:]:
@@ -304,8 +306,14 @@ def check_stream_arguments(args: ContinualTrainingArguments) -> None:
 
 
 def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> None:
-    """Refuse images of another size than the backbone's position embeddings are for."""
-    size = getattr(model.get_base_model().config, "image_size", None)
+    """Refuse images of another size than the backbone's position embeddings are for, or of other channels."""
+    config = model.get_base_model().config
+    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+    if channels != 3:
+        raise ValueError(
+            f"The backbone reads images of {channels} channels, but images are given to it as RGB, 3 channels. Take a "
+            "backbone for 3 channels; grey images become RGB by themselves."
+        )
     expected = (size, size) if isinstance(size, int) else tuple(size or ())
     if expected and output_size is not None and tuple(output_size) != expected:
         raise ValueError(
