@@ -103,6 +103,7 @@ def family_of(model: nn.Module) -> Family:
     if not {base.__name__ for base in type(model).__mro__}.intersection(family.model_classes):
         raise ValueError(
             f"{name} is of the supported family {model_type!r}, but prompts need one of its classification models, "
-            f"with a single head: {', '.join(family.model_classes)}. Load it with AutoModelForImageClassification."
+            f"with a single head: {', '.join(family.model_classes)}. Load it with {family.model_classes[0]}."
+            "from_pretrained(name); AutoModelForImageClassification takes the class that the checkpoint names."
         )
     return family

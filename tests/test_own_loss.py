@@ -164,3 +164,8 @@ def test_what_is_no_loss_is_told_before_training(loss, message, make_trainer):
 def test_what_would_stand_in_the_place_of_ours(name, value, remedy, make_trainer):
     with pytest.raises(ValueError, match=f"{name} is given, but each task has its own.*{remedy}"):
         make_trainer(L2PConfig(pool_size=6), **{name: value})
+
+
+def test_a_search_in_one_trainer_is_refused(make_trainer):
+    with pytest.raises(NotImplementedError, match="Make a model and a trainer.*for each set of settings"):
+        make_trainer(L2PConfig(pool_size=6)).hyperparameter_search(lambda trial: {})

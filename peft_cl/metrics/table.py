@@ -159,7 +159,7 @@ def row_of(runs: list[RunResults], details: str = "") -> str:
         method,
         _percent([run.metrics.get("average_accuracy", math.nan) for run in runs]),
         _percent([run.metrics.get("forgetting", math.nan) for run in runs]),
-        _duration(fmean(run.train_seconds for run in runs)),
+        _duration(fmean(run.train_seconds + (run.query_seconds or 0.0) for run in runs)),
         f"{round(fmean(run.trainable_parameters for run in runs)):,}",
         _sizes(runs),
     )

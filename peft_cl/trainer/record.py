@@ -50,6 +50,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
         sums_bytes=sums.stat().st_size if tuner.head.active.observes and sums.is_file() else None,
         train_seconds=trainer.train_seconds,
+        query_seconds=trainer.query_seconds,
         hyperparameters=settings,
         versions=versions(),
         command=None,

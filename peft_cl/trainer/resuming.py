@@ -61,7 +61,6 @@ class ResumableTrainer(ObservingTrainer):
         self.baseline: list[float] | None = None
         self.train_seconds = 0.0
         self.most_trainable = 0
-        self.began: float | None = None
         self.under_way = False
         self._resumed_from: Path | None = None
 
@@ -112,6 +111,7 @@ class ResumableTrainer(ObservingTrainer):
             "details": self.details,
             "baseline": self.baseline,
             "train_seconds": self.seconds(),
+            "query_seconds": self.query_seconds,
             "most_trainable": self.most_trainable,
             "steps": self.steps_before + self.state.global_step,
             "weights": weights,
@@ -151,7 +151,7 @@ class ResumableTrainer(ObservingTrainer):
         self.finished_tasks = state["finished_tasks"]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
-        self.train_seconds = state["train_seconds"]
+        self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
         # Runs of earlier versions do not say.
         self.steps_before, self.most_trainable = state.get("steps", 0), state.get("most_trainable", 0)
         for task in self.scenario[: self.finished_tasks]:
@@ -283,7 +283,7 @@ class ResumableTrainer(ObservingTrainer):
         """Not the adapter alone, as the Trainer would: all that is trained, and what the strategy keeps."""
         state = load_snapshot(Path(resume_from_checkpoint))
         self._check_settings(state, Path(resume_from_checkpoint))
-        self.train_seconds = state["train_seconds"]
+        self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
         self._take(state)
         self.leave_counts_to_first()
 

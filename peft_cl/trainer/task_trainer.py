@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class TaskTrainer(TaskData):
         task: the task that is learnt or was learnt last; None before the first.
         queries: the frozen model's features of the images, where they are the same each time.
         optimizer_state: what the next optimizer takes up from an interrupted run.
+        began: when the training of the task under way began, None between tasks; what is no training moves it on.
+        query_seconds: seconds that the training images' queries took which are kept.
         steps_before: steps of the optimizer before the present `fit`, those of an interrupted run included.
         selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
     """
@@ -97,6 +100,9 @@ class TaskTrainer(TaskData):
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
         self.key_sets = 1
+        self.began: float | None = None
+        self.query_seconds = 0.0
+        self._uncounted = 0
         self.steps_before = 0
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
@@ -144,6 +150,17 @@ class TaskTrainer(TaskData):
         """What is applied to each training image."""
         return self._transforms[True].augmentation
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside the block time passes that is none of training."""
+        start, self._uncounted = time.perf_counter(), self._uncounted + 1
+        try:
+            yield
+        finally:
+            self._uncounted -= 1
+            if self.began is not None and not self._uncounted:
+                self.began += time.perf_counter() - start
+
     def fit(self, tasks: Sequence[Task]) -> TrainOutput:
         """The Trainer's own loop over the training examples of `tasks`; everything that belongs to a task is new."""
         # The Trainer keeps its optimizer, its schedule and its wrapped model from one train() to the next: rows that
@@ -153,7 +170,7 @@ class TaskTrainer(TaskData):
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.train_dataset = self.examples(tasks, "train")
+        self.train_dataset = self.examples(tasks, "train", images=self._images_of_a_fit(tasks))
         self._losses, self._losses_counted = {}, 0
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
@@ -165,6 +182,12 @@ class TaskTrainer(TaskData):
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
                 self.forget(tasks)
+
+    def _images_of_a_fit(self, tasks: Sequence[Task]) -> float:
+        """How many images the training on `tasks` goes through."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps * self.args.images_per_step
+        return self.args.num_train_epochs * sum(len(task.train) for task in tasks)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""

@@ -149,6 +149,14 @@ class ContinualTrainer(ResumableTrainer):
             self.push_to_hub()
         return output
 
+    def hyperparameter_search(self, *words: Any, **more: Any) -> None:
+        """Refused: a trainer learns its sequence once, and the Trainer's search would start it over in place."""
+        raise NotImplementedError(
+            "hyperparameter_search would learn the sequence again in one trainer, whose model and record go on from "
+            "task to task. Make a model and a trainer, with an output_dir of its own, for each set of settings in a "
+            "loop of your own, and compare results.metrics of a scenario of held-out training images."
+        )
+
     def train_task(self, task: Task | Mapping[str, Any], **columns: Any) -> TrainOutput:
         """Start, learn and measure one task, and save adapter and results.
 
@@ -238,9 +246,8 @@ class ContinualTrainer(ResumableTrainer):
             eval_dataset = self.examples(self._measured, "test")
         else:
             eval_dataset = self._own_examples(eval_dataset)
-        began = time.perf_counter()
         try:
-            with nullcontext() if self.began is None else self.head_as_if_finished():
+            with self.uncounted(), nullcontext() if self.began is None else self.head_as_if_finished():
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if self.selected_rows:
                 sizes = [len(task.test) for task in self._measured]
@@ -248,8 +255,6 @@ class ContinualTrainer(ResumableTrainer):
                 self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
         finally:
             measured, self._measured, self.selected_rows = self._measured, [], None
-            if self.began is not None:  # in the middle of a task, whose time of training this is not
-                self.began += time.perf_counter() - began
         for task in measured:
             self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
         return metrics
