@@ -172,7 +172,8 @@ class ClassifierHead(AdapterLayer):
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
             config, head = self.config, self.active
             if images is not None:
-                call.check(len(images), config.query_features.width(model.config.hidden_size))
+                # Sizes by `shape`: `len` would make an exported batch size a constant.
+                call.check(images.shape[0], config.query_features.width(model.config.hidden_size))
             # Prompts are learnt by what their paper reads, whatever a head that observes sees afterwards.
             learns = head.training and head.training_head is not None and not config.stream
             call.features = config.features if head.classes and config.tasks and not learns else None

@@ -248,7 +248,7 @@ class PromptedEncoder(AdapterLayer):
                 if injection.cls_position:
                     rows = rows + self.family.cls_position(self.base_layer)
                 extra = rows.shape[1]
-                hidden = torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+                hidden = torch.cat([rows.to(hidden.dtype).expand(hidden.shape[0], -1, -1), hidden], dim=1)
             if trace.hidden_states is not None:
                 trace.hidden_states.append(hidden)
             is_kept = injection is None or injection.keep
@@ -325,15 +325,18 @@ class PromptedEncoder(AdapterLayer):
 
     @contextmanager
     def _recording(self, layer: nn.Module, attentions: list[torch.Tensor] | None) -> Iterator[None]:
-        """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs."""
+        """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs: the first columns
+        are the prompts' keys. Only eager attention has weights to show."""
         if attentions is None:
             yield
             return
         attention = self.family.attention_of(layer)
         handle = attention.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
+        implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
         try:
             yield
         finally:
+            attention.config._attn_implementation = implementation
             handle.remove()
 
 
