@@ -162,32 +162,6 @@ def read_labels(train: Dataset, test: Dataset, label_column: str, argument: str 
     return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
 
 
-def whole_data(
-    dataset: Any,
-    label_column: str,
-    image_column: str | None,
-    columns: tuple[str, str],
-    train_split: str,
-    test_split: str,
-) -> tuple[Labels, Dataset, Dataset]:
-    """Returns the labels of a data set that becomes one task, and its splits with the image and label column alone.
-
-    Args:
-        dataset, train_split, test_split: As for `train_and_test`.
-        label_column, image_column: The data set's, as for `read_labels` and `find_image_column`.
-        columns: What the image and the label column are called from now on.
-    """
-    train, test = train_and_test(dataset, train_split, test_split)
-    labels = read_labels(train, test, label_column)
-    image_column = find_image_column(train, test, image_column)
-    test = only_trained(test, labels)
-    renamed = {old: new for old, new in zip((image_column, label_column), columns, strict=True) if old != new}
-    train, test = (
-        split.select_columns([image_column, label_column]).rename_columns(renamed) for split in (train, test)
-    )
-    return labels, train, test
-
-
 def is_count(value: object, least: int = 1) -> bool:
     """Returns whether the value is a whole number of at least `least`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, read_labels, train_and_test
+from .columns import read_labels
 from .order import drawn_order, given_order
+from .overlap import splits_with_images
 from .task import Scenario, Task
 
 
@@ -60,10 +61,9 @@ def domain_incremental(
             f"domain_column and label_column are both {label_column!r}: then every task would be a class. Name the "
             "column of the domains, or use class_incremental."
         )
-    train, test = train_and_test(dataset, train_split, test_split)
+    train, test, image_column = splits_with_images(dataset, train_split, test_split, image_column)
     labels = read_labels(train, test, label_column)
     domains = read_labels(train, test, domain_column, "domain_column")
-    image_column = find_image_column(train, test, image_column)
     trained = np.bincount(domains.train, minlength=len(domains.names)) > 0
     if domain_order is not None:
         order = given_order(domain_order, domains.names, trained, "domain_order", "domain")

@@ -10,7 +10,8 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples, whole_data
+from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples
+from .overlap import whole_data
 
 
 @dataclass(frozen=True)
