@@ -10,6 +10,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from ..hub.terms import NOT_SETTINGS
 from ..scenarios import RandomResizedCropFlip
+from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .adapters import SavedAdapter
@@ -92,7 +93,9 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
         continue_from=earlier,
         model=model,
-        processor=check_names("processor", config.get("processor"), ImagesKwargs.__annotations__),
+        processor=check_names(
+            "processor", config.get("processor"), (*ImagesKwargs.__annotations__, BACKGROUND, WHITE_VALUE)
+        ),
         datasets=_make_datasets(config.get("dataset"), scenario.kind),
         scenario=scenario,
         augmentation=_make_augmentation(config.get("augmentation")),

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
+from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..tuners.base.config import PromptPoolConfig, check_weight_file
 from .errors import CommandError, explained
 from .folders import split_patterns, warn_of_left_out, without_labels
@@ -45,7 +46,11 @@ def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
     """Load an image processor, with some of its settings changed."""
     _require_folder("model", name)
     with explained(f"The image processor of {name!r} cannot be loaded"):
-        return AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+        processor = AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+        for option in (BACKGROUND, WHITE_VALUE):  # of ours, which from_pretrained leaves out
+            if option in (overrides or {}):
+                setattr(processor, option, overrides[option])
+        return processor
 
 
 def load_config(folder: Path) -> PromptPoolConfig:

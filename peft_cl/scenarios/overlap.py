@@ -65,6 +65,11 @@ class StoredImages:
             sizes[example] = _size(self.path(example))
         return sizes
 
+    def is_missing(self, example: int) -> bool:
+        """Whether the data set has neither bytes nor a name for it."""
+        chunk, place = self._place(example)
+        return not self.chunks[chunk][0][place].is_valid and self.path(example) is None
+
     def path(self, example: int) -> str | None:
         chunk, place = self._place(example)
         return self.chunks[chunk][1][place].as_py()

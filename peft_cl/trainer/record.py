@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..heads.files import SUMS_FILE
 from ..metrics import RunResults
+from .bad_images import recorded
 from .provenance import dataset_name, described, hyperparameters, model_name, versions
 
 
@@ -27,6 +28,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
     if trainer.batch_augmentation is not None:
         settings["batch_augmentation"] = described(trainer.batch_augmentation)
+    if trainer.passed_over:
+        settings["passed_over"] = recorded(trainer.passed_over)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
     if trainer.tasks_before:
