@@ -26,6 +26,7 @@ from ..trainer.bad_images import BadImageError
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
+from .listing import list_tasks
 from .options import apply_overrides, read_config
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
-        print(describe(settings, trainer), flush=True)
+        print(f"{describe(settings, trainer)}{list_tasks(trainer.scenario)}\n", flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:

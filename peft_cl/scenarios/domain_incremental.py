@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -45,9 +46,13 @@ def domain_incremental(
     Raises:
         ValueError: A missing split or column, one split to train and to test on, labels or domains that are missing
             or outside their names, a domain order with unknown, repeated or untrained domains or together with a
-            seed, a seed below 0, a domain without test examples, or with test examples of classes that it does not
-            train. The message names the remedy.
+            seed, a seed below 0, or a domain without test examples of a class that it trains. The message names the
+            remedy.
         TypeError: `dataset` is no train and test split, or is streamed.
+
+    Warns:
+        UserWarning: Test examples of a class that their domain has no training examples of are left out, as
+            `class_incremental` leaves those of classes without training examples out.
 
     Example:
         >>> scenario = domain_incremental(load_dataset("flwrlabs/pacs-split"), "domain")    # doctest: +SKIP
@@ -80,12 +85,20 @@ def domain_incremental(
                 "domain_order=, or use another test_split."
             )
         classes = np.unique(labels.train[train_rows])
-        unknown = np.setdiff1d(labels.test[test_rows], classes)
-        if unknown.size:
-            raise ValueError(
-                f"The domain {name!r} has test examples of {[labels.names[label] for label in unknown]}, but no "
-                "training examples of them; remove them by filter()."
+        is_trained = np.isin(labels.test[test_rows], classes)
+        if not is_trained.all():
+            unused = [labels.names[label] for label in np.setdiff1d(labels.test[test_rows], classes)]
+            if not is_trained.any():
+                raise ValueError(
+                    f"The domain {name!r} has test examples of {unused} alone, of which it has no training examples; "
+                    "leave it out by domain_order=, or use another test_split."
+                )
+            warnings.warn(
+                f"The domain {name!r} has no training examples of {unused}, and its {np.sum(~is_trained):,} test "
+                "examples of them are left out; remove them by filter() to say so yourself.",
+                stacklevel=2,
             )
+            test_rows = test_rows[is_trained]
         names = tuple(labels.names[label] for label in classes)
         view = train.select(train_rows)
         tasks.append(Task(index=index, name=name, classes=names, train=view, test=test.select(test_rows)))
