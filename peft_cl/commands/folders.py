@@ -13,6 +13,7 @@ from datasets import Dataset
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from ..scenarios.columns import LAYOUT
 from ..scenarios.overlap import StoredImages
 from .errors import CommandError, some
 
@@ -20,7 +21,6 @@ from .errors import CommandError, some
 #: Name of a folder -> the split that `datasets` takes it for.
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 METADATA = tuple(ImageFolder.METADATA_FILENAMES)
-LAYOUT = "Put them into a folder for each class: FOLDER/train/cat/1.jpg, FOLDER/test/cat/2.jpg, or FOLDER/cat/1.jpg"
 
 
 def image_files(folder: Path) -> list[str]:
@@ -110,5 +110,5 @@ def without_labels(settings: Any, splits: Mapping[str, Dataset]) -> str | None:
         return None
     return (
         f"The images of {settings.path!r} have no labels: their folders lie at several depths, or there is one alone. "
-        f"{LAYOUT}, all at one depth."
+        f"{LAYOUT}."
     )

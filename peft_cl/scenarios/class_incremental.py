@@ -101,6 +101,7 @@ def class_incremental(
         label_column=label_column,
         label_names=labels.names,
         seed=seed,
+        data=(train, test),
     )
 
 

@@ -73,6 +73,13 @@ def domain_incremental(
     if domain_order is not None:
         order = given_order(domain_order, domains.names, trained, "domain_order", "domain")
     else:
+        untrained = np.setdiff1d(domains.test, np.flatnonzero(trained))
+        if untrained.size:
+            warnings.warn(
+                f"The domains {[domains.names[domain] for domain in untrained]} have no training examples and are "
+                "left out, their test examples with them; name those to use by domain_order= to say so yourself.",
+                stacklevel=2,
+            )
         order = drawn_order(np.flatnonzero(trained), seed)
 
     tasks = []
@@ -90,8 +97,8 @@ def domain_incremental(
             unused = [labels.names[label] for label in np.setdiff1d(labels.test[test_rows], classes)]
             if not is_trained.any():
                 raise ValueError(
-                    f"The domain {name!r} has test examples of {unused} alone, of which it has no training examples; "
-                    "leave it out by domain_order=, or use another test_split."
+                    f"The domain {name!r} has test examples of {unused}, but no training examples of them, and no "
+                    "other test examples; leave it out by domain_order=, or use another test_split."
                 )
             warnings.warn(
                 f"The domain {name!r} has no training examples of {unused}, and its {np.sum(~is_trained):,} test "
@@ -109,4 +116,5 @@ def domain_incremental(
         label_column=label_column,
         label_names=labels.names,
         seed=seed,
+        data=(train, test),
     )

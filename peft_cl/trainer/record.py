@@ -41,7 +41,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         peft_type=config.peft_type.value,
         base_model=model_name(trainer.model),
         dataset=dataset_name(scenario),
-        scenario=scenario.describe(),
+        scenario={**scenario.describe(), "content": scenario.content},
         seed=trainer.args.seed,
         task_names=[task.name for task in scenario],
         accuracy_matrix=trainer.accuracy_matrix.tolist(),

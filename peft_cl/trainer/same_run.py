@@ -8,8 +8,8 @@ from typing import Any
 
 #: Facts of a scenario that are told task by task, and that change where an image is mended or left out.
 SIZES = ("train_sizes", "test_sizes")
-#: Settings that have no part in what was learnt from images that can be read.
-NO_PART = ("bad_images", "passed_over")
+#: Settings that have no part in what was learnt: of the data, digests tell more than a name that a folder may change.
+NO_PART = ("bad_images", "passed_over", "dataset")
 
 
 def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, Any]:
@@ -21,7 +21,10 @@ def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, A
     learnt = scenario["task_names"][:finished]
     return {
         **{name: value for name, value in settings.items() if name not in NO_PART},
-        "scenario": {**scenario, **{name: scenario[name][:finished] for name in SIZES}},
+        "scenario": {
+            **{name: value for name, value in scenario.items() if name != "content"},
+            **{name: scenario[name][:finished] for name in SIZES},
+        },
         "examples": {name: digest for name, digest in examples.items() if name in learnt},
     }
 
