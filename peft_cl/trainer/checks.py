@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..heads import HEADS
 from ..scenarios import ImageTransform, Scenario
+from ..scenarios.pixels import options_of
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
@@ -174,6 +175,7 @@ def check_functions(processing_class: Any, augmentation: Any, batch_augmentation
             f"processing_class is {processing_class!r}, but images need the backbone's processor: "
             "AutoImageProcessor.from_pretrained(...)."
         )
+    options_of(processing_class)  # refuses a background or white that is none
     for name, function in (("augmentation", augmentation), ("batch_augmentation", batch_augmentation)):
         if function is not None and not callable(function):
             raise ValueError(
@@ -186,7 +188,7 @@ def check_augmentation(transform: ImageTransform, scenario: Scenario, draws: int
     """Try the augmentation on the first training image: it must give an image, and the same one for one seed."""
     if transform.augmentation is None:
         return
-    image = scenario[0].train[0][scenario.image_column].convert("RGB")
+    image = transform.to_rgb(scenario[0].train[0][scenario.image_column])
     repeats = True
     for seed in range(TRIALS):
         first, second = (transform.augmented(image, seed) for _ in range(2))

@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..heads.files import SUMS_FILE
 from ..metrics import RunResults
+from .bad_images import recorded
 from .provenance import dataset_name, described, hyperparameters, model_name, versions
 
 
@@ -28,6 +29,8 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     for name, function in (("batch_augmentation", trainer.batch_augmentation), ("loss", tuner.head.own_loss)):
         if function is not None:
             settings[name] = described(function)
+    if trainer.passed_over:
+        settings["passed_over"] = recorded(trainer.passed_over)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
     if trainer.tasks_before:
@@ -39,7 +42,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         peft_type=config.peft_type.value,
         base_model=model_name(trainer.model),
         dataset=dataset_name(scenario),
-        scenario=scenario.describe(),
+        scenario={**scenario.describe(), "content": scenario.content},
         seed=trainer.args.seed,
         task_names=[task.name for task in scenario],
         accuracy_matrix=trainer.accuracy_matrix.tolist(),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 
 from ..scenarios import Scenario, Task
 from ..tuners.base.digests import digest_of_weights
@@ -20,6 +21,7 @@ from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .record import usage_of_finished_tasks
+from .same_run import has_same_images, of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
     differences,
@@ -32,6 +34,9 @@ from .snapshot import (
     set_random_state,
     whole_checkpoint,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(ObservingTrainer):
@@ -204,7 +209,8 @@ class ResumableTrainer(ObservingTrainer):
         return self._examples[task.index]
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
-        now, before = self.settings(), state["settings"]
+        finished = state["finished_tasks"]
+        now, before = (of_finished_tasks(each, finished) for each in (self.settings(), state["settings"]))
         # Runs of earlier versions do not say when they measured.
         changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
         added = before["scenario"]["task_names"][len(self.scenario) :]
@@ -238,7 +244,12 @@ class ResumableTrainer(ObservingTrainer):
         """The last whole checkpoint of the task that was interrupted."""
         folder, self._resumed_from = self._resumed_from, None
         checkpoint = whole_checkpoint(checkpoint_folder(folder, self.task)) if folder else None
-        return None if checkpoint is None else str(checkpoint)
+        if checkpoint is None:
+            return None
+        if not has_same_images(load_snapshot(checkpoint)["settings"], self.settings(), self.task.name):
+            logger.warning("The images of %s are others than in %s: it starts over.", self.task.name, checkpoint)
+            return None
+        return str(checkpoint)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """What is measured and kept within a task is what all processes counted."""

@@ -46,7 +46,9 @@ class TaskData(Trainer):
         seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
         parts = [getattr(task, split) for task in tasks]
         draws = self.args.augmentation_draws
-        examples = TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts), draws)
+        names = [(task.name, split) for task in tasks]
+        images = None if augmented else self._image_bytes(parts, names)
+        examples = TaskExamples(parts, tensors, seed, images, draws, self.reader, names)
         come_again = augmented and draws and self.batch_augmentation is None
         if come_again and self.args.cache_queries and self.queries.are_fixed(self.tuner):
             examples.drawn["query"] = torch.stack([self._queries_of_draw(examples, draw) for draw in range(draws)])
@@ -87,8 +89,11 @@ class TaskData(Trainer):
             for task in tasks:
                 self.images.forget(task.train)
 
-    def _image_bytes(self, parts: Sequence[Dataset]) -> list[torch.Tensor] | None:
-        return None if self.images is None else [self.images.of(part) for part in parts]
+    def _image_bytes(self, parts: Sequence[Dataset], names: Sequence[tuple[str, str]]) -> list[torch.Tensor] | None:
+        if self.images is None:
+            return None
+        self.images.names.update({id(part): name for part, name in zip(parts, names, strict=True)})
+        return [self.images.of(part) for part in parts]
 
     def training_batch(self, examples: TaskExamples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Some of the examples as a batch of training, augmented as others are, on the device."""
@@ -107,9 +112,10 @@ class TaskData(Trainer):
         tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
         if with_queries:
             tensors["query"] = self._kept_queries([task], split)
-        parts = [getattr(task, split)]
+        parts, names = [getattr(task, split)], [(task.name, split)]
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        examples = TaskExamples(parts, tensors, images=self._image_bytes(parts))
+        images = self._image_bytes(parts, names)
+        examples = TaskExamples(parts, tensors, images=images, reader=self.reader, names=names)
         return self._batches(examples, batch_size, rows=rows)
 
     def _batches(

@@ -13,8 +13,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
+from ..scenarios.pixels import options_of
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .bad_images import ImageReader, check_range, mended
 from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size
 from .examples import EpochDraws, rows_by_image
@@ -54,7 +56,6 @@ class TaskTrainer(TaskData):
         strategy: Strategy,
         **kwargs: Any,
     ):
-        self.scenario = scenario
         self.strategy = strategy
         self.batch_augmentation = batch_augmentation
         config = model.peft_config[model.active_adapter]
@@ -66,6 +67,10 @@ class TaskTrainer(TaskData):
             for training in (True, False)
         }
         check_image_size(model, self._transforms[False].output_size)
+        self.reader = ImageReader(scenario.image_column, self._transforms[False].to_rgb)
+        scenario, self.passed_over = mended(scenario, self.reader, args.bad_images)
+        self.scenario = scenario
+        check_range(scenario, self.reader, options_of(processing_class)["white"])
         check_augmentation(self._transforms[True], scenario, args.augmentation_draws)
         size = self._transforms[False].output_size or (64, 64)
         check_batch_augmentation(batch_augmentation, size, args.train_batch_size, args.device)
