@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from .columns import is_count, is_list, is_number
+from .draws import drawn_from
 from .pixels import options_of, to_rgb
 
 
@@ -253,18 +254,8 @@ class ImageTransform:
 
     def augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
         """Returns the augmentation of an RGB image, drawn from `seed` as in `__call__`."""
-        if seed is None:
+        with nullcontext() if seed is None else drawn_from(seed):
             return self.augmentation(image)
-        python, numpy = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            try:
-                return self.augmentation(image)
-            finally:
-                random.setstate(python)
-                np.random.set_state(numpy)
 
     @property
     def has_bytes(self) -> bool:
