@@ -317,8 +317,17 @@ def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> N
             "backbone for 3 channels; grey images become RGB by themselves."
         )
     expected = (size, size) if isinstance(size, int) else tuple(size or ())
-    if expected and output_size is not None and tuple(output_size) != expected:
+    if not expected or output_size is None or tuple(output_size) == expected:
+        return
+    given = f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
+    if not model.peft_config[model.active_adapter].interpolate_pos_encoding:
         raise ValueError(
-            f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
-            f"{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and crop_size)."
+            f"{given}{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and "
+            "crop_size); or set interpolate_pos_encoding=True in the adapter's configuration, for images of this size."
+        )
+    patch = getattr(config, "patch_size", 1)
+    sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if any(side % step for side, step in zip(output_size, sides, strict=True)):
+        raise ValueError(
+            f"{given}whole patches of {sides[0]} x {sides[1]}. Set the processor's size to multiples of these."
         )

@@ -75,7 +75,7 @@ class PromptedEncoder(AdapterLayer):
                 "attention_mask is not supported with prompts: images are read whole. Leave it out, or run the base "
                 "model inside `with model.disable_adapter():`."
             )
-        interpolate = bool(interpolate_pos_encoding)
+        interpolate = self._interpolates(interpolate_pos_encoding)
         call = self.call or Call()
         trace = Trace(
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
@@ -162,7 +162,7 @@ class PromptedEncoder(AdapterLayer):
             layer.compile(**options)
 
     @torch.no_grad()
-    def query(self, pixel_values: torch.Tensor, *, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def query(self, pixel_values: torch.Tensor, *, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         """The query pass: the frozen, un-prompted encoder in evaluation mode, without a graph.
 
         Args:
@@ -173,7 +173,7 @@ class PromptedEncoder(AdapterLayer):
             the head of the active adapter reads more of the frozen model (`query_features`).
         """
         with self.lock.held():
-            return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
+            return self._query(pixel_values, self._interpolates(interpolate_pos_encoding), 0)[0]
 
     def encode(self, pixel_values: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, int]:
         """The prompted pass alone, with no work left out.
@@ -318,6 +318,10 @@ class PromptedEncoder(AdapterLayer):
             tokens, num_prompts = self._finish(start, first, part, "cls", Trace())
             features[name] = tokens[:, num_prompts].float()
         return features
+
+    def _interpolates(self, given: bool | None) -> bool:
+        """Whether position embeddings are interpolated: as the call says, or else the adapter's configuration."""
+        return self.active.config.interpolate_pos_encoding if given is None else given
 
     def _wanted(self, option: str, kwargs: dict[str, Any]) -> bool:
         value = kwargs.get(option)
