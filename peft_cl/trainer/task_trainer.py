@@ -149,7 +149,7 @@ class TaskTrainer(TaskData):
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train")
-        self._losses, self._losses_counted = {}, 0
+        self.forget_steps()
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         try:
@@ -160,6 +160,10 @@ class TaskTrainer(TaskData):
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
                 self.forget(tasks)
+
+    def forget_steps(self) -> None:
+        """Let go of what steps left behind for those after them."""
+        self._losses, self._losses_counted, self._weights, self._weight = {}, 0, [], 1.0
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
