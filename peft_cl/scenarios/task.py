@@ -10,7 +10,16 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples, whole_data
+from .columns import (
+    check_flag,
+    check_name,
+    check_seed,
+    read_label_ids,
+    refuse_ready_pixels,
+    require_column,
+    require_examples,
+    whole_data,
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class Scenario(Sequence[Task]):
         require_column(stored, self.image_column, "image_column")
         names = self._names(task)
         for split, examples in splits.items():
+            refuse_ready_pixels(examples, self.image_column, split)
             # In a stretch of a stream images of all its classes come; it is measured on its own.
             whole = split == "train" and not self.boundaries
             classes = set(self.classes if whole else task.classes)

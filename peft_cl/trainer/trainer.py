@@ -110,6 +110,7 @@ class ContinualTrainer(MeasuringTrainer):
             strategy,
             **kwargs,
         )
+        self._asked_batch = args.train_batch_size
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
@@ -221,6 +222,9 @@ class ContinualTrainer(MeasuringTrainer):
         self.most_trainable = max(self.most_trainable, self.model.get_nb_trainable_parameters()[0])
 
     def fit(self, tasks: Sequence[Task]) -> TrainOutput | None:
+        """Train on the examples of `tasks`, and note what it took."""
+        if self.args.train_batch_size != self._asked_batch:  # which the Trainer reads but once
+            self._train_batch_size = self._asked_batch = self.args.train_batch_size
         output = super().fit(tasks)
         if output is not None:
             batch = self.state.train_batch_size
