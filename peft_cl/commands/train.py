@@ -113,6 +113,8 @@ def clear(folder: Path) -> None:
     for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():
+        for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places
+            (folder / path.name).unlink(missing_ok=True)
         shutil.rmtree(folder / BACKBONE_FOLDER)
 
 
