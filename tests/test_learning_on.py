@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_said_so(learn_on, tmp_path):
 def test_earlier_tasks_are_measured_where_their_images_are_given(first, learn_on, data, tmp_path):
     trainer = learn_on(earlier_test=data["test"])
     trainer.train()
-    matrix = trainer.accuracy_matrix
+    matrix = np.array(trainer.results.accuracy_matrix)
     assert not np.isnan(matrix[np.tril_indices(3)]).any()
     # By hand: predictions of the images of the first four classes.
     for task in first.scenario:
@@ -84,7 +84,7 @@ def test_forms_of_earlier_images(form, first, learn_on, data):
     }[form]
     trainer = learn_on(earlier_test=given, num_train_epochs=1)
     trainer.train()
-    measured = ~np.isnan(trainer.accuracy_matrix[2])
+    measured = ~np.isnan(trainer.whole_matrix[2])
     assert measured.tolist() == [form != "one task", True, True]
     assert np.isnan(trainer.metrics["average_accuracy"]) == (form == "one task")
 
@@ -104,7 +104,7 @@ def test_the_same_process_goes_on_without_files(first, make_trainer, data):
     scenario = class_incremental(data, 1, class_order=SECOND)
     trainer = make_trainer(None, model=first.model, scenario=scenario, folder="on")
     trainer.train()
-    np.testing.assert_array_equal(trainer.accuracy_matrix[:2, :2], first.accuracy_matrix)
+    np.testing.assert_array_equal(trainer.whole_matrix[:2, :2], first.accuracy_matrix)
 
 
 def test_without_a_record_names_and_classes_are_the_adapters(learn_on, tmp_path):
@@ -133,7 +133,7 @@ def test_a_record_of_an_earlier_version_holds_the_last_run_alone(learn_on, tmp_p
     results.save(tmp_path / "on")
     trainer = learn_on("on", ["red", "cyan"], folder="third")
     assert trainer.earlier.names == ("task_0", "task_1", "task_2") and trainer.scenario[0].name == "task_3"
-    assert trainer.accuracy_matrix[2, 2] == 0.875 and np.isnan(trainer.accuracy_matrix[:2, :2]).all()
+    assert trainer.whole_matrix[2, 2] == 0.875 and np.isnan(trainer.whole_matrix[:2, :2]).all()
 
 
 def test_names_that_come_again_are_told_apart(make_trainer, tiny_vit, data, tmp_path):
@@ -151,7 +151,7 @@ def test_names_that_come_again_are_told_apart(make_trainer, tiny_vit, data, tmp_
     trainer = make_trainer(None, earlier_test=domains(), **words)
     trainer.train()
     assert trainer.results.task_names == ["0", "1", "0 (2)", "1 (2)"]
-    assert not np.isnan(trainer.accuracy_matrix[np.tril_indices(4)]).any()
+    assert not np.isnan(trainer.whole_matrix[np.tril_indices(4)]).any()
 
 
 def test_a_loaded_adapter_is_evaluated_before_anything_is_trained(first, learn_on, data):
@@ -188,7 +188,7 @@ def test_an_interrupted_run_of_a_loaded_adapter_goes_on(learn_on, data):
     part.train_task(part.scenario[0])
     again: ContinualTrainer = trainer()
     again.train(resume_from_checkpoint=True)
-    np.testing.assert_array_equal(again.accuracy_matrix, whole.accuracy_matrix)
+    np.testing.assert_array_equal(again.whole_matrix, whole.whole_matrix)
     assert again.results.learnt == whole.results.learnt
 
 

@@ -1,8 +1,10 @@
-"""The section `earlier_test`: test images of the tasks that an adapter had learnt before it learns on."""
+"""Images beside those that are learnt: of tasks learnt before (`earlier_test`), and to choose by
+(`validation_split`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,8 +58,8 @@ def load_earlier_test(
     found = {name: _load(each, scenario) for name, each in settings.items()}
     if ONLY not in found:
         return found
-    images, rows = found[ONLY], [row for task in adapter.config.tasks or () for row in task]
-    if len(set(rows)) == len(rows):
+    images, tasks = found[ONLY], adapter.config.tasks or ()
+    if _are_apart(tasks):
         return images
     if domains not in images.column_names:
         raise CommandError(
@@ -65,25 +67,64 @@ def load_earlier_test(
             f"that says the task; its columns are {images.column_names}. Set scenario.domain_column, or give "
             "earlier_test a data set for each task: {name of the task: path}."
         )
-    with explained(f"The column {domains!r} of earlier_test cannot be used"):
-        tasks = read_labels(images, images, domains)
-    names = {name: number for number, name in enumerate(tasks.names)}
-    known = [name for name in (adapter.results.task_names if adapter.results else ()) if name in names]
-    return {name: images.select(np.flatnonzero(tasks.test == names[name])) for name in known}
+    return _by_domain(images, domains, adapter.results.task_names if adapter.results else (), "earlier_test")
 
 
-def _load(settings: DatasetSettings, scenario: Scenario) -> Dataset:
-    splits = load_data(settings)
-    if settings.test_split not in splits:
+def load_validation(
+    settings: Mapping[str, DatasetSettings], scenario: Scenario, domains: str
+) -> Dataset | dict[str, Dataset] | None:
+    """Load the images to choose by, as the trainer takes them; None where no data set names a split of such.
+
+    Args:
+        settings: The data sets.
+        scenario: What is made of them.
+        domains: Column that says the task of an image where tasks share their classes.
+    """
+    given = [each.validation_split is not None for each in settings.values()]
+    if not any(given):
+        return None
+    if not all(given):
         raise CommandError(
-            f"The data set {settings.path!r} of earlier_test has no split {settings.test_split!r}; it has "
-            f"{list(splits)}. Set earlier_test.test_split."
+            "dataset.validation_split is given for some of the data sets, but what is chosen by must be there for "
+            "all. Give it for each, or training.validation_fraction in its place."
         )
-    images = splits[settings.test_split]
+    found = {name: _load(each, scenario, "validation_split") for name, each in settings.items()}
+    if ONLY not in found:
+        return found
+    if _are_apart([task.classes for task in scenario]):
+        return found[ONLY]
+    return _by_domain(found[ONLY], domains, [task.name for task in scenario], "dataset.validation_split")
+
+
+def _are_apart(tasks: Sequence[Sequence[Any]]) -> bool:
+    """Whether a class says the task."""
+    every = [each for task in tasks for each in task]
+    return len(set(every)) == len(every)
+
+
+def _by_domain(images: Dataset, column: str, tasks: Sequence[str], what: str) -> dict[str, Dataset]:
+    with explained(f"The column {column!r} of {what} cannot be used"):
+        values = read_labels(images, images, column)
+    number = {name: value for value, name in enumerate(values.names)}
+    return {name: images.select(np.flatnonzero(values.test == number[name])) for name in tasks if name in number}
+
+
+def _load(settings: DatasetSettings, scenario: Scenario, setting: str = "test_split") -> Dataset:
+    """The split that `setting` names, its labels in the scenario's column."""
+    section = "earlier_test" if setting == "test_split" else "dataset"
+    name = getattr(settings, setting)
+    if setting == "validation_split":  # beside the test split, of which a fraction may be made
+        settings = replace(settings, test_fraction=None)
+    splits = load_data(settings)
+    if name not in splits:
+        raise CommandError(
+            f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. Set {section}.{setting}."
+        )
+    images = splits[name]
     if settings.label_column not in images.column_names:
         raise CommandError(
-            f"The data set {settings.path!r} of earlier_test has no column {settings.label_column!r}; its columns are "
-            f"{images.column_names}. Set earlier_test.label_column."
+            f"The data set {settings.path!r} has no column {settings.label_column!r}; its columns are "
+            f"{images.column_names}. Set {section}.label_column."
         )
     if settings.image_column:
         images = images.select_columns([settings.image_column, settings.label_column])

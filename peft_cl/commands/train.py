@@ -24,7 +24,7 @@ from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
-from .earlier import load_earlier_test
+from .earlier import load_earlier_test, load_validation
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
 from .sections import ONLY, DatasetSettings
@@ -125,9 +125,9 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
         scenario = make_scenario(settings)
         model, earlier = settings.model, settings.continue_from
         processor = load_processor((earlier and earlier.processor) or model.name, settings.processor)
-        earlier_test = load_earlier_test(
-            settings.earlier_test, earlier, scenario, settings.scenario.domain_column or "domain"
-        )
+        domains = settings.scenario.domain_column or "domain"
+        earlier_test = load_earlier_test(settings.earlier_test, earlier, scenario, domains)
+        validation = load_validation(settings.datasets, scenario, domains)
         load = earlier.load_base if earlier else load_backbone
         backbone = load(model.name, model.dtype, model.attn_implementation)
     with explained(f"training.seed is {settings.training.seed}"):
@@ -141,6 +141,7 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
             augmentation=settings.augmentation,
             strategy=settings.strategies,
             earlier_test=earlier_test,
+            validation=validation,
         )
 
 

@@ -25,6 +25,8 @@ class MeasuringTrainer(ResumableTrainer):
     """
 
     earlier: EarlierTasks
+    #: For each task of the scenario one whose test images are those to choose by within a task; empty without such.
+    validation: list[Task]
     #: The scenario's tasks as they were given, before they got their names on record.
     _given: list[Task]
 
@@ -35,7 +37,8 @@ class MeasuringTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ):
-        """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix.
+        """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix. Within
+        a task it is of the validation images, where there are such, and fills nothing.
 
         Args:
             eval_dataset: a `Task`, for its test examples; other examples of the scenario's classes; None: the tasks
@@ -55,7 +58,7 @@ class MeasuringTrainer(ResumableTrainer):
         try:
             with nullcontext() if self.began is None else self.head_as_if_finished():
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            if self.selected_rows:
+            if self.selected_rows and not self._validates:
                 sizes = [len(task.test) for task in self._measured]
                 rows = self.key_sets * self.tuner.pool.rows_in_use
                 self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
@@ -69,6 +72,8 @@ class MeasuringTrainer(ResumableTrainer):
     def _to_measure(self) -> list[Task]:
         """The tasks seen that there are test images of; with `measure_ahead` those to come too. Before anything is
         learnt, what a loaded adapter has learnt."""
+        if self._validates:
+            return self.validation[: self.task.index + 1]
         if self.task is not None:
             ahead = self.args.measure_ahead and self.began is None  # between tasks
             return [*self.earlier.tests, *(self.scenario if ahead else self.scenario[: self.task.index + 1])]
@@ -84,22 +89,29 @@ class MeasuringTrainer(ResumableTrainer):
             raise ValueError(why)
         return found
 
+    @property
+    def _validates(self) -> bool:
+        """Whether what is measured now is to choose by: within a task, if there are images for it."""
+        return self.began is not None and bool(self.validation)
+
     def _note(self, measured: Sequence[Task], metrics: Mapping[str, float], prefix: str) -> None:
-        """Enter accuracies of tasks into the matrix."""
+        """Enter accuracies of tasks into the matrix, which is of test images."""
+        if self._validates:
+            return
         before = self.tasks_before
         for task in measured:
             value = metrics[f"{prefix}_accuracy_{task.name}"]
             if self.task is not None:
-                self.accuracy_matrix[before + self.task.index, before + task.index] = value
-            elif task.index < 0 and np.isnan(self.accuracy_matrix[before - 1, before + task.index]):
-                self.accuracy_matrix[before - 1, before + task.index] = value  # of the adapter as it was loaded
+                self.whole_matrix[before + self.task.index, before + task.index] = value
+            elif task.index < 0 and np.isnan(self.whole_matrix[before - 1, before + task.index]):
+                self.whole_matrix[before - 1, before + task.index] = value  # of the adapter as it was loaded
 
     def _measure_baseline(self) -> None:
         self.evaluate()
-        row = self.accuracy_matrix[self.tasks_before]
+        row = self.whole_matrix[self.tasks_before]
         record = self.earlier.record
         known = self.earlier.on_record((record and record.baseline) or [np.nan] * len(self.earlier), np.nan)
-        self.baseline, self.accuracy_matrix[self.tasks_before] = [*known, *row[self.tasks_before :].tolist()], np.nan
+        self.baseline, self.whole_matrix[self.tasks_before] = [*known, *row[self.tasks_before :].tolist()], np.nan
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
         """The Trainer's `predict` for what `evaluate` takes as `eval_dataset`; `predictions` are rows of the head,

@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..heads.files import SUMS_FILE
 from ..metrics import RunResults, continual_metrics
+from .choosing import described_choices
 from .earlier import EarlierTasks
 from .provenance import MEASURING, RECORDED, dataset_name, described, hyperparameters, model_name, versions
 
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
     from .trainer import ContinualTrainer
 
 #: Settings that may be others from task to task, and are a list in the record then.
-BY_TASK = (*RECORDED, *MEASURING, "augmentation", "batch_augmentation", "devices", "backbone_dtype")
+BY_TASK = (
+    *RECORDED,
+    *MEASURING,
+    "augmentation",
+    "batch_augmentation",
+    "devices",
+    "backbone_dtype",
+    "validation_fraction",
+)
 #: What a task takes.
 TOOK = ("epochs", "steps", "images_per_step")
 
@@ -31,6 +40,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     folder = adapter_folder(Path(trainer.args.output_dir), tuner.active_adapters[0])
     weights, sums = folder / SAFETENSORS_WEIGHTS_NAME, folder / SUMS_FILE
     facts = facts_of(trainer)
+    chosen = described_choices(trainer.args, trainer.callback_handler.callbacks, trainer.validation)
     before, most = earlier.record, trainer.most_trainable
     if before is not None:
         facts["dataset"] = _joined(before.dataset, facts["dataset"], " + ")
@@ -40,7 +50,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         peft_type=tuner.peft_config[tuner.active_adapters[0]].peft_type.value,
         seed=trainer.args.seed,
         task_names=[*earlier.names, *(task.name for task in trainer.scenario)],
-        accuracy_matrix=trainer.accuracy_matrix.tolist(),
+        accuracy_matrix=trainer.whole_matrix.tolist(),
         test_sizes=test_sizes(trainer),
         metrics=trainer.metrics,
         trainable_parameters=max(trainable, most) if trainer.finished_tasks else trainable,
@@ -48,7 +58,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
         sums_bytes=sums.stat().st_size if tuner.head.active.observes and sums.is_file() else None,
         train_seconds=trainer.train_seconds + (before.train_seconds if before else 0.0),
-        hyperparameters=settings_over_tasks(trainer),
+        hyperparameters=settings_over_tasks(trainer) | ({"selection": chosen} if chosen else {}),
         versions=versions(),
         command=None,
         finished_tasks=len(earlier) + trainer.finished_tasks,
@@ -114,7 +124,7 @@ def metrics_of(trainer: ContinualTrainer) -> dict[str, float]:
     whole = trainer.baseline is not None and not np.isnan(trainer.baseline).any()
     known = all(sizes[:tasks])
     metrics = continual_metrics(
-        trainer.accuracy_matrix,
+        trainer.whole_matrix,
         test_sizes=sizes if known else None,
         baseline=trainer.baseline if whole else None,
         tasks=tasks,
@@ -134,6 +144,9 @@ def settings_of(trainer: ContinualTrainer) -> dict[str, Any]:
         settings["tasks_learnt_before"] = trainer.tasks_before
     if trainer.args.measure_ahead:
         settings["measure_ahead"] = True
+    if trainer.args.validation_fraction is not None:
+        settings["validation_fraction"] = trainer.args.validation_fraction
+        settings["validation_seed"] = trainer.args.validation_seed
     return settings
 
 

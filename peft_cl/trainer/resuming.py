@@ -43,7 +43,7 @@ class ResumableTrainer(ObservingTrainer):
     """A trainer that knows how far a sequence is, and goes on where an interrupted run stopped.
 
     Attributes:
-        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
+        whole_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
             Tasks that the adapter had learnt before this run come first.
         finished_tasks: tasks of the scenario learnt and measured.
         learnt: for each of these, the settings that it was learnt with (`settings`) and what it took (`took`).
@@ -57,8 +57,8 @@ class ResumableTrainer(ObservingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.accuracy_matrix = self._empty_matrix(self.scenario)
-        self.accuracy_matrix[: self.tasks_before, : self.tasks_before] = self.earlier.matrix
+        self.whole_matrix = self._empty_matrix(self.scenario)
+        self.whole_matrix[: self.tasks_before, : self.tasks_before] = self.earlier.matrix
         # Of the weights as they were given: a strategy may train them.
         self._backbone = digest_of_weights(self.tuner.encoder.base_layer)[:12]
         self._examples: dict[int, str] = {}
@@ -80,12 +80,17 @@ class ResumableTrainer(ObservingTrainer):
 
     def take_scenario(self, scenario: Scenario) -> None:
         """Go on with a longer scenario, whose first tasks are those of the present one."""
-        tasks, matrix = len(self.accuracy_matrix), self._empty_matrix(scenario)
-        matrix[:tasks, :tasks] = self.accuracy_matrix
-        self.accuracy_matrix, self.scenario = matrix, scenario
+        tasks, matrix = len(self.whole_matrix), self._empty_matrix(scenario)
+        matrix[:tasks, :tasks] = self.whole_matrix
+        self.whole_matrix, self.scenario = matrix, scenario
         if self.baseline is not None:
             self.baseline += [float("nan")] * (len(matrix) - tasks)
         self.make_collators()
+
+    @property
+    def accuracy_matrix(self) -> np.ndarray:
+        """Of the scenario's tasks, (tasks, tasks): the part of `whole_matrix` that this run measures."""
+        return self.whole_matrix[self.tasks_before :, self.tasks_before :]
 
     def _empty_matrix(self, scenario: Scenario) -> np.ndarray:
         tasks = self.tasks_before + len(scenario)
@@ -130,7 +135,7 @@ class ResumableTrainer(ObservingTrainer):
         """All that the tasks to come depend on."""
         return {
             "settings": self.settings(),
-            "accuracy_matrix": self.accuracy_matrix.tolist(),
+            "accuracy_matrix": self.whole_matrix.tolist(),
             "finished_tasks": self.finished_tasks,
             "prompt_usage": usage_of_finished_tasks(self),
             "details": self.details,
@@ -167,8 +172,8 @@ class ResumableTrainer(ObservingTrainer):
             return
         self._check_settings(state, folder)
         measured = np.array(state["accuracy_matrix"])
-        first = len(self.accuracy_matrix) - len(measured)  # runs of earlier versions have no row for tasks before
-        self.accuracy_matrix[first:, first:] = measured
+        first = len(self.whole_matrix) - len(measured)  # runs of earlier versions have no row for tasks before
+        self.whole_matrix[first:, first:] = measured
         self.finished_tasks = state["finished_tasks"]
         self.learnt = state.get("learnt") or [learnt_of(self, {}) for _ in range(self.finished_tasks)]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
@@ -217,7 +222,15 @@ class ResumableTrainer(ObservingTrainer):
             "learnt_before": {"tasks": self.tasks_before, "classes": list(self.classes_before)},
             "backbone": {"weights": self._backbone, "attention": attention},
             "examples": {task.name: self._digest_of(task) for task in self.scenario},
+            # Those that are kept back are the rest of the examples.
+            **({"validation": self._digests_of_validation()} if self._validation_was_given() else {}),
         }
+
+    def _validation_was_given(self) -> bool:
+        return bool(self.validation) and self.args.validation_fraction is None
+
+    def _digests_of_validation(self) -> dict[str, str]:
+        return {task.name: digest_of_examples(self.scenario, task) for task in self.validation}
 
     def _digest_of(self, task: Task) -> str:
         if task.index not in self._examples:

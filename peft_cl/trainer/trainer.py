@@ -18,6 +18,7 @@ from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer
+from .choosing import check_choices, given_validation, keep_back, warn_of_test_images
 from .earlier import earlier_tasks
 from .files import check_writable, explained_writes, written_aside
 from .measuring import MeasuringTrainer
@@ -47,16 +48,19 @@ class ContinualTrainer(MeasuringTrainer):
         earlier_test: test images of tasks that a loaded adapter had learnt before, which are measured on then: one
             split (`Dataset`) whose images are told apart by their classes, a dict of them by the task's name, or the
             scenario that they were learnt from. None: these tasks are not measured, and the record says so.
+        validation: validation images of the tasks, in the same forms, by which is chosen within a task (early
+            stopping, the best checkpoint, ...); or set `validation_fraction` in the arguments.
         **kwargs: further arguments of `transformers.Trainer` (callbacks, ...).
 
     Attributes:
-        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
-            The record of an adapter goes on with it: tasks that a loaded one had learnt before come first, with what
-            the `results.json` beside it says of them.
-        earlier: these tasks; their names are not given again (a scenario's `task_0` becomes `task_3` after three).
+        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on the scenario's task j after its task i;
+            NaN if not measured.
+        earlier: tasks that a loaded adapter had learnt before, with what the `results.json` beside it says of them.
+            They come first in `results`, whose matrix and metrics are of all tasks, and their names are not given
+            again (a scenario's `task_0` becomes `task_3` after three).
         metrics: average and overall accuracy, average incremental accuracy, forgetting, backward transfer, ..., as
             `continual_metrics` names them (fractions).
-        results: the record of the run, as saved in `results.json`.
+        results: the record of the adapter, as saved in `results.json`.
 
     Raises:
         ValueError: anything that cannot work, before training starts.
@@ -79,6 +83,7 @@ class ContinualTrainer(MeasuringTrainer):
         batch_augmentation: Callable | None = None,
         strategy: Strategy | Sequence[Strategy] | None = None,
         earlier_test: Any = None,
+        validation: Any = None,
         **kwargs: Any,
     ):
         self.earlier = earlier_tasks(model)
@@ -91,6 +96,12 @@ class ContinualTrainer(MeasuringTrainer):
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
         self.earlier = self.earlier.with_tests(earlier_test, scenario)
+        # For each task one whose test images are to choose by within a task.
+        self.validation = [] if validation is None else given_validation(validation, scenario, args)
+        check_choices(args, kwargs.get("callbacks"), bool(self.validation or args.validation_fraction))
+        warn_of_test_images(args, bool(self.validation or args.validation_fraction))
+        if validation is None:
+            scenario, self.validation = keep_back(scenario, args)
         for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -158,6 +169,8 @@ class ContinualTrainer(MeasuringTrainer):
             **columns: for a data set, as `Scenario.with_task` has them (`name`, `label_column`, ...).
         """
         self.check_not_interrupted()
+        # Both may have been changed since.
+        check_choices(self.args, self.callback_handler.callbacks, bool(self.validation))
         if not isinstance(task, Task):
             task = self._add(task, **columns)
         elif columns:
@@ -207,6 +220,13 @@ class ContinualTrainer(MeasuringTrainer):
         given = self.scenario.with_task(data, **columns)
         longer = self.earlier.named_on(given)
         check_fit(self.model, self.args, longer, self.strategy, self.finished_tasks)
+        if self.validation and self.args.validation_fraction is None:
+            raise ValueError(
+                "The trainer chooses by validation images that were given, and there are none of an added task. Make "
+                "a new trainer with the saved adapter, a scenario of this data, and validation images of it."
+            )
+        longer, kept = keep_back(longer, self.args, first=len(self.scenario))
+        self.validation += kept
         self._given.append(given[-1])
         self.take_scenario(longer)
         with explained_writes(self.folder, self.finished_tasks):  # so that an interruption finds the task in it
