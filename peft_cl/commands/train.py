@@ -7,12 +7,15 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
@@ -56,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
+    if not sys.stderr.isatty():  # in a file each state of a bar would be a line
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
     config = read_config(arguments.config)
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
     apply_overrides(config, overrides, SECTIONS)

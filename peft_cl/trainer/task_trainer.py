@@ -74,10 +74,10 @@ class TaskTrainer(TaskData):
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
-        self.progress = SequenceProgress()
-        if self.pop_callback(ProgressCallback) is not None:
+        self.progress = SequenceProgress(bars=not args.disable_tqdm)
+        replaced = [self.pop_callback(each) for each in (ProgressCallback, PrinterCallback)]
+        if any(replaced):  # a notebook has a table of its own
             self.add_callback(self.progress)
-        self.pop_callback(PrinterCallback)
         self.add_callback(EpochDraws(self))
         plain = self._transforms[False]
         self.queries = QueryCache(

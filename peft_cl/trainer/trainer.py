@@ -22,6 +22,7 @@ from .choosing import check_choices, given_validation, keep_back, warn_of_test_i
 from .earlier import earlier_tasks
 from .files import check_writable, explained_writes, written_aside
 from .measuring import MeasuringTrainer
+from .progress import percent
 from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .strategy import Combined, Strategy
 
@@ -147,7 +148,7 @@ class ContinualTrainer(MeasuringTrainer):
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         output = None
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
+        if self.is_world_process_zero():
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
         try:
             for task in self.scenario[self.finished_tasks :]:
@@ -207,7 +208,8 @@ class ContinualTrainer(MeasuringTrainer):
             self.tuner.peft_config[self.tuner.active_adapters[0]].record = self.results
             if self.is_world_process_zero():
                 self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
-        self.progress.end_task(self._summary(task))
+        if self.is_world_process_zero():
+            self.progress.end_task(self._summary(task))
         return output
 
     def _add(self, data: Mapping[str, Any], **columns: Any) -> Task:
@@ -235,7 +237,8 @@ class ContinualTrainer(MeasuringTrainer):
 
     def _begin(self, task: Task) -> None:
         self.task, self.under_way, self._took = task, True, {"epochs": 0.0, "steps": 0}
-        self.progress.begin_task(task.name, task.index)
+        number = self.tasks_before + task.index + 1
+        self.progress.begin_task(task.name, number, len(self.whole_matrix))
         self.look_before(task)
         self._start(task)
         self.strategy.begin_task(self, task)
@@ -295,8 +298,12 @@ class ContinualTrainer(MeasuringTrainer):
         return record_of(self)
 
     def _summary(self, task: Task) -> str:
+        """What came of a task, beside what guessing would reach."""
         metrics = self.metrics
-        return (
-            f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training, "
-            f"average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
-        )
+        classes = len(task.classes if self.scenario.task_known else self.tuner.head.config.classes)
+        parts = [f"accuracy {percent(self.accuracy_matrix[task.index, task.index])} (chance {percent(1 / classes)})"]
+        if self.tasks_before + task.index:
+            parts += [
+                f"{name.replace('_', ' ')} {percent(metrics[name])}" for name in ("average_accuracy", "forgetting")
+            ]
+        return ", ".join([*parts, f"{self.train_seconds:.0f} s of training"])
