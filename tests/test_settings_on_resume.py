@@ -52,7 +52,17 @@ def test_the_same_run_has_the_same_settings(settings):
         ({"eval_strategy": "steps", "eval_steps": 3}, "eval_steps"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
         ({"greater_is_better": True}, "greater_is_better"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model_at_"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "validation_fraction": 0.2,
+            },
+            "load_best_model_at_",
+        ),
+        ({"validation_fraction": 0.2}, "validation_fraction"),
+        ({"validation": images(2, 3)}, "validation: was None"),
     ],
 )
 def test_a_change_is_found_and_named(settings, change, name):

@@ -14,6 +14,7 @@ from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .adapters import SavedAdapter
+from .earlier import make_earlier_test
 from .errors import CommandError, explained, shown, unknown
 from .methods import METHODS, STRATEGIES, Method
 from .options import check_names, fill
@@ -27,6 +28,7 @@ SECTIONS = (
     "preset",
     "adapter",
     "continue_from",
+    "earlier_test",
     "strategy",
     "dataset",
     "scenario",
@@ -47,6 +49,7 @@ class RunSettings:
     adapter: PromptPoolConfig
     strategies: list[Strategy]
     continue_from: SavedAdapter | None
+    earlier_test: dict[str, DatasetSettings] | None
     model: ModelSettings
     processor: dict[str, Any]
     datasets: dict[str, DatasetSettings]
@@ -92,6 +95,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         adapter=adapter,
         strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
         continue_from=earlier,
+        earlier_test=make_earlier_test(config.get("earlier_test"), earlier),
         model=model,
         processor=check_names(
             "processor", config.get("processor"), (*ImagesKwargs.__annotations__, BACKGROUND, WHITE_VALUE)

@@ -15,6 +15,7 @@ from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
+from ..trainer.choosing import share_of_each_class
 from ..tuners.base.config import PromptPoolConfig, check_weight_file
 from .errors import CommandError, explained
 from .folders import split_patterns, warn_of_left_out, without_labels
@@ -143,12 +144,7 @@ def divide(split: Dataset, label_column: str, test_fraction: float, seed: int) -
     Any label column that a scenario reads will do, while `Dataset.train_test_split` needs a `ClassLabel`.
     """
     labels = read_labels(split, split, label_column).train
-    generator = np.random.default_rng(seed)
-    is_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        count = min(max(1, round(test_fraction * len(rows))), len(rows) - 1)
-        is_test[rows[:count]] = True
+    is_test = share_of_each_class(labels, test_fraction, seed)
     return split.select(np.flatnonzero(~is_test)), split.select(np.flatnonzero(is_test))
 
 

@@ -7,12 +7,15 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
@@ -25,6 +28,7 @@ from ..trainer import ContinualTrainer
 from ..trainer.bad_images import BadImageError
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
+from .earlier import load_earlier_test, load_validation
 from .errors import CommandError, explained
 from .listing import list_tasks
 from .options import apply_overrides, read_config
@@ -46,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continue-from",
         metavar="ADAPTER",
-        help="teach a saved adapter (a folder, or its name on the Hub) more tasks",
+        help="teach a saved adapter (a folder, or its name on the Hub) more tasks; earlier_test in the configuration "
+        "names test images of the tasks before, which are measured then",
     )
     parser.epilog = (
         "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
@@ -56,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
+    if not sys.stderr.isatty():  # in a file each state of a bar would be a line
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
     config = read_config(arguments.config)
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
     apply_overrides(config, overrides, SECTIONS)
@@ -116,6 +124,8 @@ def clear(folder: Path) -> None:
     for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():
+        for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places
+            (folder / path.name).unlink(missing_ok=True)
         shutil.rmtree(folder / BACKBONE_FOLDER)
 
 
@@ -126,6 +136,9 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
         scenario = make_scenario(settings)
         model, earlier = settings.model, settings.continue_from
         processor = load_processor((earlier and earlier.processor) or model.name, settings.processor)
+        domains = settings.scenario.domain_column or "domain"
+        earlier_test = load_earlier_test(settings.earlier_test, earlier, scenario, domains)
+        validation = load_validation(settings.datasets, scenario, domains)
         load = earlier.load_base if earlier else load_backbone
         backbone = load(model.name, model.dtype, model.attn_implementation)
     with explained(f"training.seed is {settings.training.seed}"):
@@ -138,6 +151,8 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
             processing_class=processor,
             augmentation=settings.augmentation,
             strategy=settings.strategies,
+            earlier_test=earlier_test,
+            validation=validation,
         )
 
 
@@ -172,6 +187,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     learnt = settings.adapter.num_tasks
     epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
+    measured = [task.name for task in trainer.earlier.tests]
     lines = {
         "method": trainer.results.method + (f", preset {settings.preset}" if settings.preset else ""),
         "adapter": (f"{settings.continue_from.name}, which has learnt {learnt} tasks; " if learnt else "")
@@ -185,6 +201,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
         f"{', '.join(map(str, facts['classes_per_task']))}, "
         + ("in the order given" if settings.scenario.class_order or settings.scenario.domain_order else order),
+        **({"tasks before": _of_tasks_before(trainer.earlier.names, measured)} if learnt else {}),
         "augmentation": str(settings.augmentation or "none"),
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
         f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
@@ -195,6 +212,13 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "output": settings.output_dir,
     }
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items()) + "\n"
+
+
+def _of_tasks_before(names: Sequence[str], measured: Sequence[str]) -> str:
+    if not measured:
+        return f"{', '.join(names)}: not measured; earlier_test names test images of them"
+    left = [name for name in names if name not in measured]
+    return f"{', '.join(measured)} measured" + (f"; not measured: {', '.join(left)}" if left else "")
 
 
 def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> str:

@@ -173,7 +173,10 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
     )
     before = results.hyperparameters.get("tasks_learnt_before")
     if before:
-        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
+        what += f" Tasks learnt before: {before}"
+        last = results.accuracy_matrix[results.finished_tasks - 1] if results.finished_tasks else []
+        is_whole = len(results.task_names) > before and all(map(math.isfinite, last[:before]))
+        what += "." if is_whole else ", of which no figure below says how much was forgotten."
     method = (
         f"{paper.description} The method is from {paper.link}."
         if paper
@@ -256,10 +259,9 @@ def _measured(results: RunResults) -> str:
     if done == 0:
         return "## Results\n\nNothing is measured yet: no task is finished."
     lines = [
-        f"- {METRICS.get(name, ('', name, ''))[1]}: {100 * value:.2f} %"
+        f"- {METRICS.get(name, ('', name, ''))[1]}: {_percent(value)}"
         + (f" ({METRICS[name][2]})" if name in METRICS else "")
         for name, value in results.metrics.items()
-        if math.isfinite(value)
     ]
     if results.task_identification is not None:
         lines.append(
@@ -269,7 +271,7 @@ def _measured(results: RunResults) -> str:
     names = [_cell(name) for name in results.task_names[:done]]
     header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
     rows = [
-        _row([names[i], *(f"{100 * value:.1f}" if math.isfinite(value) else "" for value in row[:done])])
+        _row([names[i], *(_matrix_cell(value, i, j) for j, value in enumerate(row[:done]))])
         for i, row in enumerate(results.accuracy_matrix[:done])
     ]
     parts = [
@@ -282,6 +284,16 @@ def _measured(results: RunResults) -> str:
         "\n".join([header, *rows]),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %" if math.isfinite(value) else "not measured"
+
+
+def _matrix_cell(value: float, row: int, column: int) -> str:
+    if math.isfinite(value):
+        return f"{100 * value:.1f}"
+    return "not measured" if column <= row else ""  # tasks to come are seldom measured
 
 
 def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, data: Source) -> str:
@@ -300,8 +312,10 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
     }
     hyperparameters = dict(results.hyperparameters)
     # The Trainer's -1 stands for "as many as the epochs make"; a number takes the place of the epochs.
-    hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
-    facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
+    steps = hyperparameters.get("max_steps", -1)
+    if not isinstance(steps, list):  # of which each task had its own
+        hyperparameters.pop("num_train_epochs" if steps > 0 else "max_steps", None)
+    facts |= {name: _over_tasks(hyperparameters.get(setting)) for setting, name in SETTINGS.items()}
     facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
     facts["Command"] = f"`{without_folders(results.command)}`" if results.command else None
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
@@ -328,7 +342,15 @@ def _counts(values: Sequence[int] | None) -> str | None:
     """One number where all tasks have the same, else all of them."""
     if not values:
         return None
-    return f"{values[0]:,}" if len(set(values)) == 1 else ", ".join(f"{value:,}" for value in values)
+    texts = [f"{value:,}" if value else "not known" for value in values]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _over_tasks(value: Any) -> Any:
+    """A setting as text: one that was another in some of the tasks has a value for each of them."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join("not known" if each is None else str(each) for each in value) + " (task by task)"
 
 
 def _class_order(scenario: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,15 @@ from .usage import checked_counts, usage_entropy, usage_overlap
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
-ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy", "sums_bytes", "query_seconds"}
+ADDED_LATER = {
+    "prompt_usage",
+    "baseline",
+    "task_identification",
+    "per_class_accuracy",
+    "sums_bytes",
+    "query_seconds",
+    "learnt",
+}
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
 
@@ -62,6 +70,11 @@ class RunResults:
             need and predicting does not; `None` if the head has none.
         query_seconds: Time of the frozen model's pass over training images whose queries are kept, in seconds; `None`
             in records of earlier versions, whose `train_seconds` hold it.
+        learnt: For each finished task what it took: `epochs`, `steps` of the optimizer and `images_per_step`, each
+            `None` where it is not known; `None` in records of earlier versions.
+
+    A setting in `hyperparameters` that was another in some of the tasks is a list there, one value for each finished
+    task. An adapter that learnt on in a later run has one record for all of its tasks.
 
     Example:
         >>> results.save("out/results.json")
@@ -92,6 +105,7 @@ class RunResults:
     per_class_accuracy: dict[str, float] | None = None
     sums_bytes: int | None = None
     query_seconds: float | None = None
+    learnt: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]

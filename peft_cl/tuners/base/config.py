@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ...assets.resolving import portable_name
 from .head_config import HeadConfig
 
 
@@ -86,6 +87,8 @@ class PromptPoolConfig(HeadConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # Adapters of earlier versions name the folder on the machine where they were made.
+        self.base_model_name_or_path = portable_name(self.base_model_name_or_path)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version}, but this peft_cl reads formats up to {FORMAT_VERSION}: the "
@@ -130,6 +133,11 @@ class PromptPoolConfig(HeadConfig):
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         check_weight_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it; the embedded backbone by its name, which holds on every machine."""
+        facts = super().to_dict()
+        return {**facts, "base_model_name_or_path": portable_name(facts["base_model_name_or_path"])}
 
     # ----------------------------------------------------------------------------------------------- tasks
 
