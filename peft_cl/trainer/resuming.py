@@ -192,6 +192,7 @@ class ResumableTrainer(ObservingTrainer):
         for name in ("threads", "device"):  # where it runs, not what
             settings.pop(name)
         what = {name: getattr(results, name) for name in ("method", "base_model", "dataset", "scenario")}
+        what["scenario"].pop("content")  # what must be the same of it is told task by task, in `examples`
         attention = self.tuner.encoder.base_layer.config._attn_implementation
         return {
             **what,
