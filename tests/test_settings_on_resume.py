@@ -108,12 +108,14 @@ def test_images_in_files(settings, tmp_path):
     """The data set holds paths alone; the files are others."""
     found = []
     for seed in (0, 1):
-        for index, image in enumerate(images(4, seed)["image"]):
-            image.save(tmp_path / f"{index}.png")
-        labels = images(4, 0)["label"]
-        paths = [str(tmp_path / f"{index}.png") for index in range(len(labels))]
-        data = Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image())
-        found.append(settings(scenario=class_incremental((data, data.select(range(len(data)))), 2)))
+        splits = []
+        for split, first in (("train", seed), ("test", seed + 2)):
+            for index, image in enumerate(images(4, first)["image"]):
+                image.save(tmp_path / f"{split}{index}.png")
+            labels = images(4, 0)["label"]
+            paths = [str(tmp_path / f"{split}{index}.png") for index in range(len(labels))]
+            splits.append(Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image()))
+        found.append(settings(scenario=class_incremental(tuple(splits), 2)))
     assert {entry.partition(":")[0] for entry in differences(*found)} == {"examples.task_0", "examples.task_1"}
 
 

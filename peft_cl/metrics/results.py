@@ -43,7 +43,7 @@ class RunResults:
         peft_type: PEFT type of the adapter, `None` if the method has none (fine-tuning).
         base_model: Name or path of the backbone.
         dataset: Name or path of the data set.
-        scenario: `Scenario.describe()`.
+        scenario: `Scenario.describe()`, and `content`, a digest of the images.
         seed: Seed of the run.
         task_names: Names of the tasks, in order.
         accuracy_matrix: `R[i][j]`, accuracy (0 to 1) on task j after task i; an array is taken too.
@@ -221,6 +221,9 @@ class RunResults:
             {name: getattr(run, name) for name in SAME_TASKS} | {"class_order": run.scenario.get("class_order")}
             for run in (self, reference)
         )
+        contents = [run.scenario.get("content") for run in (self, reference)]
+        if None not in contents:  # earlier records do not say
+            mine["content"], others["content"] = contents
         different = [name for name, value in mine.items() if others[name] != value]
         if different:
             raise ValueError(
