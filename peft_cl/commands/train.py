@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.terms import NOT_SETTINGS
 from ..metrics import RunResults, results_table
-from ..plots.run import PICTURE_FILES
+from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
+from ..trainer.extras import spared
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     if trainer.is_world_process_zero():
         print(finish(settings, trainer, command))
     if push:
-        trainer.push_to_hub()
+        with spared("The run is not pushed to the Hub"):
+            trainer.push_to_hub()
 
 
 def refuse_own_source(settings: RunSettings) -> None:
@@ -204,10 +205,13 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     }
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
     results.save(folder)
-    write_model_card(folder, results, limits=trainer.strategy.limits)
-    drawn = trainer.args.pictures and importlib.util.find_spec("matplotlib")
-    written = "Adapter, results, model card and pictures" if drawn else "Adapter, results and model card"
-    return f"\n{summary(results)}\n{written} are in {folder}."
+    written = ["Adapter, results"]
+    with spared(f"No model card of {folder}"):
+        write_model_card(folder, results, limits=trainer.strategy.limits)
+        written.append("model card")
+    if trainer.args.pictures and (folder / MATRIX_FILE).is_file():
+        written.append("pictures")
+    return f"\n{summary(results)}\n{' and '.join([', '.join(written[:-1]), written[-1]])} are in {folder}."
 
 
 def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import numpy as np
 from datasets import ClassLabel
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults, continual_metrics
@@ -23,13 +22,11 @@ from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer
 from .examples import row_counts
+from .extras import spared
 from .files import check_writable, explained_writes, written_aside
 from .record import adapter_folder, record_of
 from .resuming import ResumableTrainer
 from .strategy import Combined, Strategy
-
-
-logger = logging.get_logger(__name__)
 
 
 class ContinualTrainer(ResumableTrainer):
@@ -139,7 +136,8 @@ class ContinualTrainer(ResumableTrainer):
         if self.args.pictures and self.finished_tasks:
             self.draw()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            with spared("The run is not pushed to the Hub"):
+                self.push_to_hub()
         return output
 
     def train_task(self, task: Task | Mapping[str, Any], **columns: Any) -> TrainOutput:
@@ -332,20 +330,18 @@ class ContinualTrainer(ResumableTrainer):
             self.create_model_card()
 
     def draw(self) -> None:
-        """Draw the run into its folder, on the first process; without matplotlib, say what to install."""
-        if not self.is_world_process_zero():
-            return
-        try:
-            write_pictures(self.folder, self.results)
-        except ImportError as error:
-            logger.warning("No pictures of %s: %s", self.folder, error)
+        """Draw the run into its folder, on the first process; where that fails, say why and go on."""
+        if self.is_world_process_zero():
+            with spared(f"No pictures of {self.folder}"):
+                write_pictures(self.folder, self.results)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
         if self.is_world_process_zero():
-            record = self.folder / FILE_NAME
-            results = RunResults.load(record) if record.is_file() else self.results
-            write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
+            with spared(f"No model card of {self.folder}"):
+                record = self.folder / FILE_NAME
+                results = RunResults.load(record) if record.is_file() else self.results
+                write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
 
     @property
     def results(self) -> RunResults:
