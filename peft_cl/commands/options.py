@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from ..text import brief
 from .errors import CommandError, explained, unknown
 
 
@@ -111,7 +112,7 @@ def apply_overrides(config: dict[str, Any], overrides: Sequence[tuple[str, Any]]
             if not isinstance(place.get(name), dict):
                 if place.get(name) is not None:
                     raise CommandError(
-                        f"--{key} sets a part of {name}, but {name} is {place[name]!r}. Set --{section} itself."
+                        f"--{key} sets a part of {name}, but {name} is {brief(place[name])}. Set --{section} itself."
                     )
                 place[name] = {}
             place, name = place[name], step
@@ -123,7 +124,7 @@ def check_names(section: str, values: Any, known: Collection[str]) -> dict[str, 
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise CommandError(f"{section} is {values!r}, but must be a mapping of names and values.")
+        raise CommandError(f"{section} is {brief(values)}, but must be a mapping of names and values.")
     for name in values:
         if name not in known:
             raise unknown("setting", name, known, prefix=f"{section}.")
@@ -164,7 +165,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         matches, converted = _match(name, value, choice)
         if matches:
             return converted
-    raise CommandError(f"{name} is {value!r}, but must be {_words(hint)}.")
+    raise CommandError(f"{name} is {brief(value)}, but must be {_words(hint)}.")
 
 
 def _match(name: str, value: Any, hint: Any) -> tuple[bool, Any]:

@@ -20,12 +20,14 @@ from ..metrics import RunResults, results_table
 from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..text import percent
 from ..trainer import ContinualTrainer
 from ..trainer.extras import spared
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .options import apply_overrides, read_config
+from .output import say
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
-        print(describe(settings, trainer), flush=True)
+        say(describe(settings, trainer), flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     trainer.train()
     if trainer.is_world_process_zero():
-        print(finish(settings, trainer, command))
+        say(finish(settings, trainer, command))
     if push:
         with spared("The run is not pushed to the Hub"):
             trainer.push_to_hub()
@@ -225,7 +227,7 @@ def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
 def summary(results: RunResults) -> str:
     """The run as a table, and its metrics."""
     metrics = [
-        f"{name.replace('_', ' ')} {value:.2%}"
+        f"{name.replace('_', ' ')} {percent(value, 2)}%"
         for name, value in results.metrics.items()
         if value == value  # not NaN
     ]

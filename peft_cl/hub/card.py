@@ -15,9 +15,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..metrics import RunResults, results_table
+from ..text import code, in_markdown, literal, percent, plain
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
 from .terms import METRICS, NOT_SETTINGS, SETTINGS
+
+
+NAME_LETTERS = 300  # of a name in the usage example; those of the Hub have 96 at most
 
 
 def model_card(
@@ -124,9 +128,9 @@ def _metadata(
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=data.hub_id or "unknown",
-            dataset_name=data.short_name or "unknown",
-            dataset_split=_test_split(results),
-            dataset_args={name: value for name, value in arguments.items() if value is not None},
+            dataset_name=plain(data.short_name) or "unknown",
+            dataset_split=plain(_test_split(results)),
+            dataset_args={name: _plain(value) for name, value in arguments.items() if value is not None},
             metric_type=METRICS[metric][0],
             metric_name=METRICS[metric][1],
             metric_value=round(results.metrics[metric], 6),
@@ -136,7 +140,7 @@ def _metadata(
         if METRICS[metric][0] and math.isfinite(results.metrics.get(metric, math.nan))
     ]
     base_model = None if backbone.is_local else backbone.hub_id  # the Hub looks for it among its own
-    name = adapter_id.split("/")[-1] if adapter_id else _title(results, data)
+    name = plain(adapter_id.split("/")[-1]) if adapter_id else _title(results, data)
     return ModelCardData(
         license=license,
         library_name="peft",
@@ -156,9 +160,13 @@ def _metadata(
     )
 
 
+def _plain(value: Any) -> Any:
+    return plain(value) if isinstance(value, str) else value
+
+
 def _tags(*names: str | None) -> list[str]:
     """Names in the form of tags: "CODA-Prompt" becomes "coda-prompt"."""
-    return [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names if name]
+    return [re.sub(r"[^a-z0-9]+", "-", plain(name).lower()).strip("-") for name in names if name]
 
 
 def _introduction(results: RunResults, backbone: Source, data: Source, paper: Paper | None) -> str:
@@ -167,19 +175,22 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
     if done:
         warning += " The results below are of those tasks only."
     what = (
-        f"An adapter for {backbone.link('backbone')}, trained by {results.method} with `peft_cl` on "
+        f"An adapter for {backbone.link('backbone')}, trained by {in_markdown(results.method)} with `peft_cl` on "
         f"{_data_link(data)}, {tasks} task{'s' if tasks != 1 else ''} one after the other "
-        f"({results.scenario.get('name', 'task sequence')})."
+        f"({in_markdown(results.scenario.get('name', 'task sequence'))})."
     )
     before = results.hyperparameters.get("tasks_learnt_before")
     if before:
-        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
+        what += f" Tasks learnt before: {in_markdown(before)}, of which no figure below says how much was forgotten."
     method = (
         f"{paper.description} The method is from {paper.link}."
         if paper
-        else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
+        else f"{in_markdown(results.method)} has no paper on record here; what was trained is listed under Protocol."
     )
-    head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
+    head = [
+        f"# {in_markdown(results.method)} on {_data_name(data, 'a data set without a name')}",
+        *([warning] if done < tasks else []),
+    ]
     adapter = results.hyperparameters.get("adapter", {})
     return "\n\n".join([*head, what, method, *_head(results, adapter), *_evidence(adapter)])
 
@@ -189,9 +200,10 @@ def _head(results: RunResults, adapter: Mapping[str, Any]) -> list[str]:
     name = adapter.get("head", "linear")
     if name == "linear":
         return []
-    parts = [f"Not from the paper is the head, `{name}` of `peft_cl.heads`"]
+    parts = [f"Not from the paper is the head, {code(name)} of `peft_cl.heads`"]
     if adapter.get("head_features"):
-        parts.append(f", which sees {adapter['head_features']} of the last {adapter.get('head_layers', 1)} layers")
+        seen, layers = in_markdown(adapter["head_features"]), in_markdown(adapter.get("head_layers", 1))
+        parts.append(f", which sees {seen} of the last {layers} layers")
     if adapter.get("train_prompts") == "first_task":
         parts.append("; prompts were learnt in the first task and are frozen since")
     if results.sums_bytes:
@@ -215,7 +227,11 @@ def _evidence(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _title(results: RunResults, data: Source) -> str:
-    return f"{results.method} on {data.short_name or 'a data set without a name'}"
+    return plain(f"{results.method} on {data.short_name or 'a data set without a name'}")
+
+
+def _data_name(data: Source, otherwise: str) -> str:
+    return in_markdown(data.short_name) or otherwise
 
 
 def _data_link(data: Source) -> str:
@@ -227,8 +243,11 @@ def _usage(backbone: Source, adapter: str, has_processor: bool) -> str:
         imports, base = "from peft_cl.assets import default_backbone\n", "default_backbone()"
     else:
         is_elsewhere = backbone.is_local or not backbone.name
-        imports, base = "", f'"path/to/{backbone.name or "backbone"}"' if is_elsewhere else f'"{backbone.name}"'
-    processor = f'"{adapter}"' if has_processor else base
+        name = backbone.name[:NAME_LETTERS]
+        base = literal(f"path/to/{name or 'backbone'}" if is_elsewhere else name)
+        imports = ""
+    adapter = literal(adapter[:NAME_LETTERS])
+    processor = adapter if has_processor else base
     return f"""## How to use
 
 `pip install peft-cl`, then:
@@ -242,7 +261,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import peft_cl  # makes the method known to PEFT
 {imports}
 base = AutoModelForImageClassification.from_pretrained({base}, dtype="float32")
-model = PeftModel.from_pretrained(base, "{adapter}").eval()
+model = PeftModel.from_pretrained(base, {adapter}).eval()
 processor = AutoImageProcessor.from_pretrained({processor})
 
 image = Image.open("image.jpg").convert("RGB")
@@ -257,25 +276,28 @@ def _measured(results: RunResults) -> str:
     if done == 0:
         return "## Results\n\nNothing is measured yet: no task is finished."
     lines = [
-        f"- {METRICS.get(name, ('', name, ''))[1]}: {100 * value:.2f} %"
+        f"- {METRICS[name][1] if name in METRICS else in_markdown(name)}: {percent(value, 2)} %"
         + (f" ({METRICS[name][2]})" if name in METRICS else "")
         for name, value in results.metrics.items()
         if math.isfinite(value)
     ]
     if results.task_identification is not None:
         lines.append(
-            f"- Task identification: {100 * results.task_identification:.2f} % (share of test images whose predicted "
-            "class is one of their own task's)"
+            f"- Task identification: {percent(results.task_identification, 2)} % (share of test images whose "
+            "predicted class is one of their own task's)"
         )
-    names = [_cell(name) for name in results.task_names[:done]]
+    names = [in_markdown(name) for name in results.task_names[:done]]
     header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
+    measured = list(zip(names, results.accuracy_matrix[:done], strict=True))
+    if results.baseline is not None:
+        measured.insert(0, ("(before the first)", results.baseline))
     rows = [
-        _row([names[i], *(f"{100 * value:.1f}" if math.isfinite(value) else "" for value in row[:done])])
-        for i, row in enumerate(results.accuracy_matrix[:done])
+        _row([name, *(percent(value) if math.isfinite(value) else "" for value in row[:done])])
+        for name, row in measured
     ]
     parts = [
         "## Results",
-        f"Measured on the test examples, of one run with the seed {results.seed}.",
+        f"Measured on the test examples, of one run with the seed {in_markdown(results.seed)}.",
         results_table([results]),
         "\n".join(lines),
         "### Accuracy matrix",
@@ -290,29 +312,31 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
     facts: dict[str, Any] = {
         "Backbone": backbone.link("backbone"),
         "Data": _data_link(data),
-        "Scenario": scenario.get("name"),
+        "Scenario": in_markdown(scenario["name"]) if "name" in scenario else None,
         "Tasks": len(results.task_names),
         "Classes per task": _counts(scenario.get("classes_per_task")),
         "Training examples per task": _counts(scenario.get("train_sizes")),
         "Test examples per task": _counts(results.test_sizes),
-        "Test examples from": _test_split(results),
+        "Test examples from": in_markdown(_test_split(results)),
         "Class order": _class_order(scenario),
-        "Seed": results.seed,
+        "Seed": in_markdown(results.seed),
     }
     hyperparameters = dict(results.hyperparameters)
     # The Trainer's -1 stands for "as many as the epochs make"; a number takes the place of the epochs.
     hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
-    facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
+    given = {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
+    facts |= {name: in_markdown(value, 300) for name, value in given.items() if value is not None}
     facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
-    facts["Command"] = f"`{without_folders(results.command)}`" if results.command else None
-    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
+    facts["Command"] = code(without_folders(results.command[:5000]), 2000) if results.command else None
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    facts["Versions"] = in_markdown(versions, 500) or None
     settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
     parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]
     if settings:
-        shown = {f"`{name}`": f"`{json.dumps(value, default=str)}`" for name, value in settings.items()}
+        shown = {code(name): code(json.dumps(value, default=str), 500) for name, value in settings.items()}
         parts += ["### Settings of the method", _table(("Setting", "Value"), shown)]
     if scenario.get("class_order"):
-        classes = ", ".join(str(name) for name in scenario["class_order"])
+        classes = ", ".join(in_markdown(name) for name in scenario["class_order"])
         parts.append(f"<details><summary>Classes, in their order</summary>\n\n{classes}\n\n</details>")
     return "\n\n".join(parts)
 
@@ -335,9 +359,9 @@ def _counts(values: Sequence[int] | None) -> str | None:
 def _class_order(scenario: Mapping[str, Any]) -> str | None:
     if "class_order" not in scenario:
         return None
-    return (
-        "given, or the data set's own" if scenario.get("seed") is None else f"drawn with the seed {scenario['seed']}"
-    )
+    if scenario.get("seed") is None:
+        return "given, or the data set's own"
+    return f"drawn with the seed {in_markdown(scenario['seed'])}"
 
 
 def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
@@ -347,7 +371,7 @@ def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
         known = "the classes of the tasks finished"
     points = [
         f"It knows {known} and nothing else: every other image is given one of them as well.",
-        f"The results are of the test split of {data.short_name or 'its data set'}; other images may differ much.",
+        f"The results are of the test split of {_data_name(data, 'its data set')}; other images may differ much.",
         *limits,
     ]
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
@@ -357,13 +381,9 @@ def _citation(paper: Paper | None) -> str:
     return f"## Citation\n\n```bibtex\n{paper.bibtex}\n```" if paper else ""
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    return "\n".join([_row(header), "|---|---|", *(_row([_cell(name), _cell(value)]) for name, value in rows.items())])
+    return "\n".join([_row(header), "|---|---|", *(_row([name, str(value)]) for name, value in rows.items())])

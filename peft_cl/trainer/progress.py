@@ -8,6 +8,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from ..text import plain
+
 
 class SequenceProgress(ProgressCallback):
     """Two bars: the tasks of the sequence, and the steps of the task (or the batches of an evaluation) under it.
@@ -24,9 +26,9 @@ class SequenceProgress(ProgressCallback):
         self.sequence_bar = tqdm(total=tasks, initial=finished, desc="tasks", unit="task", dynamic_ncols=True)
 
     def begin_task(self, name: str, index: int) -> None:
-        self.description = name
+        self.description = plain(name, 40)
         if self.sequence_bar is not None:
-            self.sequence_bar.set_description(f"tasks ({name})")
+            self.sequence_bar.set_description(f"tasks ({self.description})")
 
     def end_task(self, line: str) -> None:
         """Count a task as finished and leave `line` above the bars."""

@@ -19,6 +19,7 @@ from ..metrics.predictions import evaluation_details
 from ..metrics.results import FILE_NAME
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
+from ..text import percent, plain
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer
 from .examples import row_counts
@@ -351,6 +352,8 @@ class ContinualTrainer(ResumableTrainer):
     def _summary(self, task: Task) -> str:
         metrics = self.metrics
         return (
-            f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training, "
-            f"average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
+            f"{plain(task.name)}: {task.index + 1} of {len(self.scenario)} tasks, "
+            f"{self.train_seconds:.0f} s of training, "
+            f"average accuracy {percent(metrics['average_accuracy'], 2)}%, "
+            f"forgetting {percent(metrics['forgetting'], 2)}%"
         )
