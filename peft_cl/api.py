@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .heads import Head, SolvedHead, Sums, register_head
 from .metrics import RunResults, continual_metrics, results_table
+from .predicting import Prediction, classify
 from .scenarios import (
     RandomResizedCropFlip,
     Scenario,
@@ -40,6 +41,7 @@ __all__ = [
     "L2PModel",
     "LinearProbeConfig",
     "LinearProbeModel",
+    "Prediction",
     "RandomResizedCropFlip",
     "RunResults",
     "Scenario",
@@ -49,6 +51,7 @@ __all__ = [
     "Task",
     "__version__",
     "class_incremental",
+    "classify",
     "continual_metrics",
     "dataset_sequence",
     "domain_incremental",
