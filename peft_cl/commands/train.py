@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,37 @@ from transformers import PreTrainedModel, set_seed
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.terms import NOT_SETTINGS
-from ..metrics import RunResults, results_table
 from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
-from ..text import percent
 from ..trainer import ContinualTrainer
 from ..trainer.extras import spared
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
-from .options import apply_overrides, read_config
+from .given import FILE as GIVEN_FILE
+from .given import as_words, recall, remember
+from .options import apply_overrides
 from .output import say
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
+from .summary import going_on, next_commands, summary
 
 
 CARD_FILE = "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; examples/ has some")
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="the run; examples/ has some. With --resume also the folder of a run"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
     existing.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder after its last finished task"
+        "--resume",
+        action="store_true",
+        help="go on with the run in the output folder after its last task, with its settings",
     )
     parser.add_argument(
         "--continue-from",
@@ -56,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
-    config = read_config(arguments.config)
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
+    config, overrides = recall(arguments.config, overrides, arguments.resume)
+    kept = deepcopy(config)
     apply_overrides(config, overrides, SECTIONS)
     earlier = config.get("continue_from")
     settings = make_settings(config, None if earlier is None else SavedAdapter.read(str(earlier)))
@@ -74,11 +81,16 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     if arguments.resume:
         with explained("The run cannot be resumed"):
             trainer.resume(Path(settings.output_dir))
+        if trainer.is_world_process_zero():
+            say(going_on(trainer), flush=True)
+    if trainer.is_world_process_zero():
+        remember(Path(settings.output_dir), kept, overrides)
     # The Hub gets the finished folder, with card and pictures.
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     trainer.train()
     if trainer.is_world_process_zero():
-        say(finish(settings, trainer, command))
+        again = ["peft-cl", "train", arguments.config, *as_words(overrides)]
+        say(finish(settings, trainer, command, again))
     if push:
         with spared("The run is not pushed to the Hub"):
             trainer.push_to_hub()
@@ -111,7 +123,7 @@ def refuse_existing(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
     forget_state(folder)
-    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
+    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, GIVEN_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir():
         shutil.rmtree(folder / BACKBONE_FOLDER)
@@ -195,7 +207,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items()) + "\n"
 
 
-def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> str:
+def finish(settings: RunSettings, trainer: ContinualTrainer, command: str, again: list[str]) -> str:
     """Complete the output folder, and return the summary."""
     folder = Path(settings.output_dir)
     results = trainer.results
@@ -213,7 +225,12 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
         written.append("model card")
     if trainer.args.pictures and (folder / MATRIX_FILE).is_file():
         written.append("pictures")
-    return f"\n{summary(results)}\n{' and '.join([', '.join(written[:-1]), written[-1]])} are in {folder}."
+    is_frozen = settings.method_name == "frozen" or settings.continue_from is not None
+    following = next_commands(
+        results, folder, settings.datasets, None if is_frozen else again, settings.scenario.domain_column
+    )
+    places = f"{' and '.join([', '.join(written[:-1]), written[-1]])} are in {folder}."
+    return "\n".join(["", summary(results), places, "", *following])
 
 
 def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
@@ -222,13 +239,3 @@ def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
         name: {key: value for key, value in vars(each).items() if value is not None} for name, each in datasets.items()
     }
     return given.get(ONLY, given)
-
-
-def summary(results: RunResults) -> str:
-    """The run as a table, and its metrics."""
-    metrics = [
-        f"{name.replace('_', ' ')} {percent(value, 2)}%"
-        for name, value in results.metrics.items()
-        if value == value  # not NaN
-    ]
-    return f"{results_table([results])}\n\n{', '.join(metrics)}\n"

@@ -14,14 +14,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..metrics import RunResults, results_table
-from ..text import code, in_markdown, literal, percent, plain
+from ..metrics import RunResults, chance_level, results_table, standard_error
+from ..text import code, in_markdown, percent, plain
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
 from .terms import METRICS, NOT_SETTINGS, SETTINGS
-
-
-NAME_LETTERS = 300  # of a name in the usage example; those of the Hub have 96 at most
+from .usage import usage
 
 
 def model_card(
@@ -70,7 +68,7 @@ def model_card(
     parts = [
         f"---\n{_metadata(results, backbone, data, adapter_id, license).to_yaml()}\n---",
         _introduction(results, backbone, data, paper),
-        _usage(backbone, adapter_id or "path/to/adapter", has_processor),
+        usage(backbone, adapter_id or "path/to/adapter", has_processor),
         _measured(results),
         _protocol(results, results.hyperparameters.get("adapter", {}) if config is None else config, backbone, data),
         _limits(results, data, limits),
@@ -238,39 +236,6 @@ def _data_link(data: Source) -> str:
     return data.link("data set", path="datasets/")
 
 
-def _usage(backbone: Source, adapter: str, has_processor: bool) -> str:
-    if backbone.is_embedded:
-        imports, base = "from peft_cl.assets import default_backbone\n", "default_backbone()"
-    else:
-        is_elsewhere = backbone.is_local or not backbone.name
-        name = backbone.name[:NAME_LETTERS]
-        base = literal(f"path/to/{name or 'backbone'}" if is_elsewhere else name)
-        imports = ""
-    adapter = literal(adapter[:NAME_LETTERS])
-    processor = adapter if has_processor else base
-    return f"""## How to use
-
-`pip install peft-cl`, then:
-
-```python
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-import peft_cl  # makes the method known to PEFT
-{imports}
-base = AutoModelForImageClassification.from_pretrained({base}, dtype="float32")
-model = PeftModel.from_pretrained(base, {adapter}).eval()
-processor = AutoImageProcessor.from_pretrained({processor})
-
-image = Image.open("image.jpg").convert("RGB")
-with torch.no_grad():
-    logits = model(**processor(image, return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax(-1).item()])
-```"""
-
-
 def _measured(results: RunResults) -> str:
     done = results.finished_tasks
     if done == 0:
@@ -300,11 +265,23 @@ def _measured(results: RunResults) -> str:
         f"Measured on the test examples, of one run with the seed {in_markdown(results.seed)}.",
         results_table([results]),
         "\n".join(lines),
+        _compared(results),
         "### Accuracy matrix",
         "Accuracy in % on the task of the column, after training on the task of the row:",
         "\n".join([header, *rows]),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _compared(results: RunResults) -> str | None:
+    """What the average accuracy has to be compared with, and what its test images leave open."""
+    chance, error = chance_level(results), standard_error(results)
+    if chance is None or error is None:
+        return None
+    return (
+        f"Guessing among the classes gives {percent(chance)} %. The standard error of the final average accuracy, "
+        f"from the number of test images alone, is {percent(error)} points."
+    )
 
 
 def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, data: Source) -> str:
