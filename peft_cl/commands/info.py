@@ -16,6 +16,7 @@ from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
 from .adapters import SavedAdapter
 from .errors import explained
+from .output import say, say_json
 from .sources import RESULTS_FILE, WEIGHTS_FILE, adapter_folder, load_config, load_results
 
 
@@ -26,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     facts = read_facts(adapter_folder(arguments.adapter))
-    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+    if arguments.json:
+        say_json(facts)
+    else:
+        say(as_text(facts))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

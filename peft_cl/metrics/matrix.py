@@ -60,8 +60,18 @@ def average_incremental_accuracy(matrix: ArrayLike, *, tasks: int | None = None)
         >>> average_incremental_accuracy([[0.75, None], [0.25, 0.75]])
         0.625
     """
+    return float(np.mean(average_accuracies(matrix, tasks=tasks)))
+
+
+def average_accuracies(matrix: ArrayLike, *, tasks: int | None = None) -> list[float]:
+    """Average accuracy over the tasks so far, after each task: `1/(i+1) sum_{j<=i} R[i, j]`.
+
+    Example:
+        >>> average_accuracies([[0.75, None], [0.25, 0.75]])
+        [0.75, 0.5]
+    """
     finished = _finished(matrix, tasks)
-    return float(np.mean([finished[step, : step + 1].mean() for step in range(len(finished))]))
+    return [float(finished[step, : step + 1].mean()) for step in range(len(finished))]
 
 
 def forgetting(matrix: ArrayLike, *, tasks: int | None = None) -> float:
@@ -74,11 +84,21 @@ def forgetting(matrix: ArrayLike, *, tasks: int | None = None) -> float:
         >>> forgetting([[0.75, None], [0.5, 0.75]])
         0.25
     """
+    return forgetting_so_far(matrix, tasks=tasks)[-1]
+
+
+def forgetting_so_far(matrix: ArrayLike, *, tasks: int | None = None) -> list[float]:
+    """`forgetting` of the tasks so far, after each task.
+
+    Example:
+        >>> forgetting_so_far([[0.75, None], [0.5, 0.75]])
+        [0.0, 0.25]
+    """
     finished = _finished(matrix, tasks)
-    last = len(finished) - 1
-    if last == 0:
-        return 0.0
-    return float(np.mean([finished[task:last, task].max() - finished[last, task] for task in range(last)]))
+    learnt = np.tri(len(finished), dtype=bool)  # what was measured ahead does not count
+    best = np.maximum.accumulate(np.where(learnt, finished, -np.inf), axis=0)
+    drops = [float(np.mean(best[step - 1, :step] - finished[step, :step])) for step in range(1, len(finished))]
+    return [0.0, *drops]
 
 
 def per_step_forgetting(matrix: ArrayLike, *, tasks: int | None = None) -> float:
@@ -178,7 +198,7 @@ def finished_tasks(matrix: ArrayLike) -> int:
         2
     """
     accuracies = _checked(matrix)
-    complete = [not np.isnan(row[: index + 1]).any() for index, row in enumerate(accuracies)]
+    complete = (~np.isnan(accuracies) | ~np.tri(len(accuracies), dtype=bool)).all(axis=1).tolist()
     count = complete.index(False) if False in complete else len(complete)
     if any(complete[count:]) and any(np.isnan(accuracies.diagonal()[count : complete.index(True, count)])):
         raise ValueError(

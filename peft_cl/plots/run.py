@@ -69,7 +69,9 @@ def write_pictures(folder: Path, results: RunResults, output: Path | None = None
     if keys is not None:
         files.append(output / KEYS_FILE)
         heading = f"{results.method}: key similarity"
-        plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, path=files[-1])
+        own_rows = keys.rows_of_tasks is not None and len(keys.rows_of_tasks) == len(results.task_names)
+        names = results.task_names if own_rows else None
+        plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, files[-1], names)
     return files
 
 

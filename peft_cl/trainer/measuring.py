@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..metrics.predictions import evaluation_details
 from ..scenarios import Task
 from .earlier import EarlierTasks
 from .examples import row_counts
+from .predictions import NamedPredictions
 from .resuming import ResumableTrainer
 
 
@@ -110,9 +112,28 @@ class MeasuringTrainer(ResumableTrainer):
         self.baseline, self.whole_matrix[self.tasks_before] = [*known, *row[self.tasks_before :].tolist()], np.nan
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
-        """The Trainer's `predict` for what `evaluate` takes as `eval_dataset`; `predictions` are rows of the head,
-        (examples,), whose names are `model.config.id2label`."""
-        return super().predict(self._own_examples(test_dataset), ignore_keys, metric_key_prefix)
+        """The Trainer's `predict`, for what `evaluate` takes as `eval_dataset`, and for images without labels.
+
+        Args:
+            test_dataset: a `Task`, other examples of the scenario's classes, or a data set with images alone.
+
+        Returns:
+            `NamedPredictions`: `predictions` and `label_ids` are rows of the head, not label ids of the data; `names`
+            are the classes predicted, by name.
+        """
+        examples, collator = self._own_examples(test_dataset), self.data_collator
+        if self._is_unlabelled(test_dataset):
+            self.data_collator = copy(collator)
+            self.data_collator.unlabelled = True
+        try:
+            output = super().predict(examples, ignore_keys, metric_key_prefix)
+        finally:
+            self.data_collator = collator
+        config = self.tuner.peft_config[self.tuner.active_adapters[0]]
+        return NamedPredictions.of(output, config.classes)
+
+    def _is_unlabelled(self, data: Any) -> bool:
+        return self.scenario.label_column not in getattr(data, "column_names", [self.scenario.label_column])
 
     def _own_examples(self, data: Any) -> Any:
         """Examples with the labels that their task gives them, or that their own class names have."""
@@ -122,6 +143,9 @@ class MeasuringTrainer(ResumableTrainer):
             for split in ("train", "test"):
                 if data is getattr(task, split):
                     return self.examples([task], split, measured=True)
+        unlabelled = self._is_unlabelled(data)
+        if unlabelled and not self.scenario.task_known:
+            return data
         if self.scenario.task_known or any(task.label_names is not None for task in self.scenario):
             why = (
                 "The task of a test image is known in this scenario, but that of these examples is not."
@@ -129,7 +153,8 @@ class MeasuringTrainer(ResumableTrainer):
                 else "The tasks come from data sets that number their classes differently, so what the labels of "
                 "these examples mean is not known."
             )
-            raise ValueError(f"{why} Give a Task, or a task's own train or test data.")
+            remedy = " To predict without it, call peft_cl.classify." if unlabelled else ""
+            raise ValueError(f"{why} Give a Task, or a task's own train or test data.{remedy}")
         feature = getattr(data, "features", {}).get(self.scenario.label_column)
         names = tuple(feature.names) if isinstance(feature, ClassLabel) else self.scenario.label_names
         if names == self.scenario.label_names:

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from ..text import plain
+
 
 class SequenceProgress(ProgressCallback):
     """A line for each task, and losses as often as `logging_steps` says; on a terminal in the place of losses two
@@ -40,10 +42,10 @@ class SequenceProgress(ProgressCallback):
 
     def begin_task(self, name: str, number: int, tasks: int) -> None:
         """Task `number` of so many, counted from 1."""
-        self.description = name
-        self.place = f"task {number} of {tasks} ({name})"
+        self.description = plain(name, 40)
+        self.place = f"task {number} of {tasks} ({plain(name)})"
         if self.sequence_bar is not None:
-            self.sequence_bar.set_description(f"tasks ({name})")
+            self.sequence_bar.set_description(f"tasks ({self.description})")
 
     def end_task(self, facts: str) -> None:
         """Count a task as finished and say what came of it."""
@@ -100,8 +102,3 @@ class SequenceProgress(ProgressCallback):
                 total=len(eval_dataloader), desc="  evaluation", unit="batch", leave=False, dynamic_ncols=True
             )
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-
-
-def percent(value: float) -> str:
-    """A share of 1 in %, never "-0.00%"; NaN as what it is."""
-    return "not measured" if value != value else f"{value:.2%}".replace("-0.00%", "0.00%")

@@ -9,26 +9,23 @@ from typing import Any
 
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults
 from ..metrics.results import FILE_NAME
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
+from ..text import percent
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer, check_replacements
 from .choosing import check_choices, given_validation, keep_back, warn_of_test_images
 from .earlier import earlier_tasks
+from .extras import spared
 from .files import check_writable, explained_writes, written_aside
 from .loss import check_loss
 from .measuring import MeasuringTrainer
-from .progress import percent
 from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .strategy import Combined, Strategy
-
-
-logger = logging.get_logger(__name__)
 
 
 class ContinualTrainer(MeasuringTrainer):
@@ -165,7 +162,8 @@ class ContinualTrainer(MeasuringTrainer):
         if self.args.pictures and self.finished_tasks:
             self.draw()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            with spared("The run is not pushed to the Hub"):
+                self.push_to_hub()
         return output
 
     def hyperparameter_search(self, *words: Any, **more: Any) -> None:
@@ -292,20 +290,18 @@ class ContinualTrainer(MeasuringTrainer):
             self.create_model_card()
 
     def draw(self) -> None:
-        """Draw the run into its folder, on the first process; without matplotlib, say what to install."""
-        if not self.is_world_process_zero():
-            return
-        try:
-            write_pictures(self.folder, self.results)
-        except ImportError as error:
-            logger.warning("No pictures of %s: %s", self.folder, error)
+        """Draw the run into its folder, on the first process; where that fails, say why and go on."""
+        if self.is_world_process_zero():
+            with spared(f"No pictures of {self.folder}"):
+                write_pictures(self.folder, self.results)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
         if self.is_world_process_zero():
-            record = self.folder / FILE_NAME
-            results = RunResults.load(record) if record.is_file() else self.results
-            write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
+            with spared(f"No model card of {self.folder}"):
+                record = self.folder / FILE_NAME
+                results = RunResults.load(record) if record.is_file() else self.results
+                write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
 
     @property
     def results(self) -> RunResults:
@@ -316,9 +312,11 @@ class ContinualTrainer(MeasuringTrainer):
         """What came of a task, beside what guessing would reach."""
         metrics = self.metrics
         classes = len(task.classes if self.scenario.task_known else self.tuner.head.config.classes)
-        parts = [f"accuracy {percent(self.accuracy_matrix[task.index, task.index])} (chance {percent(1 / classes)})"]
+        reached = self.accuracy_matrix[task.index, task.index]
+        parts = [f"accuracy {percent(reached, 2)}% (chance {percent(1 / classes, 2)}%)"]
         if self.tasks_before + task.index:
-            parts += [
-                f"{name.replace('_', ' ')} {percent(metrics[name])}" for name in ("average_accuracy", "forgetting")
-            ]
+            for name in ("average_accuracy", "forgetting"):
+                value = metrics[name]
+                text = f"{percent(value, 2)}%" if value == value else "not measured"
+                parts.append(f"{name.replace('_', ' ')} {text}")
         return ", ".join([*parts, f"{self.train_seconds:.0f} s of training"])
