@@ -73,6 +73,10 @@ class PromptPoolConfig(HeadConfig):
     stream: bool = field(
         default=False, metadata={"help": "Whether it is learnt from a stream without task boundaries (written)."}
     )
+    base_weights: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Digests of the backbone's weights, rounded to bfloat16 and to float16 (written)."},
+    )
     format_version: int = field(default=1, metadata={"help": "Version of the adapter's file format (written)."})
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

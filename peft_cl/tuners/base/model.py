@@ -14,6 +14,7 @@ from torch import nn
 
 from ...backbones import Family, family_of
 from ...heads import Head, LinearHead, Sizes, TaskEvidence, make_head
+from .base_weights import note_base, warn_of_another_base
 from .classifier import ClassifierHead
 from .config import PromptPoolConfig
 from .encoder import PromptedEncoder
@@ -307,9 +308,13 @@ class PromptPoolModel(HeadTools, BaseTuner):
     # ----------------------------------------------------------------------------------------------- state dict
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """What predicting needs: not the head that training alone goes through."""
-        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """What predicting needs: not the head that training alone goes through. It is asked for to be saved, so here
+        the adapter notes the weights of the backbone that it fits."""
+        note_base(model, config)
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
         return {key: value for key, value in found.items() if TRAINING_HEAD not in key}
 
     @classmethod
@@ -358,4 +363,5 @@ class PromptPoolModel(HeadTools, BaseTuner):
                 "mean another number of tasks: load it with PeftModel.from_pretrained, which builds the adapter as it "
                 "was saved, or under a new adapter name."
             )
+        warn_of_another_base(model, config, adapter_name)
         return remapped
