@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
-from ..tuners.base.config import PromptPoolConfig, check_weight_file
+from ..tuners.base.config import PromptPoolConfig
+from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
 from .sections import DatasetSettings
 
@@ -51,7 +53,7 @@ def load_config(folder: Path) -> PromptPoolConfig:
         CommandError: A file is missing or damaged, or the adapter is of another library.
     """
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
-        check_weight_file(folder / WEIGHTS_FILE)
+        check_saved_files(folder)
         config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, PromptPoolConfig):
         raise CommandError(
@@ -63,7 +65,7 @@ def load_config(folder: Path) -> PromptPoolConfig:
 
 def load_results(folder: Path) -> RunResults | None:
     """Load the record of the run that wrote an adapter, if there is one beside it."""
-    if not (folder / RESULTS_FILE).exists():
+    if not os.path.lexists(folder / RESULTS_FILE):
         return None
     with explained("The results beside the adapter cannot be read"):
         return RunResults.load(folder)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..plots.run import PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
+from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
@@ -110,8 +110,7 @@ def clear(folder: Path) -> None:
     forget_state(folder)
     for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
-    if (folder / BACKBONE_FOLDER).is_dir():
-        shutil.rmtree(folder / BACKBONE_FOLDER)
+    remove(folder / BACKBONE_FOLDER)
 
 
 def make_trainer(settings: RunSettings) -> ContinualTrainer:

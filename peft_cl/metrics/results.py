@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..disk import check_file, replacing
 from .matrix import intransigence
 from .usage import checked_counts, usage_entropy, usage_overlap
 
@@ -139,15 +140,10 @@ class RunResults:
         # Made before the disk is touched; allow_nan=False because NaN is not JSON and other readers refuse it.
         text = json.dumps(to_json(record), indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         return path
 
     @classmethod
@@ -162,6 +158,7 @@ class RunResults:
             ValueError: The file is damaged, is no record of a run, or has a format that this version does not know.
         """
         path = _file_of(path)
+        check_file(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # not JSON, or not UTF-8

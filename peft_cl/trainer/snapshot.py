@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import temporary
+from ..disk import check_file, replacing
+from .files import remove
 
 
 #: Folder in the run's for snapshots and checkpoints. The Trainer's uploads leave out what begins with "_".
@@ -37,8 +38,7 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
     path = folder / FILE
-    aside = temporary(path)
-    try:
+    with replacing(path) as aside:
         with open(aside, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)
             file.flush()
@@ -49,9 +49,6 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
                 os.link(path, folder / PREVIOUS)
             except OSError:  # a file system without hard links
                 shutil.copy2(path, folder / PREVIOUS)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_snapshot(folder: Path) -> dict[str, Any] | None:
@@ -84,8 +81,8 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
 
 
 def forget_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder with all that is in it, if it is there; of a link the link alone."""
+    remove(folder)
 
 
 def forget_state(folder: Path) -> None:
@@ -96,9 +93,8 @@ def forget_state(folder: Path) -> None:
 def seal_checkpoint(checkpoint: Path) -> None:
     """Note what the files of a checkpoint are, which makes it whole."""
     files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    aside = temporary(checkpoint / SEAL)
-    aside.write_text(json.dumps(files, indent=2))
-    os.replace(aside, checkpoint / SEAL)
+    with replacing(checkpoint / SEAL) as aside:
+        aside.write_text(json.dumps(files, indent=2))
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
@@ -119,10 +115,14 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / SEAL).read_text())
-    except (OSError, ValueError):
+        check_file(checkpoint / SEAL)
+        files = dict(json.loads((checkpoint / SEAL).read_text()))
+        # Files of its own, and not what a path leads to.
+        if not files:
+            return "was not written to its end"
+        damaged = [name for name in files if Path(name).name != name or _digest(checkpoint / name) != files[name]]
+    except (OSError, ValueError, TypeError):
         return "was not written to its end"
-    damaged = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     return f"is damaged ({', '.join(damaged)})" if damaged else None
 
 

@@ -90,7 +90,7 @@ class ContinualTrainer(ResumableTrainer):
                     + (", and set optim, optim_args and learning_rates." if name == "optimizers" else ".")
                 )
         if args.process_index == 0:
-            check_writable(Path(args.output_dir))
+            check_writable(Path(args.output_dir), model.peft_config)
         strategy.prepare(model)
         super().__init__(
             model,
