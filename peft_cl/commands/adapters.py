@@ -97,10 +97,12 @@ class SavedAdapter:
             "model.name out."
         )
 
-    def load_base(self, name: str, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    def load_base(
+        self, name: str, dtype: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+    ) -> PreTrainedModel:
         """Load its base model, `base_model` or what the user gave in its place."""
         try:
-            return load_backbone(name, dtype, attn_implementation)
+            return load_backbone(name, dtype, attn_implementation, trust_remote_code)
         except CommandError as error:
             if name != self.base_model:
                 raise

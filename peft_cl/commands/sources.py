@@ -18,6 +18,7 @@ from ..scenarios.columns import read_labels
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
+from .foreign import check_config, check_pixels, check_weights, no_code_of
 from .sections import DatasetSettings
 
 
@@ -31,19 +32,29 @@ def backbone_path(name: str) -> str:
     return str(EMBEDDED / source.name) if source.is_embedded else name
 
 
-def load_backbone(name: str, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load an image classifier by Hub name, local folder or the name of an embedded one."""
+def load_backbone(
+    name: str, dtype: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load an image classifier by Hub name, local folder or the name of an embedded one; code of its own is run only
+    where the user says so."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     _require_folder("model", name)
-    with explained(f"The model {name!r} cannot be loaded"):
-        return AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+    with explained(f"The model {name!r} cannot be loaded"), no_code_of("model", name):
+        check_config(backbone_path(name), trust_remote_code)
+        model, info = AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+        check_weights(model, info["missing_keys"])
+    return model
 
 
-def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
-    """Load an image processor, with some of its settings changed."""
+def load_processor(name: str, overrides: dict[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
+    """Load an image processor, with some of its settings changed; code of its own is run as `load_backbone` has it."""
     _require_folder("model", name)
-    with explained(f"The image processor of {name!r} cannot be loaded"):
-        return AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+    with explained(f"The image processor of {name!r} cannot be loaded"), no_code_of("image processor of", name):
+        options = {"trust_remote_code": trust_remote_code, **(overrides or {})}
+        processor = AutoImageProcessor.from_pretrained(backbone_path(name), **options)
+        check_pixels(processor)
+    return processor
 
 
 def load_config(folder: Path) -> PromptPoolConfig:

@@ -119,9 +119,11 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
     with settings.training.main_process_first(desc="data and backbone"):
         scenario = make_scenario(settings)
         model, earlier = settings.model, settings.continue_from
-        processor = load_processor((earlier and earlier.processor) or model.name, settings.processor)
+        processor = load_processor(
+            (earlier and earlier.processor) or model.name, settings.processor, model.trust_remote_code
+        )
         load = earlier.load_base if earlier else load_backbone
-        backbone = load(model.name, model.dtype, model.attn_implementation)
+        backbone = load(model.name, model.dtype, model.attn_implementation, model.trust_remote_code)
     with explained(f"training.seed is {settings.training.seed}"):
         set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
