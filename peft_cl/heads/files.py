@@ -45,9 +45,9 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            found = dict(json.loads((file.metadata() or {}).get(FACTS, "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"The sums of the head in {str(path)!r} cannot be read ({error}). Copy the file again, or save the "
             "adapter anew."
@@ -61,6 +61,12 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
         raise ValueError(
             f"The sums of the head in {str(path)!r} are not this adapter's: {'; '.join(differ)}. Take the file that "
             "was saved with the adapter, on the same backbone (loaded in float32 or bfloat16)."
+        )
+    spoilt = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if spoilt:
+        raise ValueError(
+            f"The sums of the head in {str(path)!r} hold numbers that are not finite ({', '.join(spoilt[:5])}). Copy "
+            "the file again, or observe the images anew."
         )
     return tensors
 

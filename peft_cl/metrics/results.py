@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..disk import check_file, replacing
+from ..shown import shown
 from .matrix import intransigence
+from .record_checks import check_record
 from .usage import checked_counts, usage_entropy, usage_overlap
 
 
@@ -100,8 +102,8 @@ class RunResults:
         if len(self.accuracy_matrix) != tasks or any(len(row) != tasks for row in self.accuracy_matrix):
             lengths = [len(row) for row in self.accuracy_matrix]
             raise ValueError(
-                f"accuracy_matrix has {len(lengths)} rows of the lengths {lengths}, but {tasks} tasks need {tasks} "
-                f"rows of {tasks}; fill what was not measured with NaN."
+                f"accuracy_matrix has {len(lengths)} rows of the lengths {shown(lengths)}, but {tasks} tasks need "
+                f"{tasks} rows of {tasks}; fill what was not measured with NaN."
             )
         if len(self.test_sizes) != tasks or not 0 <= self.finished_tasks <= tasks:
             raise ValueError(
@@ -161,7 +163,7 @@ class RunResults:
         check_file(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or brackets in brackets
             raise ValueError(
                 f"{path} is damaged, it is not readable as JSON ({error}); restore it, or run again."
             ) from error
@@ -170,7 +172,7 @@ class RunResults:
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has the format version {version!r}, this version of peft-cl reads {FORMAT_VERSION}; "
+                f"{path} has the format version {shown(version)}, this version of peft-cl reads {FORMAT_VERSION}; "
                 "update peft-cl, or read it with the version that wrote it."
             )
         known = {f.name: f for f in dataclasses.fields(cls)}
@@ -180,11 +182,14 @@ class RunResults:
         )
         if missing or unknown:
             raise ValueError(
-                f"{path} is damaged: missing fields {missing}, unknown fields {unknown}; restore it, or run again."
+                f"{path} is damaged: missing fields {missing}, unknown fields {shown(unknown)}; restore it, or run "
+                "again."
             )
         try:
-            return cls(**record)
-        except (TypeError, ValueError, AttributeError) as error:
+            results = cls(**record)
+            check_record(results)
+            return results
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error} Restore it, or run again.") from error
 
     def intransigence(self, reference: RunResults) -> float:

@@ -30,6 +30,7 @@ from .snapshot import (
     save_snapshot,
     seal_checkpoint,
     set_random_state,
+    told_of_junk,
     whole_checkpoint,
 )
 
@@ -100,10 +101,6 @@ class ResumableTrainer(ObservingTrainer):
 
     def sequence_state(self) -> dict[str, Any]:
         """All that the tasks to come depend on."""
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        prefix = f".{self.tuner.prefix}"
-        weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
         return {
             "settings": self.settings(),
             "accuracy_matrix": self.accuracy_matrix.tolist(),
@@ -114,7 +111,7 @@ class ResumableTrainer(ObservingTrainer):
             "train_seconds": self.seconds(),
             "most_trainable": self.most_trainable,
             "steps": self.steps_before + self.state.global_step,
-            "weights": weights,
+            "weights": self._own_weights(),
             "head": self.tuner.head.active.going_on(),
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
@@ -122,6 +119,13 @@ class ResumableTrainer(ObservingTrainer):
             # A task has an optimizer of its own, a stream one for all.
             "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
         }
+
+    def _own_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights, and those of the backbone that are trained."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prefix = f".{self.tuner.prefix}"
+        return {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
 
     def save_snapshot(self) -> None:
         """Write the state between tasks, on the first process."""
@@ -146,8 +150,15 @@ class ResumableTrainer(ObservingTrainer):
                     "folder of the run to go on with."
                 )
             return
+        with told_of_junk(folder, state):
+            self._take_up(state, folder)
+
+    def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)
-        self.accuracy_matrix = np.array(state["accuracy_matrix"])
+        matrix = np.array(state["accuracy_matrix"], dtype=float)
+        if matrix.shape != self.accuracy_matrix.shape:
+            raise TypeError(f"accuracies of {matrix.shape} tasks")
+        self.accuracy_matrix = matrix
         self.finished_tasks = state["finished_tasks"]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
@@ -227,12 +238,19 @@ class ResumableTrainer(ObservingTrainer):
         self.tuner.head.active.go_on(state.get("head") or {})  # runs of earlier versions had none
 
     def _take_weights(self, weights: Mapping[str, Any]) -> None:
-        surplus = self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False).unexpected_keys
+        own = self._own_weights()
+        surplus, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
         if surplus:
             raise ValueError(
                 f"The interrupted run has weights that this model lacks ({', '.join(surplus[:3])}, ...). Make the "
                 "model as it was, with the same adapter name."
             )
+        if missing:
+            raise ValueError(
+                f"The interrupted run lacks weights of this model ({', '.join(missing[:3])}, ...): its state is "
+                "damaged. Train anew without resume_from_checkpoint, in another output_dir."
+            )
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False)
 
     def _checkpoint(self) -> str | None:
         """The last whole checkpoint of the task that was interrupted."""

@@ -9,7 +9,9 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..disk import check_file, replacing
+from ..shown import shown
 from .files import remove
 
 
@@ -69,8 +72,7 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
         if hashlib.sha256(content).digest() == digest:
             if damaged:
                 warnings.warn(f"{damaged[0]} is damaged; {path.name}, one task before it, is used.", stacklevel=2)
-            # Loading into modules and optimizers puts everything where they are.
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return _unpacked(content, path)
         damaged.append(path)
     if damaged:
         raise ValueError(
@@ -78,6 +80,63 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
             "to go on from. Train anew without resume_from_checkpoint."
         )
     return None
+
+
+def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
+    """The state in a whole file. A right digest says that it is as it was written, not that a run wrote it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            # As torch writes them; packed, some bytes could become any number.
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError("its parts are compressed")
+        # Loading into modules and optimizers puts everything where they are.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # whatever torch and pickle make of bytes of others
+        raise ValueError(
+            f"{path} is no snapshot of a run ({shown(str(error))}). Train anew without resume_from_checkpoint, in "
+            "another output_dir."
+        ) from error
+    return state
+
+
+#: What a snapshot of a sequence holds at least, and the kinds of it.
+KINDS = {
+    "settings": dict,
+    "accuracy_matrix": list,
+    "finished_tasks": int,
+    "train_seconds": (int, float),
+    "weights": dict,
+    "strategy": dict,
+    "random": dict,
+}
+
+
+@contextmanager
+def told_of_junk(folder: Path, state: Mapping[str, Any]) -> Iterator[None]:
+    """Check what the snapshot `state` holds, and say of what does not fit inside the block that no run wrote it.
+
+    Args:
+        folder: Where it was found.
+        state: What `load_snapshot` gave.
+
+    Raises:
+        ValueError: A part is missing, or of another kind.
+    """
+    try:
+        for name, kind in KINDS.items():
+            if not isinstance(state[name], kind) or isinstance(state[name], bool):
+                raise TypeError(f"{name} is {shown(state[name])}")
+        matrix, finished = state["accuracy_matrix"], state["finished_tasks"]
+        if not 0 <= finished <= len(matrix) or [len(row) for row in matrix] != [len(matrix)] * len(matrix):
+            raise TypeError(f"{finished} tasks are finished, and the accuracies are {shown(matrix)}")
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"The state in {str(folder)!r} is not one that a run wrote ({type(error).__name__}: {shown(str(error))}). "
+            "Train anew without resume_from_checkpoint, in another output_dir."
+        ) from error
 
 
 def forget_folder(folder: Path) -> None:
