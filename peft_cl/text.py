@@ -58,7 +58,13 @@ def brief(value: Any) -> str:
     return plain(_BRIEF.repr(value), 4 * MOST)
 
 
-_BRIEF = reprlib.Repr()
+class _Brief(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write numbers of many digits.
+        return repr(value) if value.bit_length() < 200 else f"<a number of {value.bit_length():,} bits>"
+
+
+_BRIEF = _Brief()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, MOST, MOST, 40
 _BRIEF.maxdict = _BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxfrozenset = 8
 

@@ -10,7 +10,6 @@ from peft import PeftModel
 from trainer_cases import CONFIGS
 
 from peft_cl import class_incremental, task_incremental
-from peft_cl.trainer.progress import percent
 
 
 TASK = re.compile(
@@ -72,15 +71,6 @@ def test_a_task_by_itself_has_its_line_too(make_trainer, capfd):
     trainer = make_trainer(CONFIGS["linear-probe"](), max_steps=1, logging_strategy="no")
     trainer.train_task(trainer.scenario[0])
     assert TASK.fullmatch(capfd.readouterr().out.strip())
-
-
-def test_numbers_that_round_to_nothing():
-    assert [percent(value) for value in (-0.00001, 0.0, 0.125, float("nan"))] == [
-        "0.00%",
-        "0.00%",
-        "12.50%",
-        "not measured",
-    ]
 
 
 def test_the_command_writes_no_bars_into_a_file(train, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from transformers import PreTrainedModel
 from ..hub.sources import find_source
 from ..metrics import RunResults
 from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..text import brief
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError
-from .sources import adapter_folder, backbone_path, load_backbone, load_config, load_results
+from .sources import RESULTS_FILE, adapter_folder, backbone_path, load_backbone, load_config, load_results
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -43,7 +46,15 @@ class SavedAdapter:
             CommandError: There is no such adapter, it is of another library, or a file is damaged.
         """
         folder = adapter_folder(name)
-        return cls(name, folder, load_config(folder), load_results(folder))
+        config, results = load_config(folder), load_results(folder)
+        if results is not None and not _fits(config, results):
+            warnings.warn(
+                f"The {RESULTS_FILE} beside {name!r} tells of other tasks than the adapter has learnt, and is left "
+                "out. Put the record of its own run there.",
+                stacklevel=2,
+            )
+            results = None
+        return cls(name, folder, config, results)
 
     @property
     def base_model(self) -> str | None:
@@ -59,7 +70,13 @@ class SavedAdapter:
     @property
     def dtype(self) -> str:
         """The number format of the backbone in training; float32 where it is not on record."""
-        return self.results.hyperparameters.get("backbone_dtype", "float32") if self.results else "float32"
+        found = self.results.hyperparameters.get("backbone_dtype", "float32") if self.results else "float32"
+        if found not in DTYPES:
+            raise CommandError(
+                f"The record beside {self.name!r} says that the backbone was {brief(found)}, but it is one of "
+                f"{', '.join(DTYPES)}. Give --dtype, or restore {RESULTS_FILE}."
+            )
+        return found
 
     @property
     def scenario(self) -> str | None:
@@ -97,14 +114,27 @@ class SavedAdapter:
             "model.name out."
         )
 
-    def load_base(self, name: str, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    def load_base(
+        self, name: str, dtype: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+    ) -> PreTrainedModel:
         """Load its base model, `base_model` or what the user gave in its place."""
         try:
-            return load_backbone(name, dtype, attn_implementation)
+            return load_backbone(name, dtype, attn_implementation, trust_remote_code)
         except CommandError as error:
             if name != self.base_model:
                 raise
             raise CommandError(f"{error} Or give the adapter's base model by --model.") from error
+
+
+def _fits(config: PromptPoolConfig, results: RunResults) -> bool:
+    """Whether a record can be of the run that taught the adapter. A run that went on with an adapter, or joined two,
+    tells of some of its tasks only."""
+    counts = results.scenario.get("classes_per_task")
+    if results.peft_type not in (None, config.peft_type.value):
+        return False
+    if config.stream or not isinstance(counts, list) or config.num_tasks != results.finished_tasks:
+        return True
+    return [len(rows) for rows in config.tasks or ()] == counts[: config.num_tasks]
 
 
 def _place(name: str) -> Path:

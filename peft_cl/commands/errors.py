@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from ..text import MOST, brief, plain
 
 
+#: Of what a library says of an input: some say all of it.
+MOST_LETTERS = 2000
 INPUT_FAULTS = (
     ValueError,
     TypeError,
@@ -56,7 +58,8 @@ def explained(what: str) -> Iterator[None]:
         raise
     except INPUT_FAULTS as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise CommandError(f"{what}: {' '.join(text.split()) or type(error).__name__}") from error
+        text = " ".join(text[:MOST_LETTERS].split()) + ("..." if len(text) > MOST_LETTERS else "")
+        raise CommandError(f"{what}: {text or type(error).__name__}") from error
 
 
 def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> CommandError:

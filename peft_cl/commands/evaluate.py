@@ -22,7 +22,7 @@ from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
 from .output import say, say_json
-from .sections import DatasetSettings
+from .sections import DatasetSettings, ModelSettings
 from .sources import load_data, load_processor
 from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
 
@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help=ModelSettings.__dataclass_fields__["trust_remote_code"].metadata["help"],
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
 
@@ -103,9 +108,10 @@ def run(arguments: argparse.Namespace) -> None:
             split_seed=arguments.split_seed,
         )
     examples = load_split(settings)
-    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
+    trust = arguments.trust_remote_code
+    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
     evaluation = evaluate(
-        model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task
+        model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task, trust
     )
     if arguments.json:
         say_json(vars(evaluation))
@@ -123,12 +129,12 @@ def load_split(settings: DatasetSettings) -> Dataset:
     return splits[settings.test_split]
 
 
-def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str) -> PeftModel:
+def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str, trust_remote_code: bool = False) -> PeftModel:
     """Put the adapter on its base model, or on the one given in its place."""
     name = model or adapter.base_model
     if not name:
         raise CommandError("The adapter names no base model. Give it by --model.")
-    backbone = adapter.load_base(name, dtype)
+    backbone = adapter.load_base(name, dtype, trust_remote_code=trust_remote_code)
     with explained(f"The adapter {str(adapter.folder)!r} cannot be loaded on {name!r}"):
         return PeftModel.from_pretrained(backbone, str(adapter.folder)).eval()
 
@@ -141,6 +147,7 @@ def evaluate(
     domain_column: str | None,
     batch_size: int,
     task: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure the adapter on the examples whose classes it has learnt, by their names; those that the classes have in
     the data sets' `task`, where it was learnt from a sequence of several."""
@@ -162,7 +169,8 @@ def evaluate(
     tasks = find_tasks(adapter, examples, truth, domain_column)
     known = np.flatnonzero((truth >= 0) & (tasks.numbers >= 0))
     truth, numbers = truth[known], tasks.numbers[known]
-    processor = load_processor(adapter.processor or model.get_base_model().config._name_or_path)
+    place = adapter.processor or model.get_base_model().config._name_or_path
+    processor = load_processor(place, trust_remote_code=trust_remote_code)
     transform = ImageTransform(processor)
     collator = ContinualCollator(transform, index, image_column, settings.label_column, label_names=labels.names)
     images = TaskExamples(

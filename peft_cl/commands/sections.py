@@ -35,6 +35,9 @@ class ModelSettings:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2. null: transformers' own choice."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with model or processor. Only if you have read it."}
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from ..metrics import RunResults
 from ..scenarios.columns import read_labels
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..trainer.choosing import share_of_each_class
-from ..tuners.base.config import PromptPoolConfig, check_weight_file
+from ..tuners.base.config import PromptPoolConfig
+from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
 from .folders import split_patterns, warn_of_left_out, without_labels
+from .foreign import check_config, check_pixels, check_weights, no_code_of
 from .sections import DatasetSettings
 
 
@@ -35,23 +38,32 @@ def backbone_path(name: str) -> str:
     return str(EMBEDDED / source.name) if source.is_embedded else name
 
 
-def load_backbone(name: str, dtype: str, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load an image classifier by Hub name, local folder or the name of an embedded one."""
+def load_backbone(
+    name: str, dtype: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load an image classifier by Hub name, local folder or the name of an embedded one; code of its own is run only
+    where the user says so."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     _require_folder("model", name)
-    with explained(f"The model {name!r} cannot be loaded"):
-        return AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+    with explained(f"The model {name!r} cannot be loaded"), no_code_of("model", name):
+        check_config(backbone_path(name), trust_remote_code)
+        model, info = AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+        check_weights(model, info["missing_keys"])
+    return model
 
 
-def load_processor(name: str, overrides: dict[str, Any] | None = None) -> Any:
-    """Load an image processor, with some of its settings changed."""
+def load_processor(name: str, overrides: dict[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
+    """Load an image processor, with some of its settings changed; code of its own is run as `load_backbone` has it."""
     _require_folder("model", name)
-    with explained(f"The image processor of {name!r} cannot be loaded"):
-        processor = AutoImageProcessor.from_pretrained(backbone_path(name), **(overrides or {}))
+    with explained(f"The image processor of {name!r} cannot be loaded"), no_code_of("image processor of", name):
+        options = {"trust_remote_code": trust_remote_code, **(overrides or {})}
+        processor = AutoImageProcessor.from_pretrained(backbone_path(name), **options)
         for option in (BACKGROUND, WHITE_VALUE):  # of ours, which from_pretrained leaves out
             if option in (overrides or {}):
                 setattr(processor, option, overrides[option])
-        return processor
+        check_pixels(processor)
+    return processor
 
 
 def load_config(folder: Path) -> PromptPoolConfig:
@@ -61,7 +73,7 @@ def load_config(folder: Path) -> PromptPoolConfig:
         CommandError: A file is missing or damaged, or the adapter is of another library.
     """
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
-        check_weight_file(folder / WEIGHTS_FILE)
+        check_saved_files(folder)
         config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, PromptPoolConfig):
         raise CommandError(
@@ -73,7 +85,7 @@ def load_config(folder: Path) -> PromptPoolConfig:
 
 def load_results(folder: Path) -> RunResults | None:
     """Load the record of the run that wrote an adapter, if there is one beside it."""
-    if not (folder / RESULTS_FILE).exists():
+    if not os.path.lexists(folder / RESULTS_FILE):
         return None
     with explained("The results beside the adapter cannot be read"):
         return RunResults.load(folder)

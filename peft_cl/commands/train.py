@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -26,6 +25,7 @@ from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from ..trainer.bad_images import BadImageError
 from ..trainer.extras import spared
+from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .earlier import load_earlier_test, load_validation
@@ -148,10 +148,10 @@ def clear(folder: Path) -> None:
     forget_state(folder)
     for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, GIVEN_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
-    if (folder / BACKBONE_FOLDER).is_dir():
+    if (folder / BACKBONE_FOLDER).is_dir() and not (folder / BACKBONE_FOLDER).is_symlink():
         for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places
             (folder / path.name).unlink(missing_ok=True)
-        shutil.rmtree(folder / BACKBONE_FOLDER)
+    remove(folder / BACKBONE_FOLDER)
 
 
 def make_trainer(settings: RunSettings) -> ContinualTrainer:
@@ -160,12 +160,14 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
     with settings.training.main_process_first(desc="data and backbone"):
         scenario = make_scenario(settings)
         model, earlier = settings.model, settings.continue_from
-        processor = load_processor((earlier and earlier.processor) or model.name, settings.processor)
+        processor = load_processor(
+            (earlier and earlier.processor) or model.name, settings.processor, model.trust_remote_code
+        )
         domains = settings.scenario.domain_column or "domain"
         earlier_test = load_earlier_test(settings.earlier_test, earlier, scenario, domains)
         validation = load_validation(settings.datasets, scenario, domains)
         load = earlier.load_base if earlier else load_backbone
-        backbone = load(model.name, model.dtype, model.attn_implementation)
+        backbone = load(model.name, model.dtype, model.attn_implementation, model.trust_remote_code)
     with explained(f"training.seed is {settings.training.seed}"):
         set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):

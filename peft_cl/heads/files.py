@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..disk import replacing
 
 
 SUMS_FILE = "head_sums.safetensors"
@@ -26,15 +26,11 @@ def save_sums(folder: str | Path, state: Mapping[str, torch.Tensor], facts: Mapp
         facts: what the sums belong to, in types that JSON knows; `load_sums` compares it.
     """
     path = Path(folder) / SUMS_FILE
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(path) as aside:
         tensors = {name: value.contiguous() for name, value in state.items()}
         # Under one name: the library writes several in an order that changes, and equal sums shall be equal files.
         save_file(tensors, aside, metadata={FACTS: json.dumps(facts)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -49,9 +45,9 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
     """
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            found = dict(json.loads((file.metadata() or {}).get(FACTS, "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"The sums of the head in {str(path)!r} cannot be read ({error}). Copy the file again, or save the "
             "adapter anew."
@@ -65,6 +61,12 @@ def load_sums(path: str | Path, facts: Mapping[str, Any]) -> dict[str, torch.Ten
         raise ValueError(
             f"The sums of the head in {str(path)!r} are not this adapter's: {'; '.join(differ)}. Take the file that "
             "was saved with the adapter, on the same backbone (loaded in float32 or bfloat16)."
+        )
+    spoilt = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if spoilt:
+        raise ValueError(
+            f"The sums of the head in {str(path)!r} hold numbers that are not finite ({', '.join(spoilt[:5])}). Copy "
+            "the file again, or observe the images anew."
         )
     return tensors
 

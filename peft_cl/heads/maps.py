@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class FourierFeatures(nn.Module):
         self.width, self.gamma = size + width, gamma
         stream = _stream(seed)
         self.register_buffer("projection", _normal(stream, size, width), persistent=False)
-        phases = torch.from_numpy(stream.uniform(0, 2 * np.pi, width).astype(np.float32))
+        phases = _drawn(lambda: stream.uniform(0, 2 * np.pi, width), width)
         self.register_buffer("phases", phases, persistent=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -68,4 +69,11 @@ def _stream(seed: int) -> np.random.RandomState:
 
 def _normal(stream: np.random.RandomState, size: int, width: int) -> torch.Tensor:
     """N(0, 1) / sqrt(F), (F, M): the division takes back what sums of F numbers gain."""
-    return torch.from_numpy((stream.standard_normal((size, width)) / math.sqrt(size)).astype(np.float32))
+    return _drawn(lambda: stream.standard_normal((size, width)) / math.sqrt(size), size, width)
+
+
+def _drawn(draw: Callable[[], np.ndarray], *shape: int) -> torch.Tensor:
+    """What numpy draws, as float32; on the device "meta", where sizes alone are asked for, nothing is drawn."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape)
+    return torch.from_numpy(draw().astype(np.float32))

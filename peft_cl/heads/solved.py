@@ -164,18 +164,18 @@ class SolvedHead(Head):
             packed = {
                 name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")
             }
-            setattr(self, part, self._checked(Sums.unpacked(packed)) if packed else None)
+            setattr(self, part, self._checked(packed) if packed else None)
 
-    def _checked(self, sums: Sums) -> Sums:
-        """The sums, if they are of this head's kind."""
-        expected = {name: tuple(value.shape) for name, value in self.empty_sums().tensors.items()}
-        found = {name: tuple(value.shape) for name, value in sums.tensors.items()}
+    def _checked(self, packed: Mapping[str, torch.Tensor]) -> Sums:
+        """The sums, if they are of this head's kind. Compared as they are kept, before they are made whole."""
+        expected = {name: tuple(value.shape) for name, value in self.empty_sums().packed().items()}
+        found = {name: tuple(value.shape) for name, value in packed.items()}
         if expected != found:
             raise ValueError(
                 f"The sums have the sizes {found}, but this head's are {expected}. They are of another backbone, of "
                 "another head or of other classes: take the file that was saved with this adapter."
             )
-        return sums
+        return Sums.unpacked(packed)
 
     def add(self, other: Head, rows: Sequence[int]) -> None:
         is_alike = type(other) is type(self) and other.width == self.width

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..disk import replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
 from ..text import code, in_markdown, percent, plain
 from .papers import PAPERS, Paper
@@ -106,7 +107,9 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
     options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
-    path.write_text(model_card(results, **options), encoding="utf-8")
+    text = model_card(results, **options)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
     return path
 
 

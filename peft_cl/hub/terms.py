@@ -51,6 +51,7 @@ NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
     "tasks",
     "rows_in_use",
     "stream",
+    "base_weights",
     "format_version",
     "target_modules",
 }

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..disk import check_file, replacing
+from ..text import brief
 from .matrix import intransigence
+from .record_checks import check_record
 from .usage import checked_counts, usage_entropy, usage_overlap
 
 
@@ -116,8 +119,8 @@ class RunResults:
         if len(self.accuracy_matrix) != tasks or any(len(row) != tasks for row in self.accuracy_matrix):
             lengths = [len(row) for row in self.accuracy_matrix]
             raise ValueError(
-                f"accuracy_matrix has {len(lengths)} rows of the lengths {lengths}, but {tasks} tasks need {tasks} "
-                f"rows of {tasks}; fill what was not measured with NaN."
+                f"accuracy_matrix has {len(lengths)} rows of the lengths {brief(lengths)}, but {tasks} tasks need "
+                f"{tasks} rows of {tasks}; fill what was not measured with NaN."
             )
         if len(self.test_sizes) != tasks or not 0 <= self.finished_tasks <= tasks:
             raise ValueError(
@@ -156,15 +159,10 @@ class RunResults:
         # Made before the disk is touched; allow_nan=False because NaN is not JSON and other readers refuse it.
         text = json.dumps(to_json(record), indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         return path
 
     @classmethod
@@ -179,9 +177,10 @@ class RunResults:
             ValueError: The file is damaged, is no record of a run, or has a format that this version does not know.
         """
         path = _file_of(path)
+        check_file(path)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or brackets in brackets
             raise ValueError(
                 f"{path} is damaged, it is not readable as JSON ({error}); restore it, or run again."
             ) from error
@@ -190,7 +189,7 @@ class RunResults:
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has the format version {version!r}, this version of peft-cl reads {FORMAT_VERSION}; "
+                f"{path} has the format version {brief(version)}, this version of peft-cl reads {FORMAT_VERSION}; "
                 "update peft-cl, or read it with the version that wrote it."
             )
         known = {f.name: f for f in dataclasses.fields(cls)}
@@ -200,11 +199,14 @@ class RunResults:
         )
         if missing or unknown:
             raise ValueError(
-                f"{path} is damaged: missing fields {missing}, unknown fields {unknown}; restore it, or run again."
+                f"{path} is damaged: missing fields {missing}, unknown fields {brief(unknown)}; restore it, or run "
+                "again."
             )
         try:
-            return cls(**record)
-        except (TypeError, ValueError, AttributeError) as error:
+            results = cls(**record)
+            check_record(results)
+            return results
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error} Restore it, or run again.") from error
 
     def intransigence(self, reference: RunResults) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..disk import check_file
 from ..metrics import RunResults
+from ..tuners.base.saved import read_header
 from .comparison import plot_comparison
 from .curves import plot_curves
 from .keys import plot_key_similarity
@@ -24,6 +27,8 @@ MATRIX_FILE, CURVES_FILE = "accuracy_matrix.png", "curves.png"
 USAGE_FILE, KEYS_FILE = "prompt_usage.png", "key_similarity.png"
 #: All that `write_pictures` may write.
 PICTURE_FILES = (MATRIX_FILE, CURVES_FILE, USAGE_FILE, KEYS_FILE)
+#: Cosines that a picture of keys may have: each is computed, and several times held in memory.
+MOST_COSINES = 2 * 10**7
 COMPARISON_FILE, COMPARISON_CURVES_FILE = "comparison.png", "comparison_curves.png"
 
 
@@ -102,18 +107,27 @@ def read_keys(folder: Path) -> Keys | None:
     if folder is None:
         return None
     try:
-        tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
         config = folder / CONFIG_NAME
-        layers = json.loads(config.read_text(encoding="utf-8")).get("layers") if config.is_file() else None
-    except (OSError, ValueError, SafetensorError) as error:
+        check_file(config)
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        layers = settings.get("layers")
+        tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"The keys of the adapter in {str(folder)!r} cannot be read: {error}") from error
     if "keys" not in tensors:
         return None
     past = tensors.get("past_keys")
     values = tensors["keys"] if past is None else torch.cat([past, tensors["keys"]], dim=-2)
-    rows_of_tasks, sets = None, len(values)
+    sets, rows = values.shape[:2]
+    if sets * rows * rows > MOST_COSINES:
+        warnings.warn(
+            f"{sets} sets of {rows} keys are too many to draw the cosine of each two, so there is no picture of them.",
+            stacklevel=2,
+        )
+        return None
+    rows_of_tasks = None
     if past is not None:  # a pool that keeps past rows apart takes as many new ones for each task
-        rows, new = values.shape[-2], tensors["keys"].shape[-2]
+        new = tensors["keys"].shape[-2]
         rows_of_tasks = [new] * (rows // new) if rows % new == 0 else None
     is_by_layer = isinstance(layers, list) and len(layers) == sets
     names = [f"layer {layer}" for layer in layers] if is_by_layer else [f"set {index}" for index in range(sets)]
@@ -121,11 +135,20 @@ def read_keys(folder: Path) -> Keys | None:
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The keys of a pool in an adapter's weight file: `keys` and, of some methods, `past_keys`."""
-    tensors = {}
+    """The keys of a pool in an adapter's weight file: `keys` and, of some methods, `past_keys`, (sets, rows, D).
+
+    Raises:
+        ValueError: they have other shapes, or numbers that are none; told from the header where that will do.
+    """
+    found = {}
+    for name, stored in read_header(file).items():
+        place, _, part = name.rpartition(".")
+        if place.endswith("_pool") and part in ("keys", "past_keys"):
+            found[part] = name, stored.shape
+    sizes = {part: (shape[0], shape[-1]) if len(shape) == 3 else None for part, (_, shape) in found.items()}
+    has_rows = "keys" not in found or 0 not in found["keys"][1]
+    if None in sizes.values() or len(set(sizes.values())) > 1 or not has_rows:
+        shapes = ", ".join(f"{part} {shape}" for part, (_, shape) in found.items())
+        raise ValueError(f"they have the shapes {shapes}, but must be (sets, rows, D) alike. Restore the file.")
     with safe_open(file, framework="pt") as weights:
-        for name in weights.keys():
-            place, _, part = name.rpartition(".")
-            if place.endswith("_pool") and part in ("keys", "past_keys"):
-                tensors[part] = weights.get_tensor(name).float()
-    return tensors
+        return {part: weights.get_tensor(name).float() for part, (name, _) in found.items()}

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..disk import replacing
 from ..text import plain
 
 
@@ -42,8 +43,10 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
     """Write the picture, making its folder where needed; no path, no file."""
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=min(200, MOST_PIXELS / max(figure.get_size_inches())))
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path if path.suffix else path.with_suffix(".png")) as aside:  # as matplotlib names it
+            figure.savefig(aside, dpi=min(200, MOST_PIXELS / max(figure.get_size_inches())))
 
 
 def short_name(name: str) -> str:

@@ -15,10 +15,10 @@ from ..scenarios import Task
 from .earlier import EarlierTasks
 from .examples import row_counts
 from .predictions import NamedPredictions
-from .resuming import ResumableTrainer
+from .restarting import RestartingTrainer
 
 
-class MeasuringTrainer(ResumableTrainer):
+class MeasuringTrainer(RestartingTrainer):
     """A trainer that measures the tasks seen, those of earlier runs included where there are test images of them.
 
     Attributes:

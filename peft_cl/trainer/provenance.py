@@ -79,6 +79,7 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         "tasks",
         "rows_in_use",
         "stream",
+        "base_weights",
         "base_model_name_or_path",
         "auto_mapping",
         "inference_mode",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from ..scenarios import Scenario, Task
@@ -28,11 +28,11 @@ from .snapshot import (
     forget_folder,
     forget_state,
     load_snapshot,
-    on_cpu,
     random_state,
     save_snapshot,
     seal_checkpoint,
     set_random_state,
+    told_of_junk,
     whole_checkpoint,
 )
 
@@ -72,7 +72,6 @@ class ResumableTrainer(ObservingTrainer):
         self.most_trainable = 0
         self.under_way = False
         self._resumed_from: Path | None = None
-        self._at_start: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -117,12 +116,8 @@ class ResumableTrainer(ObservingTrainer):
 
     def learnt_state(self) -> dict[str, Any]:
         """All that training steps change."""
-        model = self.accelerator.unwrap_model(self.model)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        prefix = f".{self.tuner.prefix}"
-        weights = {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
         return {
-            "weights": weights,
+            "weights": self._own_weights(),
             "head": self.tuner.head.active.going_on(),
             "strategy": self.strategy.state_dict(),
             "random": random_state(),
@@ -148,6 +143,13 @@ class ResumableTrainer(ObservingTrainer):
             **self.learnt_state(),
         }
 
+    def _own_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights, and those of the backbone that are trained."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        prefix = f".{self.tuner.prefix}"
+        return {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
+
     def save_snapshot(self) -> None:
         """Write the state between tasks, on the first process."""
         if self.is_world_process_zero():
@@ -171,9 +173,15 @@ class ResumableTrainer(ObservingTrainer):
                     "folder of the run to go on with."
                 )
             return
+        with told_of_junk(folder, state):
+            self._take_up(state, folder)
+
+    def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)
-        measured = np.array(state["accuracy_matrix"])
+        measured = np.array(state["accuracy_matrix"], dtype=float)
         first = len(self.whole_matrix) - len(measured)  # runs of earlier versions have no row for tasks before
+        if measured.shape != (len(measured), len(measured)) or first not in (0, self.tasks_before):
+            raise TypeError(f"accuracies of {measured.shape} tasks")
         self.whole_matrix[first:, first:] = measured
         self.finished_tasks = state["finished_tasks"]
         self.learnt = state.get("learnt") or [learnt_of(self, {}) for _ in range(self.finished_tasks)]
@@ -263,43 +271,19 @@ class ResumableTrainer(ObservingTrainer):
         self.tuner.head.active.go_on(state.get("head") or {})  # runs of earlier versions had none
 
     def _take_weights(self, weights: Mapping[str, Any]) -> None:
-        surplus = self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False).unexpected_keys
+        own = self._own_weights()
+        surplus, missing = sorted(weights.keys() - own.keys()), sorted(own.keys() - weights.keys())
         if surplus:
             raise ValueError(
                 f"The interrupted run has weights that this model lacks ({', '.join(surplus[:3])}, ...). Make the "
                 "model as it was, with the same adapter name."
             )
-
-    def _inner_training_loop(self, batch_size: int | None = None, args: Any = None, **kwargs: Any) -> TrainOutput:
-        """With `auto_find_batch_size` the Trainer calls it again with fewer images in a step, where memory was too
-        small for as many: then the task starts over, and nothing is left of the steps that were lost."""
-        if not self.args.auto_find_batch_size:
-            return super()._inner_training_loop(batch_size, args, **kwargs)
-        if self._at_start is None:
-            self._at_start = on_cpu(self.learnt_state())
-        else:
-            logger.warning(
-                "Memory is too small for steps of %s images: %s starts over with %s.",
-                self._train_batch_size,
-                self.task.name,
-                batch_size,
+        if missing:
+            raise ValueError(
+                f"The interrupted run lacks weights of this model ({', '.join(missing[:3])}, ...): its state is "
+                "damaged. Train anew without resume_from_checkpoint, in another output_dir."
             )
-            self._start_over(kwargs.get("resume_from_checkpoint"))
-        output = super()._inner_training_loop(batch_size, args, **kwargs)
-        self._at_start = None
-        return output
-
-    def _start_over(self, checkpoint: str | None) -> None:
-        state = on_cpu(self._at_start)
-        self.optimizer = self.lr_scheduler = None
-        self.optimizer_state = state["optimizer"]
-        self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.model.zero_grad(set_to_none=True)
-        self.forget_steps()
-        self._take(state)
-        set_random_state(state["random"])
-        if checkpoint is None and self.is_world_process_zero():
-            forget_folder(checkpoint_folder(self.folder, self.task))
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False)
 
     def _checkpoint(self) -> str | None:
         """The last whole checkpoint of the task that was interrupted."""

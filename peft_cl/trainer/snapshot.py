@@ -10,7 +10,9 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import temporary
+from ..disk import check_file, replacing
+from ..text import brief
+from .files import remove
 
 
 #: Folder in the run's for snapshots and checkpoints. The Trainer's uploads leave out what begins with "_".
@@ -38,8 +42,7 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
     path = folder / FILE
-    aside = temporary(path)
-    try:
+    with replacing(path) as aside:
         with open(aside, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)
             file.flush()
@@ -50,9 +53,6 @@ def save_snapshot(folder: Path, state: Mapping[str, Any]) -> None:
                 os.link(path, folder / PREVIOUS)
             except OSError:  # a file system without hard links
                 shutil.copy2(path, folder / PREVIOUS)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_snapshot(folder: Path) -> dict[str, Any] | None:
@@ -73,8 +73,7 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
         if hashlib.sha256(content).digest() == digest:
             if damaged:
                 warnings.warn(f"{damaged[0]} is damaged; {path.name}, one task before it, is used.", stacklevel=2)
-            # Loading into modules and optimizers puts everything where they are.
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return _unpacked(content, path)
         damaged.append(path)
     if damaged:
         raise ValueError(
@@ -84,9 +83,66 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
+    """The state in a whole file. A right digest says that it is as it was written, not that a run wrote it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            # As torch writes them; packed, some bytes could become any number.
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError("its parts are compressed")
+        # Loading into modules and optimizers puts everything where they are.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # whatever torch and pickle make of bytes of others
+        raise ValueError(
+            f"{path} is no snapshot of a run ({brief(str(error))}). Train anew without resume_from_checkpoint, in "
+            "another output_dir."
+        ) from error
+    return state
+
+
+#: What a snapshot of a sequence holds at least, and the kinds of it.
+KINDS = {
+    "settings": dict,
+    "accuracy_matrix": list,
+    "finished_tasks": int,
+    "train_seconds": (int, float),
+    "weights": dict,
+    "strategy": dict,
+    "random": dict,
+}
+
+
+@contextmanager
+def told_of_junk(folder: Path, state: Mapping[str, Any]) -> Iterator[None]:
+    """Check what the snapshot `state` holds, and say of what does not fit inside the block that no run wrote it.
+
+    Args:
+        folder: Where it was found.
+        state: What `load_snapshot` gave.
+
+    Raises:
+        ValueError: A part is missing, or of another kind.
+    """
+    try:
+        for name, kind in KINDS.items():
+            if not isinstance(state[name], kind) or isinstance(state[name], bool):
+                raise TypeError(f"{name} is {brief(state[name])}")
+        matrix, finished = state["accuracy_matrix"], state["finished_tasks"]
+        if not 0 <= finished <= len(matrix) or [len(row) for row in matrix] != [len(matrix)] * len(matrix):
+            raise TypeError(f"{finished} tasks are finished, and the accuracies are {brief(matrix)}")
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"The state in {str(folder)!r} is not one that a run wrote ({type(error).__name__}: {brief(str(error))}). "
+            "Train anew without resume_from_checkpoint, in another output_dir."
+        ) from error
+
+
 def forget_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a folder with all that is in it, if it is there; of a link the link alone."""
+    remove(folder)
 
 
 def forget_state(folder: Path) -> None:
@@ -97,9 +153,8 @@ def forget_state(folder: Path) -> None:
 def seal_checkpoint(checkpoint: Path) -> None:
     """Note what the files of a checkpoint are, which makes it whole."""
     files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    aside = temporary(checkpoint / SEAL)
-    aside.write_text(json.dumps(files, indent=2))
-    os.replace(aside, checkpoint / SEAL)
+    with replacing(checkpoint / SEAL) as aside:
+        aside.write_text(json.dumps(files, indent=2))
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
@@ -120,10 +175,14 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / SEAL).read_text())
-    except (OSError, ValueError):
+        check_file(checkpoint / SEAL)
+        files = dict(json.loads((checkpoint / SEAL).read_text()))
+        # Files of its own, and not what a path leads to.
+        if not files:
+            return "was not written to its end"
+        damaged = [name for name in files if Path(name).name != name or _digest(checkpoint / name) != files[name]]
+    except (OSError, ValueError, TypeError):
         return "was not written to its end"
-    damaged = [name for name, digest in files.items() if _digest(checkpoint / name) != digest]
     return f"is damaged ({', '.join(damaged)})" if damaged else None
 
 

@@ -19,6 +19,7 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..disk import temporary
 from ..version import __version__
 
 
@@ -87,7 +88,7 @@ class TensorFiles:
         Warns:
             UserWarning: It cannot be written; the run goes on without it.
         """
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside = temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.touch()

@@ -113,7 +113,7 @@ class ContinualTrainer(MeasuringTrainer):
         if validation is None:
             scenario, self.validation = keep_back(scenario, args)
         if args.process_index == 0:
-            check_writable(Path(args.output_dir))
+            check_writable(Path(args.output_dir), model.peft_config)
         strategy.prepare(model)
         super().__init__(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .base.bare_models import enter_transformers
 from .base.config import PromptPoolConfig
 from .base.model import PromptPoolModel
 from .coda import CodaPromptConfig, CodaPromptModel
@@ -22,3 +23,5 @@ __all__ = [
     "PromptPoolConfig",
     "PromptPoolModel",
 ]
+
+enter_transformers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,11 +11,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft import PeftConfig
 
 from ...assets.resolving import portable_name
+from ...heads.checks import check_count
+from ...text import brief
+from .facts import LARGEST_WEIGHT, check_facts
 from .head_config import HeadConfig
+from .saved import check_saved_files
 
 
 #: The newest format of adapters that this version reads. What needs no more is written in format 1, which all read.
@@ -81,12 +83,18 @@ class PromptPoolConfig(HeadConfig):
     stream: bool = field(
         default=False, metadata={"help": "Whether it is learnt from a stream without task boundaries (written)."}
     )
+    base_weights: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Digests of the backbone's weights, rounded to bfloat16 and to float16 (written)."},
+    )
     format_version: int = field(default=1, metadata={"help": "Version of the adapter's file format (written)."})
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.format_version, bool) or not isinstance(self.format_version, int):
+            raise ValueError(f"format_version is {brief(self.format_version)}, but must be a whole number.")
         # Adapters of earlier versions name the folder on the machine where they were made.
         self.base_model_name_or_path = portable_name(self.base_model_name_or_path)
         if self.format_version > FORMAT_VERSION:
@@ -97,11 +105,13 @@ class PromptPoolConfig(HeadConfig):
         for name, choices in _choices_of(type(self)).items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
+                raise ValueError(f"{name} is {brief(value)}, but must be one of {', '.join(map(repr, choices))}.")
+        check_facts(self)
         self._check_not_negative("task_evidence")
         self._check_head()
         #: Where the adapter was loaded from, and the words that it took; the sums of its head lie there.
         self.source: tuple[str, dict[str, Any]] | None = None
+        self._saved: dict[str, Any] | None = None
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any):
@@ -129,15 +139,25 @@ class PromptPoolConfig(HeadConfig):
 
         The weights are loaded later with a message that names no file; this is the one place of ours on that way.
         """
+        check_saved_files(Path(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
-        check_weight_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        config._saved = config._sizes()
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it; the embedded backbone by its name, which holds on every machine."""
         facts = super().to_dict()
         return {**facts, "base_model_name_or_path": portable_name(facts["base_model_name_or_path"])}
+
+    @property
+    def is_as_saved(self) -> bool:
+        """Whether it was loaded, and nothing was changed since that the adapter's sizes depend on."""
+        return self._saved is not None and self._saved == self._sizes()
+
+    def _sizes(self) -> dict[str, Any]:
+        foreign = {each.name for each in fields(PeftConfig)} | {"target_modules", "head_layers"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in foreign}
 
     # ----------------------------------------------------------------------------------------------- tasks
 
@@ -231,7 +251,7 @@ class PromptPoolConfig(HeadConfig):
         outside = [layer for layer in self.prompted_layers if layer >= num_layers]
         if outside:
             raise ValueError(
-                f"layers {outside} are out of range: the base model has {num_layers} layers, counted 0 to "
+                f"layers {brief(outside)} are out of range: the base model has {num_layers} layers, counted 0 to "
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
             )
 
@@ -239,24 +259,25 @@ class PromptPoolConfig(HeadConfig):
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1.")
+            check_count(name, getattr(self, name))
 
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}, but must be a number of at least 0 (0 switches the term off).")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_WEIGHT:
+                raise ValueError(
+                    f"{name} is {brief(value)}, but must be a number of at least 0 (0 switches the term off) and at "
+                    f"most {LARGEST_WEIGHT:,.0f}."
+                )
 
     def _check_layers(self, name: str, *, empty_allowed: bool = False) -> None:
         """Layers are kept as a sorted list of distinct whole numbers from 0."""
         value = getattr(self, name)
         layers = list(value) if isinstance(value, (list, tuple, range, set)) else [None]
         if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-            raise ValueError(f"{name} is {value!r}, but must be a list of whole numbers, counted from 0.")
+            raise ValueError(f"{name} is {brief(value)}, but must be a list of whole numbers, counted from 0.")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"{name} is {layers}, but each layer may be named once.")
+            raise ValueError(f"{name} is {brief(layers)}, but each layer may be named once.")
         if not layers and not empty_allowed:
             raise ValueError(f"{name} is empty, but at least one layer must be prompted, for instance [0].")
         setattr(self, name, sorted(layers))
@@ -314,17 +335,3 @@ def _choices_of(config_class: type) -> dict[str, tuple]:
             choices = [(True, False) if part is bool else get_args(part) or (None,) for part in parts]
             found[config_field.name] = sum(choices, ())
     return found
-
-
-def check_weight_file(path: Path) -> None:
-    """Raise a `ValueError` that names the file if an adapter's safetensors file is damaged or cut short."""
-    if not path.is_file():
-        return  # not a local folder, or PEFT's own error names what is missing
-    try:
-        with safe_open(path, framework="pt") as weights:
-            weights.keys()
-    except SafetensorError as error:
-        raise ValueError(
-            f"The adapter file {path} is damaged or cut short ({path.stat().st_size} bytes; {error}). Copy or "
-            "download it again, or save the adapter anew."
-        ) from error

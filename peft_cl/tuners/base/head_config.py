@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import PeftConfig
 
-from ...heads import CLS, HEADS, Features, Sizes, make_head
+from ...heads import CLS, HEADS, Features, Head, Sizes, make_head
 from ...heads.checks import check_count
 
 
@@ -99,7 +100,7 @@ class HeadConfig(PeftConfig):
     def _check_head(self) -> None:
         if not isinstance(self.head_options, dict):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
-        kind = make_head(self.head, Sizes(2, 2), 0, self.head_options)
+        kind = self._kind_of_head()
         features = self.features
         check_count("head_layers", self.head_layers, or_none=True)
         if self.head_features is None and self.head_layers != 1:
@@ -125,6 +126,11 @@ class HeadConfig(PeftConfig):
             )
         if any(getattr(self, name) != value for name, value in SINCE_FORMAT_2.items()):
             self.format_version = max(self.format_version, 2)
+
+    def _kind_of_head(self) -> Head:
+        """A head without rows and numbers: options may ask for any size."""
+        with torch.device("meta"):
+            return make_head(self.head, Sizes(2, 2), 0, self.head_options)
 
     @property
     def has_query(self) -> bool:
@@ -161,7 +167,7 @@ class HeadConfig(PeftConfig):
     @property
     def title(self) -> str:
         """The method's name in tables and cards."""
-        kind = make_head(self.head, Sizes(2, 2), 0, self.head_options)
+        kind = self._kind_of_head()
         title = self.method if self.head == "linear" else f"{self._features_title} + {kind.title}"
         return f"{title} with task evidence" if self.task_evidence else title
 

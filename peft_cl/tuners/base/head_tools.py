@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from ...heads.files import SUMS_FILE, load_sums, save_sums
 from .digests import digest_of_tensors, digest_of_weights, plain_tensors
 from .encoder import evaluation_mode
+from .saved import file_beside
 
 
 class HeadTools:
@@ -100,8 +99,8 @@ class HeadTools:
         head, config = self.head.active, self._active_config()[1]
         if head is None or head.has_sums:
             return
-        folder = None if config.source is None else _folder_of_sums(*config.source)
-        if folder is None:
+        file = file_beside(config.source, SUMS_FILE)
+        if file is None:
             where = f" beside it in {config.source[0]!r}" if config.source else ""
             raise ValueError(
                 f"The head {config.head!r} of this adapter is computed from sums over all training images, and to "
@@ -109,7 +108,7 @@ class HeadTools:
                 "adapter was trained (the trainer writes it; with a loop of your own, model.save_sums(folder)), or "
                 "call model.load_sums(folder)."
             )
-        self.load_sums(folder)
+        self.load_sums(file.parent)
 
     def _facts_of_sums(self) -> dict[str, Any]:
         """What sums belong to."""
@@ -223,17 +222,3 @@ class HeadTools:
         self._set_training_head(head, config, known)
         self.head.forget_rows()
         self.head.show_labels()
-
-
-def _folder_of_sums(name: str, words: Mapping[str, Any]) -> Path | None:
-    """The folder, here or from the Hub, that holds the sums of the adapter `name`; None if there are none."""
-    subfolder = words.get("subfolder") or ""
-    folder = Path(name, subfolder)
-    if Path(name).is_dir():
-        return folder if (folder / SUMS_FILE).is_file() else None
-    known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-    given = {word: value for word, value in words.items() if word in known and value is not None}
-    try:
-        return Path(hf_hub_download(name, SUMS_FILE, subfolder=subfolder or None, **given)).parent
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        return None

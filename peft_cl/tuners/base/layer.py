@@ -85,3 +85,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             like = next(self.base_layer.parameters(), None)
             device = device or (like.device if like is not None else self.fallback_device)
             self.entries[adapter_name].to(device)
+
+
+def check_name(adapter_name: str) -> None:
+    """Refuse a name of an adapter that is a path: PEFT saves the adapter in a folder of its name."""
+    wrong = not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\\0")
+    if wrong:
+        raise ValueError(
+            f"The adapter's name is {str(adapter_name)[:100]!r}, but must be a text without '.', '/' and '\\': it is "
+            "saved in a folder of that name. Choose a plain name, such as 'animals'."
+        )

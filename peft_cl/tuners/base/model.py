@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ...backbones import Family, family_of
 from ...heads import Head, LinearHead, Sizes, TaskEvidence, make_head
+from .base_weights import note_base, warn_of_another_base
 from .classifier import ClassifierHead
 from .config import PromptPoolConfig
 from .encoder import PromptedEncoder
+from .facts import check_rows_in_use
 from .head_tools import HeadTools
-from .layer import AdapterLayer
+from .layer import AdapterLayer, check_name
 from .pool import Geometry, PromptPool
+from .saved import check_sizes, check_tensors, file_beside, read_header
 
 
 #: In the names of weights that are not saved with the adapter.
@@ -181,6 +185,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
     # ----------------------------------------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_name(adapter_name)
         # The adapter keeps its own record of classes and tasks: a user may give one config to several models.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -205,7 +210,31 @@ class PromptPoolModel(HeadTools, BaseTuner):
         geometry = self._geometry()
         peft_config.check_backbone(geometry.num_layers)
         peft_config.set_head_layers(geometry.num_layers, geometry.hidden_size)
+        self._check_sizes(peft_config)
         return peft_config
+
+    def _check_sizes(self, config: PromptPoolConfig) -> None:
+        """Compare what a saved adapter's configuration asks for with the header of its file, before it is made."""
+        file = file_beside(config.source, SAFETENSORS_WEIGHTS_NAME) if config.is_as_saved else None
+        if file is None:
+            return
+        try:
+            with torch.device("meta"):
+                pool, head = self.pool_class(config, self._geometry()), self._bare_head(config)
+        except (RuntimeError, OverflowError) as error:
+            if "meta" in str(error):  # a pool of the user's own that looks at its numbers cannot be made without
+                return
+            raise ValueError(
+                f"The settings of this {config.method} adapter ask for sizes that no file holds ({error}). The "
+                "configuration is damaged: restore it, or save the adapter anew."
+            ) from error
+        parts = {f"{self.family.encoder}.{self.prefix}pool": pool, f"{self.family.head}.{self.prefix}head": head}
+        expected = {
+            f"base_model.model.{place}.{name}": value
+            for place, part in parts.items()
+            for name, value in part.state_dict().items()
+        }
+        check_sizes(config.method, expected, read_header(file))
 
     def _geometry(self) -> Geometry:
         return Geometry(self.model.config.hidden_size, len(self.family.layer_list(self.encoder)))
@@ -228,6 +257,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
 
     def _add_pool(self, config: PromptPoolConfig, adapter_name: str) -> None:
         pool = self.pool_class(config, self._geometry())  # first: settings that it refuses leave the model untouched
+        check_rows_in_use(config, pool.rows_in_use)
         config.rows_in_use = pool.rows_in_use
         if not isinstance(self.encoder, PromptedEncoder):
             setattr(self.model, self.family.encoder, PromptedEncoder(self.encoder, self.prefix, self.family))
@@ -247,17 +277,22 @@ class PromptPoolModel(HeadTools, BaseTuner):
         self.head.configs[adapter_name] = config
         self.head.add_entry(adapter_name, self._make_head(config, from_base))
 
-    def _make_head(self, config: PromptPoolConfig, from_base: bool) -> Head:
+    def _bare_head(self, config: PromptPoolConfig) -> Head:
+        """A head of the configuration's sizes, as new."""
         size = self._geometry().hidden_size
         width = config.features.width(size) if config.features else size
         sizes = Sizes(width, (config.features.of_query.width(size) if config.features else size))
         # Only a head like the base model's own can take over its rows; others begin with the first task.
         is_alike = config.head == "linear" and width == size
-        classes = len(config.classes) if config.tasks or is_alike else 0
+        classes = len(config.classes or ()) if config.tasks or is_alike else 0
         head = make_head(config.head, sizes, classes, config.head_options, config.head_init)
         if config.task_evidence:
             head.evidence = TaskEvidence(size, config)
-        if from_base and classes:
+        return head
+
+    def _make_head(self, config: PromptPoolConfig, from_base: bool) -> Head:
+        head = self._bare_head(config)
+        if from_base and head.classes:
             head.copy_from(self.head.base_layer)
         if config.tasks:
             if head.observes:
@@ -307,9 +342,13 @@ class PromptPoolModel(HeadTools, BaseTuner):
     # ----------------------------------------------------------------------------------------------- state dict
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """What predicting needs: not the head that training alone goes through."""
-        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """What predicting needs: not the head that training alone goes through. It is asked for to be saved, so here
+        the adapter notes the weights of the backbone that it fits."""
+        note_base(model, config)
+        found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
         return {key: value for key, value in found.items() if TRAINING_HEAD not in key}
 
     @classmethod
@@ -335,27 +374,10 @@ class PromptPoolModel(HeadTools, BaseTuner):
             for key, value in model.state_dict().items()
             if cls._remove_adapter_name_from_key(key, adapter_name) != key and TRAINING_HEAD not in key
         }
-        missing = sorted(
-            cls._remove_adapter_name_from_key(key, adapter_name) for key in expected.keys() - remapped.keys()
+        check_tensors(
+            config.method,
+            {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in expected.items()},
+            {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in remapped.items()},
         )
-        surplus = sorted(remapped.keys() - expected.keys())
-        if missing or surplus:
-            raise ValueError(
-                f"The {config.method} adapter file lacks {missing} and has {surplus} that the adapter does not know: "
-                "it is incomplete, or of another method or other settings. Save the adapter again with "
-                "save_pretrained, and keep its config and its weights together."
-            )
-        misfits = [
-            f"{cls._remove_adapter_name_from_key(key, adapter_name)}: file {tuple(remapped[key].shape)}, model "
-            f"{tuple(value.shape)}"
-            for key, value in expected.items()
-            if remapped[key].shape != value.shape
-        ]
-        if misfits:
-            raise ValueError(
-                f"The {config.method} adapter does not fit this model: {'; '.join(misfits)}. A different last size "
-                "means a base model of another width: load the adapter's own base model. Different rows or classes "
-                "mean another number of tasks: load it with PeftModel.from_pretrained, which builds the adapter as it "
-                "was saved, or under a new adapter name."
-            )
+        warn_of_another_base(model, config, adapter_name)
         return remapped

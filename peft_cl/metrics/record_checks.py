@@ -1,0 +1,112 @@
+"""What a record of a run may hold: kinds and ranges of its fields, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from ..text import brief
+
+
+if TYPE_CHECKING:
+    from .results import RunResults
+
+
+#: Letters that a name may have. Longer ones are no names, and drawing them takes minutes.
+MOST_LETTERS = 10_000
+#: What rounding may add to a fraction of 1.
+ROUNDING = 1e-6
+
+
+def check_record(results: RunResults) -> None:
+    """Refuse fields of another kind than they are written in, and numbers that no run measures.
+
+    Raises:
+        ValueError: it names the field, its value and the rule.
+    """
+    for name in ("method", "base_model", "dataset"):
+        _check_text(name, getattr(results, name))
+    for name in ("peft_type", "command"):
+        if getattr(results, name) is not None:
+            _check_text(name, getattr(results, name))
+    for name in ("scenario", "hyperparameters", "versions", "metrics"):
+        _check_names(name, getattr(results, name))
+    for name in _list_of("task_names", results.task_names):
+        _check_text("task_names", name)
+    _check_numbers(results)
+    _check_accuracies(results)
+
+
+def _check_numbers(results: RunResults) -> None:
+    """Counts, sizes, seconds."""
+    counts = {name: getattr(results, name) for name in ("trainable_parameters", "total_parameters", "finished_tasks")}
+    counts |= {name: getattr(results, name) or 0 for name in ("adapter_bytes", "sums_bytes")}
+    sizes = [("test_sizes", size) for size in _list_of("test_sizes", results.test_sizes)]
+    for name, value in [*counts.items(), *sizes]:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+            raise ValueError(_wrong(name, value, "a whole number from 0"))
+    if not isinstance(results.seed, Integral) or isinstance(results.seed, bool):
+        raise ValueError(_wrong("seed", results.seed, "a whole number"))
+    _check_number("train_seconds", results.train_seconds, 0, math.inf, or_none=False)
+
+
+def _check_accuracies(results: RunResults) -> None:
+    _check_table("accuracy_matrix", results.accuracy_matrix)
+    _check_fractions("task_identification", [results.task_identification])
+    _check_fractions("baseline", _list_of("baseline", results.baseline or []))
+    _check_names("per_class_accuracy", results.per_class_accuracy or {})
+    _check_fractions("per_class_accuracy", (results.per_class_accuracy or {}).values())
+    for name, value in results.metrics.items():  # differences of accuracies among them
+        _check_number(f"metrics[{brief(name)}]", value, -1, 1)
+
+
+def _check_table(name: str, table: Any) -> None:
+    for row in _list_of(name, table):
+        _check_fractions(name, _list_of(name, row))
+
+
+def _check_fractions(name: str, values: Iterable[Any]) -> None:
+    for value in values:
+        _check_number(name, value, 0, 1)
+
+
+def _check_number(name: str, value: Any, least: float, most: float, *, or_none: bool = True) -> None:
+    """None and NaN stand for what was not measured."""
+    if or_none and (value is None or (isinstance(value, Real) and math.isnan(value))):
+        return
+    inside = isinstance(value, Real) and not isinstance(value, bool) and least - ROUNDING <= value <= most + ROUNDING
+    if not inside or math.isinf(value):
+        bounds = f"from {least}" if math.isinf(most) else f"from {least} to {most}"
+        percent = "; divide percentages by 100" if most == 1 else ""
+        raise ValueError(_wrong(name, value, f"a number {bounds}{percent}"))
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(_wrong(name, value, "a text"))
+    if len(value) > MOST_LETTERS:
+        raise ValueError(f"{name} has a name of {len(value):,} letters, but names have at most {MOST_LETTERS:,}.")
+
+
+def _check_list(name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(_wrong(name, value, "a list"))
+
+
+def _check_names(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(_wrong(name, value, "values by name"))
+    for key in value:
+        _check_text(name, key)
+
+
+def _list_of(name: str, value: Any) -> list:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    _check_list(name, value)
+    return value
+
+
+def _wrong(name: str, value: Any, rule: str) -> str:
+    return f"{name} is {brief(value)}, but must be {rule}."
