@@ -158,3 +158,20 @@ def test_what_each_task_has_of_its_own_is_refused(name, make_trainer, data, tiny
 def test_checkpoints_without_their_optimizer_are_refused(make_trainer):
     with pytest.raises(ValueError, match="save_only_model is True.*Leave it at False"):
         make_trainer(CONFIGS["coda"](), save_strategy="epoch", save_only_model=True)
+
+
+def test_a_step_of_as_many_images_goes_on(make_trainer):
+    whole = make_trainer(CONFIGS["linear-probe"](), per_device_train_batch_size=8, folder="whole")
+    whole.train()
+    first = make_trainer(CONFIGS["linear-probe"](), per_device_train_batch_size=8)
+    first.train_task(first.scenario[0])
+    words = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    second = make_trainer(CONFIGS["linear-probe"](), **words)
+    second.train(resume_from_checkpoint=True)
+    assert second.finished_tasks == 3
+    assert abs(second.accuracy_matrix[-1] - whole.accuracy_matrix[-1]).max() < 0.1
+    third = make_trainer(CONFIGS["linear-probe"](), per_device_train_batch_size=4)
+    with pytest.raises(
+        ValueError, match="per_device_train_batch_size: was 4, is 4|gradient_accumulation_steps: was 2"
+    ):
+        third.train(resume_from_checkpoint=True)

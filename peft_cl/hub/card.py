@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
+from ..metrics.same_rows import same_rows
 from ..text import code, in_markdown, percent, plain
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
@@ -271,6 +272,7 @@ def _measured(results: RunResults) -> str:
         results_table([results]),
         "\n".join(lines),
         _compared(results),
+        same_rows(results),
         "### Accuracy matrix",
         "Accuracy in % on the task of the column, after training on the task of the row:",
         "\n".join([header, *rows]),

@@ -21,7 +21,7 @@ from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .record import facts_of, learnt_of, settings_of, usage_of_finished_tasks
-from .same_run import has_same_images, of_finished_tasks
+from .same_run import alike, has_same_images, of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
     differences,
@@ -248,7 +248,7 @@ class ResumableTrainer(ObservingTrainer):
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
         finished = state["finished_tasks"]
-        now, before = (of_finished_tasks(each, finished) for each in (self.settings(), state["settings"]))
+        before, now = alike(*(of_finished_tasks(each, finished) for each in (state["settings"], self.settings())))
         # Runs of earlier versions do not say when they measured.
         changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
         added = before["scenario"]["task_names"][len(self.scenario) :]

@@ -11,6 +11,9 @@ SIZES = ("train_sizes", "test_sizes")
 #: Settings that have no part in what was learnt: of the data, digests tell more than a name that a folder may change.
 NO_PART = ("bad_images", "passed_over", "dataset")
 
+#: Images of a step on a device: so many at once, so often.
+STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
 
 def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, Any]:
     """The settings of a run without the images of tasks that are still to be learnt.
@@ -24,6 +27,19 @@ def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, A
         "scenario": {**scenario, **{name: scenario[name][:finished] for name in SIZES}},
         "examples": {name: digest for name, digest in examples.items() if name in learnt},
     }
+
+
+def alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both settings without how the images of a step come, if they are as many: two times four are those of eight, and
+    what is learnt from them is the same but for rounding."""
+    if all(name in each for name in STEP for each in (before, now)) and _images(before) == _images(now):
+        before, now = ({name: value for name, value in each.items() if name not in STEP} for each in (before, now))
+    return dict(before), dict(now)
+
+
+def _images(settings: Mapping[str, Any]) -> Any:
+    batch, accumulated = (settings[name] for name in STEP)
+    return batch * accumulated if isinstance(batch, int) and isinstance(accumulated, int) else [batch, accumulated]
 
 
 def has_same_images(before: Mapping[str, Any], now: Mapping[str, Any], task: str) -> bool:

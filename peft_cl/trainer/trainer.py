@@ -9,10 +9,12 @@ from typing import Any
 
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..hub.card import write_model_card
 from ..metrics import RunResults
 from ..metrics.results import FILE_NAME
+from ..metrics.same_rows import same_rows
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from ..text import percent
@@ -26,6 +28,9 @@ from .loss import check_loss
 from .measuring import MeasuringTrainer
 from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .strategy import Combined, Strategy
+
+
+logger = logging.get_logger(__name__)
 
 
 class ContinualTrainer(MeasuringTrainer):
@@ -159,6 +164,9 @@ class ContinualTrainer(MeasuringTrainer):
                 output = self.train_task(task)
         finally:
             self.progress.end_sequence()
+        note = same_rows(self.results) if self.finished_tasks else None
+        if note and self.is_world_process_zero():
+            logger.warning(note)
         if self.args.pictures and self.finished_tasks:
             self.draw()
         if self.args.push_to_hub:
