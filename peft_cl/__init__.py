@@ -11,8 +11,10 @@ from .scenarios import (
     class_incremental,
     dataset_sequence,
     domain_incremental,
+    open_image,
     task_free,
     task_incremental,
+    to_rgb,
 )
 from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
 from .tuners import (
@@ -52,8 +54,10 @@ __all__ = [
     "continual_metrics",
     "dataset_sequence",
     "domain_incremental",
+    "open_image",
     "register_head",
     "results_table",
     "task_free",
     "task_incremental",
+    "to_rgb",
 ]

@@ -101,8 +101,10 @@ def family_of(model: nn.Module) -> Family:
             "for another one of its method, or unload() first."
         )
     if not {base.__name__ for base in type(model).__mro__}.intersection(family.model_classes):
+        # Of a distilled DeiT, the Auto class makes the model with two heads.
+        loader = family.model_classes[0] if "ForImageClassification" in name else "AutoModelForImageClassification"
         raise ValueError(
             f"{name} is of the supported family {model_type!r}, but prompts need one of its classification models, "
-            f"with a single head: {', '.join(family.model_classes)}. Load it with AutoModelForImageClassification."
+            f"with a single head: {', '.join(family.model_classes)}. Load it with {loader}.from_pretrained(name)."
         )
     return family

@@ -21,6 +21,7 @@ from trainer_cases import images
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+from peft_cl.trainer.checks import REPLACEMENTS
 
 
 # The models here are too small for more threads to pay; a user's own setting wins.
@@ -104,7 +105,7 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         **training,
     ):
         torch.manual_seed(0)
-        names = ("augmentation", "batch_augmentation", "callbacks")
+        names = ("augmentation", "batch_augmentation", "callbacks", "loss", *REPLACEMENTS)
         own = {name: training.pop(name) for name in names if name in training}
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(

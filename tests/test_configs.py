@@ -226,7 +226,8 @@ def test_models_that_cannot_be_prompted_are_refused(name, kind):
     base = UNSUPPORTED[kind]()
     modules = [type(module) for module in base.modules()]
     supported = "(ViT|DeiT)ForImageClassification"
-    remedy = "(Choose one of these as the base model|Load it with AutoModelForImageClassification)"
+    loader = "DeiTForImageClassification" if kind == "WithTeacher" else "AutoModelForImageClassification"
+    remedy = f"(Choose one of these as the base model|Load it with {loader})"
     with pytest.raises(ValueError, match=rf"{kind}.*{supported}\. {remedy}"):
         get_peft_model(base, config(name))
     assert [type(module) for module in base.modules()] == modules and not base._forward_hooks
@@ -279,3 +280,20 @@ def test_the_matrix_covers_every_preset_that_changes_the_form():
         ),
     }
     assert set(PRESETS) <= covered | values_only
+
+
+def test_the_advice_for_a_distilled_deit_works(tmp_path):
+    from transformers import (
+        AutoModelForImageClassification,
+        DeiTConfig,
+        DeiTForImageClassification,
+        DeiTForImageClassificationWithTeacher,
+    )
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DeiTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)
+    DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path)
+    distilled = AutoModelForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Load it with DeiTForImageClassification\.from_pretrained\(name\)"):
+        get_peft_model(distilled, CodaPromptConfig())
+    assert get_peft_model(DeiTForImageClassification.from_pretrained(tmp_path), CodaPromptConfig())

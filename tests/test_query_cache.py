@@ -239,7 +239,7 @@ def test_a_processor_of_other_code_has_no_queries(run, passes, processor, monkey
 @pytest.mark.parametrize("bf16", [False, True])
 def test_kept_queries_are_those_of_the_steps(bf16, make_trainer):
     """In the precision of the steps: what a step would compute from the images is what it is given."""
-    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=1, max_steps=1, cache_queries=True, bf16=bf16)
+    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=1, max_steps=12, cache_queries=True, bf16=bf16)
     trainer.train()
     batch = next(iter(trainer.get_train_dataloader()))
     images, computed = batch["pixel_values"], []

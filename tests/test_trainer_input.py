@@ -78,9 +78,8 @@ class TestBadInput:
         assert "augmentation gives other images for the same seed" in caplog.text
 
     def test_an_augmentation_of_batches_that_changes_their_shape(self, make_trainer):
-        trainer = make_trainer(LinearProbeConfig(), batch_augmentation=lambda pixels: pixels[..., ::2])
-        with pytest.raises(ValueError, match=r"batch_augmentation makes \(8, 3, 32, 16\) of a batch of shape"):
-            trainer.train()
+        with pytest.raises(ValueError, match=r"batch_augmentation makes \(4, 3, 32, 16\) of a batch of shape"):
+            make_trainer(LinearProbeConfig(), batch_augmentation=lambda pixels: pixels[..., ::2])
 
     @pytest.mark.parametrize("name", ["prediction_loss_only", "batch_eval_metrics"])
     def test_evaluation_without_predictions(self, name, tmp_path):

@@ -239,6 +239,19 @@ def test_hidden_states_and_attentions_are_returned():
     torch.testing.assert_close(attentions[0].sum(-1), torch.ones(4, 2, 5))
 
 
+@every_method
+def test_attention_maps_whatever_the_attention(name):
+    """Kernels that never hold the weights leave none to show: those of the eager attention are shown."""
+    images_ = images()
+    expected = prompted(name, tiny(attn_implementation="eager"))(images_, output_attentions=True)
+    model = prompted(name, tiny(attn_implementation="sdpa"))
+    output = model(images_, output_attentions=True)
+    assert output.attentions and len(output.attentions) == len(expected.attentions)
+    for ours, theirs in zip(output.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert model.config._attn_implementation == "sdpa"
+
+
 @every_family
 @every_method
 def test_tuples_and_positional_labels(name, family):

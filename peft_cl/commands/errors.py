@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +28,15 @@ INPUT_FAULTS = (
 
 class CommandError(Exception):
     """Something in the command or its files is wrong; the message names it, the rule and the remedy."""
+
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxtuple, _repr.maxstring, _repr.maxother = 3, 8, 8, 8, 80, 80
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, with the first of what is many."""
+    return _repr.repr(value)
 
 
 @contextmanager

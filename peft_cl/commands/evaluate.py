@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from ..metrics import task_identification_accuracy
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
+from ..trainer.bad_images import BadImageError, ImageReader
+from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
 from .sections import DatasetSettings, ModelSettings
@@ -164,12 +166,20 @@ def evaluate(
     truth, numbers = truth[known], tasks.numbers[known]
     place = adapter.processor or model.get_base_model().config._name_or_path
     processor = load_processor(place, trust_remote_code=trust_remote_code)
-    collator = ContinualCollator(
-        ImageTransform(processor), index, image_column, settings.label_column, label_names=labels.names
+    transform = ImageTransform(processor)
+    collator = ContinualCollator(transform, index, image_column, settings.label_column, label_names=labels.names)
+    images = TaskExamples(
+        [examples.select(known)],
+        {"model_label": torch.from_numpy(truth)},
+        reader=ImageReader(image_column, transform.to_rgb, "Mend the file or remove it from the data.", known),
+        names=[(task, settings.test_split)],
     )
-    batches = DataLoader(examples.select(known), batch_size, collate_fn=collator)
+    batches = DataLoader(images, batch_size, collate_fn=collator)
     task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
-    predicted = predict(model, batches, numbers if task_known else None)
+    try:
+        predicted = predict(model, batches, numbers if task_known else None)
+    except BadImageError as error:
+        raise CommandError(str(error)) from error
     correct = predicted == truth
     accuracies = {name: _mean(correct[numbers == number]) for number, name in enumerate(tasks.names)}
     identified = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -11,18 +12,31 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from .errors import CommandError, explained, unknown
+from .errors import CommandError, explained, shown, unknown
 
 
 T = TypeVar("T")
 
 
+#: Of a configuration: characters, and values in it once aliases stand for what they name.
+LARGEST_TEXT, MOST_VALUES = 1_000_000, 100_000
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where PyYAML's 1.1 surprises: 1e-3 is a number, `no` and `off` are words; a repeated key is refused."""
+    """YAML 1.2 where PyYAML's 1.1 surprises: 1e-3 is a number; `no`, 001, 0x1, 1_000, 1:30 and 2020-01-01 are words,
+    as they may be names. A repeated key is refused, and so is what aliases would make huge."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded_size(node, {}) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {MOST_VALUES:,} values; write out what is meant", None
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        repeated = sorted(key for key, count in counts.items() if count > 1)
         if repeated:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{', '.join(repeated)} stands there more than once", node.start_mark
@@ -30,7 +44,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, aliases followed; each node is counted once and remembered."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.constructor.ConstructorError(None, None, "an alias names what it is in", node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # under way
+    parts = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+    inside = [] if isinstance(node, yaml.ScalarNode) else parts
+    sizes[id(node)] = 1 + sum(_expanded_size(each, sizes) for each in inside)
+    return sizes[id(node)]
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", _INTEGER, "tag:yaml.org,2002:timestamp")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -41,14 +69,21 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+|\.[0-9]+|[0-9]+\.[0-9]*|\.(?:inf|nan))$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML; `source` names where it comes from in the error."""
+    if len(text) > LARGEST_TEXT:
+        raise CommandError(
+            f"{source} has {len(text):,} characters, but at most {LARGEST_TEXT:,} are read. Shorten it."
+        )
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise CommandError(f"{source} is not readable as YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise CommandError(f"{source} is nested too deeply. Take brackets out.") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a number of 5,000 digits, a list as a key
+        raise CommandError(f"{source} is not readable as YAML: {' '.join(str(error).split())[:500]}") from error
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -57,7 +92,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CommandError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
     with explained(f"{path} cannot be read"):
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST_TEXT + 1)
     config = parse_yaml(text, str(path))
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise CommandError(f"{path} holds no sections. It must be a mapping such as `method: l2p`, one line for each.")
@@ -90,7 +126,7 @@ def split_overrides(arguments: Sequence[str], flags: Collection[str]) -> tuple[l
             if not words or words[0].startswith("--"):
                 raise CommandError(f"--{key} has no value. Write `--{key} VALUE`.")
             value = words.pop(0)
-        overrides.append((key, parse_yaml(value, f"The value of --{key}, {value!r},")))
+        overrides.append((key, parse_yaml(value, f"The value of --{key}, {shown(value)},")))
     return rest, overrides
 
 
@@ -111,7 +147,7 @@ def apply_overrides(config: dict[str, Any], overrides: Sequence[tuple[str, Any]]
             if not isinstance(place.get(name), dict):
                 if place.get(name) is not None:
                     raise CommandError(
-                        f"--{key} sets a part of {name}, but {name} is {place[name]!r}. Set --{section} itself."
+                        f"--{key} sets a part of {name}, but {name} is {shown(place[name])}. Set --{section} itself."
                     )
                 place[name] = {}
             place, name = place[name], step
@@ -123,7 +159,7 @@ def check_names(section: str, values: Any, known: Collection[str]) -> dict[str, 
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise CommandError(f"{section} is {values!r}, but must be a mapping of names and values.")
+        raise CommandError(f"{section} is {shown(values)}, but must be a mapping of names and values.")
     for name in values:
         if name not in known:
             raise unknown("setting", name, known, prefix=f"{section}.")
@@ -164,7 +200,10 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         matches, converted = _match(name, value, choice)
         if matches:
             return converted
-    raise CommandError(f"{name} is {value!r}, but must be {_words(hint)}.")
+    remedy = ""
+    if not isinstance(value, (str, list, dict)) and "text" in _words(hint):
+        remedy = " A name that looks like a number, a truth value or null needs quotes (on the command line '\"1\"')."
+    raise CommandError(f"{name} is {shown(value)}, but must be {_words(hint)}.{remedy}")
 
 
 def _match(name: str, value: Any, hint: Any) -> tuple[bool, Any]:

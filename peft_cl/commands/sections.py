@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -44,8 +44,20 @@ class ModelSettings:
 class DatasetSettings:
     """The section `dataset`, a text in its place is the path; or one of several by name, for a dataset-sequence."""
 
-    path: str = field(metadata={"help": "Hub name, or a local folder of images or parquet files."})
+    path: str = field(
+        metadata={"help": "Hub name, or a local folder: of images, of parquet files, or written by save_to_disk."}
+    )
     name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set that has several."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub data set. null: the newest."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder within the data set whose files alone are read. null: all."}
+    )
+    data_files: str | list[str] | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Files that are read, as patterns: one, a list, or a mapping of splits to them."},
+    )
     label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
     image_column: str | None = field(
         default=None, metadata={"help": "Column of the images. null: the only one with an Image feature."}

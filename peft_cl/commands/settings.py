@@ -10,10 +10,11 @@ from transformers.processing_utils import ImagesKwargs
 
 from ..hub.terms import NOT_SETTINGS
 from ..scenarios import RandomResizedCropFlip
+from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .adapters import SavedAdapter
-from .errors import CommandError, explained, unknown
+from .errors import CommandError, explained, shown, unknown
 from .methods import METHODS, STRATEGIES, Method
 from .options import check_names, fill
 from .sections import ONLY, SEQUENCE, STREAM, DatasetSettings, ModelSettings, ScenarioSettings
@@ -92,7 +93,9 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
         continue_from=earlier,
         model=model,
-        processor=check_names("processor", config.get("processor"), ImagesKwargs.__annotations__),
+        processor=check_names(
+            "processor", config.get("processor"), (*ImagesKwargs.__annotations__, BACKGROUND, WHITE_VALUE)
+        ),
         datasets=_make_datasets(config.get("dataset"), scenario.kind),
         scenario=scenario,
         augmentation=_make_augmentation(config.get("augmentation")),
@@ -131,8 +134,8 @@ def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
         return {ONLY: fill("dataset", DatasetSettings, _expand(values, "path"))}
     if not isinstance(values, dict) or not all(isinstance(each, (str, dict)) for each in values.values()):
         raise CommandError(
-            f"dataset is {values!r}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, svhn: "
-            "{path: ufldl-stanford/svhn, name: cropped_digits}}`."
+            f"dataset is {shown(values)}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, "
+            "svhn: {path: ufldl-stanford/svhn, name: cropped_digits}}`."
         )
     return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
@@ -15,15 +15,20 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
+from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
+from .folders import split_patterns, warn_of_left_out, without_labels
 from .foreign import check_config, check_pixels, check_weights, no_code_of
 from .sections import DatasetSettings
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 RESULTS_FILE = "results.json"
+#: Settings of a data set that `load_dataset` has too.
+FROM_LOAD_DATASET = ("name", "revision", "data_dir", "data_files")
+WRITTEN_BY_SAVE_TO_DISK = ("dataset_dict.json", "state.json")
 
 
 def backbone_path(name: str) -> str:
@@ -54,6 +59,9 @@ def load_processor(name: str, overrides: dict[str, Any] | None = None, trust_rem
         options = {"trust_remote_code": trust_remote_code, **(overrides or {})}
         processor = AutoImageProcessor.from_pretrained(backbone_path(name), **options)
         check_pixels(processor)
+        for option in (BACKGROUND, WHITE_VALUE):  # of ours, which from_pretrained leaves out
+            if option in (overrides or {}):
+                setattr(processor, option, overrides[option])
     return processor
 
 
@@ -84,7 +92,7 @@ def load_results(folder: Path) -> RunResults | None:
 
 def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     """Load a data set with its train and test splits, dividing one split where `test_fraction` says so."""
-    splits = load_splits(settings.path, settings.name)
+    splits = load_splits(settings)
     if settings.test_fraction is None:
         return splits
     name = settings.train_split if len(splits) > 1 else next(iter(splits))
@@ -111,11 +119,34 @@ def load_pair(settings: DatasetSettings) -> tuple[Dataset, Dataset]:
     return splits[settings.train_split], splits[settings.test_split]
 
 
-def load_splits(path: str, name: str | None = None) -> DatasetDict:
-    """Load all splits of a Hub data set or a local folder."""
-    _require_folder("data set", path)
-    with explained(f"The data set {path!r} cannot be loaded"):
-        return load_dataset(path, name)
+def load_splits(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
+    """Load all splits of a Hub data set, a local folder, or a folder that `save_to_disk` wrote."""
+    _require_folder("data set", settings.path)
+    options = {name: value for name in FROM_LOAD_DATASET if (value := getattr(settings, name)) is not None}
+    folder = Path(settings.path).expanduser()
+    if any((folder / name).is_file() for name in WRITTEN_BY_SAVE_TO_DISK):
+        return _load_from_disk(settings, folder, options)
+    whole = folder.is_dir() and not options
+    if whole and (patterns := split_patterns(folder, settings.label_column)):
+        options = {"data_files": patterns}
+    with explained(f"The data set {settings.path!r} cannot be loaded"):
+        splits = load_dataset(str(folder) if folder.exists() else settings.path, **options)
+    if whole:
+        warn_of_left_out(folder, splits)
+    if folder.is_dir() and (fault := without_labels(settings, splits)):
+        raise CommandError(fault)
+    return splits
+
+
+def _load_from_disk(settings: DatasetSettings, folder: Path, options: dict[str, Any]) -> dict[str, Dataset]:
+    if options:
+        raise CommandError(
+            f"dataset.{next(iter(options))} is {next(iter(options.values()))!r}, but {settings.path!r} was written by "
+            "save_to_disk, and is one data set as it is. Leave it out."
+        )
+    with explained(f"The data set {settings.path!r} cannot be loaded"):
+        loaded = load_from_disk(str(folder))
+    return loaded if isinstance(loaded, DatasetDict) else {settings.train_split: loaded}
 
 
 def divide(split: Dataset, label_column: str, test_fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -21,10 +21,12 @@ from ..plots.run import PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
+from ..trainer.bad_images import BadImageError
 from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
+from .listing import list_tasks
 from .options import apply_overrides, read_config
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
-        print(describe(settings, trainer), flush=True)
+        print(f"{describe(settings, trainer)}{list_tasks(trainer.scenario)}\n", flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
@@ -74,7 +76,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
             trainer.resume(Path(settings.output_dir))
     # The Hub gets the finished folder, with card and pictures.
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
-    trainer.train()
+    try:
+        trainer.train()
+    except BadImageError as error:
+        raise CommandError(str(error).strip().splitlines()[-1]) from error  # of a worker's, the lines before are code
     if trainer.is_world_process_zero():
         print(finish(settings, trainer, command))
     if push:

@@ -239,7 +239,6 @@ def _usage(backbone: Source, adapter: str, has_processor: bool) -> str:
 ```python
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import peft_cl  # makes the method known to PEFT
@@ -248,7 +247,7 @@ base = AutoModelForImageClassification.from_pretrained({base}, dtype="float32")
 model = PeftModel.from_pretrained(base, "{adapter}").eval()
 processor = AutoImageProcessor.from_pretrained({processor})
 
-image = Image.open("image.jpg").convert("RGB")
+image = peft_cl.open_image("image.jpg", processor)  # as in training, whatever its mode
 with torch.no_grad():
     logits = model(**processor(image, return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax(-1).item()])

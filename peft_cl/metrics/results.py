@@ -22,7 +22,7 @@ from .usage import checked_counts, usage_entropy, usage_overlap
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
-ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy", "sums_bytes"}
+ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy", "sums_bytes", "query_seconds"}
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
 
@@ -47,7 +47,7 @@ class RunResults:
         trainable_parameters: Number of parameters that were trained.
         total_parameters: Number of all parameters, frozen ones included.
         adapter_bytes: Size of the saved adapter in bytes, `None` if none was saved.
-        train_seconds: Time of training, without the evaluations, in seconds.
+        train_seconds: Time of training, without the evaluations and without `query_seconds`, in seconds.
         hyperparameters: Settings of the run, in types that JSON knows.
         versions: Versions of the libraries, by name.
         command: Command line that started the run, `None` if it was started from Python.
@@ -63,6 +63,8 @@ class RunResults:
         per_class_accuracy: Accuracy on each class that has test images, by its name, after the last finished task.
         sums_bytes: Size of the file with the sums of a head that is computed from them, which learning on and joining
             need and predicting does not; `None` if the head has none.
+        query_seconds: Time of the frozen model's pass over training images whose queries are kept, in seconds; `None`
+            in records of earlier versions, whose `train_seconds` hold it.
 
     Example:
         >>> results.save("out/results.json")
@@ -92,6 +94,7 @@ class RunResults:
     task_identification: float | None = None
     per_class_accuracy: dict[str, float] | None = None
     sums_bytes: int | None = None
+    query_seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]

@@ -62,6 +62,12 @@ def results_table(results: Iterable[RunResults]) -> str:
             f"These runs do not compare, they differ in (data set, backbone, scenario, number of tasks): {listed}. "
             "Make one table for each."
         )
+    contents = {r.scenario["content"] for r in results if r.scenario.get("content")}  # earlier records do not say
+    if len(contents) > 1:
+        raise ValueError(
+            f"These runs do not compare, their data is called {results[0].dataset!r} in all of them, but has other "
+            f"images (digests {', '.join(sorted(contents))}). Make one table for each."
+        )
     groups: dict[tuple[Group, int], list[RunResults]] = {}
     for run in results:
         group = groups.setdefault((group_of(run), run.finished_tasks), [])
@@ -98,6 +104,7 @@ def group_of(run: RunResults) -> Group:
         "train_examples": sum(scenario.get("train_sizes", ())),
         "test_examples": sum(run.test_sizes),
         "hyperparameters": run.hyperparameters,
+        "content": scenario.get("content"),
     }
     if scenario.get("seed") is None:  # nothing was drawn: the order was chosen
         facts |= {"task_order": tasks, "class_order": scenario.get("class_order")}
@@ -159,7 +166,7 @@ def row_of(runs: list[RunResults], details: str = "") -> str:
         method,
         _percent([run.metrics.get("average_accuracy", math.nan) for run in runs]),
         _percent([run.metrics.get("forgetting", math.nan) for run in runs]),
-        _duration(fmean(run.train_seconds for run in runs)),
+        _duration(fmean(run.train_seconds + (run.query_seconds or 0.0) for run in runs)),
         f"{round(fmean(run.trainable_parameters for run in runs)):,}",
         _sizes(runs),
     )

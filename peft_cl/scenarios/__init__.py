@@ -6,6 +6,7 @@ from .class_incremental import class_incremental
 from .collator import ContinualCollator
 from .dataset_sequence import dataset_sequence
 from .domain_incremental import domain_incremental
+from .pixels import open_image, to_rgb
 from .task import Scenario, Task
 from .task_free import task_free
 from .task_incremental import task_incremental
@@ -21,6 +22,8 @@ __all__ = [
     "class_incremental",
     "dataset_sequence",
     "domain_incremental",
+    "open_image",
     "task_free",
     "task_incremental",
+    "to_rgb",
 ]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .columns import Labels, find_image_column, is_count, is_list, read_labels, train_and_test
+from .columns import Labels, is_count, is_list, read_labels
 from .order import drawn_order, given_order
+from .overlap import splits_with_images
 from .task import Scenario, Task
 
 
@@ -72,9 +73,8 @@ def class_incremental(
     _check_sizes(num_tasks, classes_per_task, first_task_classes)
     if class_order is not None and seed is not None:
         raise ValueError(f"class_order and seed={seed} both set the order of the classes; give only one of them.")
-    train, test = train_and_test(dataset, train_split, test_split)
+    train, test, image_column = splits_with_images(dataset, train_split, test_split, image_column)
     labels = read_labels(train, test, label_column)
-    image_column = find_image_column(train, test, image_column)
     order = _order_of_classes(labels, class_order, seed)
     parts = _divide(order, num_tasks, classes_per_task, first_task_classes)
     task_of_label = np.full(len(labels.names), -1, dtype=np.int64)
@@ -101,6 +101,7 @@ def class_incremental(
         label_column=label_column,
         label_names=labels.names,
         seed=seed,
+        data=(train, test),
     )
 
 

@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import ClassLabel, Dataset, Image, NamedSplit, Value
+from datasets import ClassLabel, Dataset, Image, LargeList, List, NamedSplit, Value
+from datasets.data_files import SPLIT_KEYWORDS
 
 
 # Integer labels become positions in a table of names, so an identifier of a billion is refused, not allocated.
 LARGEST_INTEGER_LABEL = 1_000_000
+#: How load_dataset finds classes in folders of images.
+LAYOUT = (
+    "load_dataset takes the folders of images for their classes where all lie at one depth: FOLDER/train/cat/1.jpg "
+    "and FOLDER/test/cat/2.jpg, or FOLDER/cat/1.jpg"
+)
+SPLIT_NAMES = {name for names in SPLIT_KEYWORDS.values() for name in names}
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,11 @@ def require_examples(split: Any, name: str) -> None:
 def require_column(splits: Mapping[str, Dataset], column: str, argument: str) -> None:
     """Refuses splits, by name, without the column that the user gave as `argument`."""
     for name, split in splits.items():
+        if column not in split.column_names and all(isinstance(each, Image) for each in split.features.values()):
+            raise ValueError(
+                f"There is no column {column!r} in the {name} split; its columns are {split.column_names}, so nothing "
+                f"says what the images show. {LAYOUT}; or make one by add_column({column!r}, names)."
+            )
         if column not in split.column_names:
             raise ValueError(
                 f"There is no column {column!r} in the {name} split; its columns are {split.column_names}. "
@@ -160,32 +172,6 @@ def read_labels(train: Dataset, test: Dataset, label_column: str, argument: str 
         return Labels(tuple(names.tolist()), train_ids.astype(np.int64), test_ids.astype(np.int64), declared=False)
     names = tuple(str(label) for label in range(int(train_values.max()) + 1))
     return Labels(names, train_values.astype(np.int64), test_values.astype(np.int64), declared=False)
-
-
-def whole_data(
-    dataset: Any,
-    label_column: str,
-    image_column: str | None,
-    columns: tuple[str, str],
-    train_split: str,
-    test_split: str,
-) -> tuple[Labels, Dataset, Dataset]:
-    """Returns the labels of a data set that becomes one task, and its splits with the image and label column alone.
-
-    Args:
-        dataset, train_split, test_split: As for `train_and_test`.
-        label_column, image_column: The data set's, as for `read_labels` and `find_image_column`.
-        columns: What the image and the label column are called from now on.
-    """
-    train, test = train_and_test(dataset, train_split, test_split)
-    labels = read_labels(train, test, label_column)
-    image_column = find_image_column(train, test, image_column)
-    test = only_trained(test, labels)
-    renamed = {old: new for old, new in zip((image_column, label_column), columns, strict=True) if old != new}
-    train, test = (
-        split.select_columns([image_column, label_column]).rename_columns(renamed) for split in (train, test)
-    )
-    return labels, train, test
 
 
 def is_count(value: object, least: int = 1) -> bool:
@@ -300,9 +286,15 @@ def _kind_of_labels(split: Dataset, column: str, argument: str) -> str:
             return "integer"
         if feature.dtype in ("string", "large_string"):
             return "string"
+    if isinstance(feature, Value):
+        remedy = f"Convert it by class_encode_column({column!r})"
+    elif isinstance(feature, (List, LargeList)):
+        remedy = f"An image has one class: choose it by map(lambda row: {{{column!r}: row[{column!r}][0]}})"
+    else:
+        remedy = "Make a column of one label for each image by map()"
     raise ValueError(
         f"The {argument} {column!r} has the feature {feature}, but must be a ClassLabel, integer or string column. "
-        f"Convert it by class_encode_column({column!r}), or name another by {argument}=."
+        f"{remedy}, or name another by {argument}=."
     )
 
 
@@ -317,6 +309,7 @@ def _read_column(split: Dataset, column: str, split_name: str) -> np.ndarray:
         raise ValueError(
             f"{values.null_count} of {len(split)} examples of the {split_name} split have no label in {column!r}; "
             "every example needs one. Remove them by filter(), or use a labelled split."
+            + (f" {LAYOUT}." if values.null_count == len(split) else "")
         )
     return values.to_numpy()
 
@@ -340,6 +333,12 @@ def _declared_labels(
                 f"0..{len(names) - 1}; -1 usually marks an unlabelled split. Use a labelled one "
                 "(for example test_split='validation'), or remove these examples by filter()."
             )
+    trained, tested = ([names[label] for label in np.unique(ids)] for ids in (train_ids, test_ids))
+    if {*trained, *tested} <= SPLIT_NAMES and not {*trained} & {*tested}:
+        raise ValueError(
+            f"The train split has images of {trained} alone, the test split of {tested}: these are names of splits, "
+            f"and no classes. {LAYOUT}."
+        )
     return Labels(tuple(names), train_ids.astype(np.int64), test_ids.astype(np.int64), declared=True)
 
 

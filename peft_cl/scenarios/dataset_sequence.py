@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from .columns import check_flag, check_name, whole_data
+from .columns import check_flag, check_name
+from .overlap import whole_data
 from .task import Scenario, Task
 
 

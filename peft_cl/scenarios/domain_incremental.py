@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset
 
-from .columns import find_image_column, read_labels, train_and_test
+from .columns import read_labels
 from .order import drawn_order, given_order
+from .overlap import splits_with_images
 from .task import Scenario, Task
 
 
@@ -44,9 +46,13 @@ def domain_incremental(
     Raises:
         ValueError: A missing split or column, one split to train and to test on, labels or domains that are missing
             or outside their names, a domain order with unknown, repeated or untrained domains or together with a
-            seed, a seed below 0, a domain without test examples, or with test examples of classes that it does not
-            train. The message names the remedy.
+            seed, a seed below 0, or a domain without test examples of a class that it trains. The message names the
+            remedy.
         TypeError: `dataset` is no train and test split, or is streamed.
+
+    Warns:
+        UserWarning: Test examples of a class that their domain has no training examples of are left out, as
+            `class_incremental` leaves those of classes without training examples out.
 
     Example:
         >>> scenario = domain_incremental(load_dataset("flwrlabs/pacs-split"), "domain")    # doctest: +SKIP
@@ -60,14 +66,20 @@ def domain_incremental(
             f"domain_column and label_column are both {label_column!r}: then every task would be a class. Name the "
             "column of the domains, or use class_incremental."
         )
-    train, test = train_and_test(dataset, train_split, test_split)
+    train, test, image_column = splits_with_images(dataset, train_split, test_split, image_column)
     labels = read_labels(train, test, label_column)
     domains = read_labels(train, test, domain_column, "domain_column")
-    image_column = find_image_column(train, test, image_column)
     trained = np.bincount(domains.train, minlength=len(domains.names)) > 0
     if domain_order is not None:
         order = given_order(domain_order, domains.names, trained, "domain_order", "domain")
     else:
+        untrained = np.setdiff1d(domains.test, np.flatnonzero(trained))
+        if untrained.size:
+            warnings.warn(
+                f"The domains {[domains.names[domain] for domain in untrained]} have no training examples and are "
+                "left out, their test examples with them; name those to use by domain_order= to say so yourself.",
+                stacklevel=2,
+            )
         order = drawn_order(np.flatnonzero(trained), seed)
 
     tasks = []
@@ -80,12 +92,20 @@ def domain_incremental(
                 "domain_order=, or use another test_split."
             )
         classes = np.unique(labels.train[train_rows])
-        unknown = np.setdiff1d(labels.test[test_rows], classes)
-        if unknown.size:
-            raise ValueError(
-                f"The domain {name!r} has test examples of {[labels.names[label] for label in unknown]}, but no "
-                "training examples of them; remove them by filter()."
+        is_trained = np.isin(labels.test[test_rows], classes)
+        if not is_trained.all():
+            unused = [labels.names[label] for label in np.setdiff1d(labels.test[test_rows], classes)]
+            if not is_trained.any():
+                raise ValueError(
+                    f"The domain {name!r} has test examples of {unused}, but no training examples of them, and no "
+                    "other test examples; leave it out by domain_order=, or use another test_split."
+                )
+            warnings.warn(
+                f"The domain {name!r} has no training examples of {unused}, and its {np.sum(~is_trained):,} test "
+                "examples of them are left out; remove them by filter() to say so yourself.",
+                stacklevel=2,
             )
+            test_rows = test_rows[is_trained]
         names = tuple(labels.names[label] for label in classes)
         view = train.select(train_rows)
         tasks.append(Task(index=index, name=name, classes=names, train=view, test=test.select(test_rows)))
@@ -96,4 +116,5 @@ def domain_incremental(
         label_column=label_column,
         label_names=labels.names,
         seed=seed,
+        data=(train, test),
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples, whole_data
+from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples
+from .overlap import digest_of_images, whole_data
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Scenario(Sequence[Task]):
         boundaries: Whether tasks are learnt as such. Without, they are the stretches of one stream, which is learnt in
             the order of the data, and measured after each stretch.
         settings: What else made the sequence what it is, in types that JSON knows.
+        data: The splits that the tasks are made of, where they hold more than the tasks do; `None`: the tasks' own.
 
     Raises:
         ValueError: No tasks, indices out of order, a task's name twice or no text, a class that is not in the label
@@ -84,6 +87,7 @@ class Scenario(Sequence[Task]):
         task_known: bool = False,
         boundaries: bool = True,
         settings: Mapping[str, Any] | None = None,
+        data: Sequence[Dataset] | None = None,
     ) -> None:
         self._tasks = tuple(tasks) if isinstance(tasks, Iterable) else (tasks,)
         others = [task for task in self._tasks if not isinstance(task, Task)]
@@ -100,6 +104,7 @@ class Scenario(Sequence[Task]):
         self.task_known = check_flag("task_known", task_known)
         self.boundaries = check_flag("boundaries", boundaries)
         self.settings = dict(settings or {})
+        self.data = None if data is None else tuple(data)
         if not self._tasks:
             raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
         indices = [task.index for task in self._tasks]
@@ -241,12 +246,19 @@ class Scenario(Sequence[Task]):
             )
         name = f"task_{len(self)}" if name is None else name
         task = Task(len(self), name, labels.trained(), train, test, labels.names)
-        return self.changed([*self, task])
+        return self.changed([*self, task], data=None)
 
     def changed(self, tasks: Iterable[Task], **changes: Any) -> Scenario:
         """Returns a scenario of these tasks which is like this one but for `changes`, as `Scenario` takes them."""
         same = ("name", "image_column", "label_column", "label_names", "seed", "task_known", "boundaries", "settings")
+        same = (*same, "data")
         return Scenario(tasks, **{**{name: getattr(self, name) for name in same}, **changes})
+
+    @cached_property
+    def content(self) -> str | None:
+        """A digest of all images of the data, the same for any order of them; `None` where they are not stored."""
+        parts = self.data or [getattr(task, split) for task in self for split in ("train", "test")]
+        return digest_of_images(parts, self.image_column)
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the sequence, in types that JSON knows (it goes into `results.json`).

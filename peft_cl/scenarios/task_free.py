@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from .class_incremental import check_settings, class_incremental
 from .columns import check_seed, is_count, is_number, plain
+from .overlap import splits_with_images
 from .task import Scenario, Task
 
 
@@ -61,8 +62,9 @@ def task_free(
     if not is_count(passes):
         raise ValueError(f"passes is {passes!r}, but must be a whole number of at least 1. Give 1 for one pass.")
     stream_seed = check_seed("stream_seed", stream_seed)
-    groups = class_incremental(dataset, num_tasks, label_column, **settings)
-    train = dataset[settings.get("train_split", "train")] if isinstance(dataset, Mapping) else dataset[0]
+    where = {name: settings.pop(name, name.split("_")[0]) for name in ("train_split", "test_split")}
+    train, test, image_column = splits_with_images(dataset, **where, image_column=settings.pop("image_column", None))
+    groups = class_incremental((train, test), num_tasks, label_column, image_column=image_column, **settings)
     labels = Task(0, "all", groups.classes, train, train, groups.label_names)
     group_of_class = np.concatenate([np.full(len(task.classes), task.index) for task in groups])
     position = groups.model_labels(labels, "train")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from .columns import is_count, is_list, is_number
+from .draws import drawn_from
+from .pixels import options_of, to_rgb
 
 
 # Draws for one random crop before the central crop is taken instead, as in torchvision.
@@ -124,10 +126,13 @@ class ImageTransform:
         processor: A Hugging Face image processor, or a processor that holds one as `image_processor`.
         augmentation: Callable from an RGB PIL image to a PIL image, applied per image, for training;
             `RandomResizedCropFlip` without a size takes the processor's. Picklable if workers are spawned.
+            An image of any mode becomes RGB before it, as `to_rgb` says; the processor's attributes `image_background`
+            and `image_white`, if it has them, are the options of that.
 
     Attributes:
         output_size: (height, width) of the processor's result, `None` if it depends on the image.
-        digest: of what the processor makes of three images of noise: other code of it is another processor.
+        digest: of what becomes of three images of noise, and of one of each kind of mode: other code of the processor
+            is another processor.
 
     Raises:
         ValueError: The processor does not give `pixel_values` of shape (images, 3, height, width), or has no fixed
@@ -143,6 +148,7 @@ class ImageTransform:
         self, processor: Callable[..., Any], augmentation: Callable[[Image.Image], Image.Image] | None = None
     ) -> None:
         self.processor = getattr(processor, "image_processor", processor)
+        self._pixels = options_of(self.processor)
         # Its own generator: making a transform leaves the global random states alone.
         generator = np.random.default_rng(0)
         probes = [
@@ -150,7 +156,10 @@ class ImageTransform:
             for height, width in ((48, 80), (320, 240), (900, 1000))
         ]
         answers = [self._process([probe]) for probe in probes]
-        self.digest = hashlib.sha256(b"".join(answer.contiguous().numpy().tobytes() for answer in answers)).hexdigest()
+        half_seen = Image.merge("RGBA", (*probes[0].split(), probes[0].getchannel(0)))
+        modes = [self.to_rgb(half_seen), *(self.to_rgb(probes[0].convert(mode)) for mode in ("I;16", "I", "F"))]
+        made = [*(answer.contiguous().numpy() for answer in answers), *map(np.asarray, modes)]
+        self.digest = hashlib.sha256(b"".join(each.tobytes() for each in made)).hexdigest()
         sizes = {tuple(answer.shape[-2:]) for answer in answers}
         self.output_size: tuple[int, int] | None = sizes.pop() if len(sizes) == 1 else None
         self._table = self._table_of_values(probes)
@@ -183,15 +192,19 @@ class ImageTransform:
         """
         if len(images) == 0:
             raise ValueError("An empty list of images makes no batch; give at least one image.")
-        images = [_to_rgb(image) for image in images]
+        images = [self.to_rgb(image) for image in images]
         if self.augmentation is not None:
             images = [
-                _to_rgb(self.augmented(image, None if seeds is None else seeds[place]))
+                self.to_rgb(self.augmented(image, None if seeds is None else seeds[place]))
                 for place, image in enumerate(images)
             ]
         if self._table is not None and (self._scaling_is_all or self._settled(images)):
             return self._look_up(images, self._table)
         return self._process(images)
+
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """Returns an image of any mode as RGB, by the options that the processor carries."""
+        return to_rgb(image, **self._pixels)
 
     def _settled(self, images: list[Image.Image]) -> bool:
         return self.augmentation is not None and all((i.height, i.width) == self.output_size for i in images)
@@ -241,18 +254,8 @@ class ImageTransform:
 
     def augmented(self, image: Image.Image, seed: int | None) -> Image.Image:
         """Returns the augmentation of an RGB image, drawn from `seed` as in `__call__`."""
-        if seed is None:
+        with nullcontext() if seed is None else drawn_from(seed):
             return self.augmentation(image)
-        python, numpy = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            try:
-                return self.augmentation(image)
-            finally:
-                random.setstate(python)
-                np.random.set_state(numpy)
 
     @property
     def has_bytes(self) -> bool:
@@ -268,7 +271,7 @@ class ImageTransform:
     def to_bytes(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Returns the images scaled (and cropped) as the processor does it, un-augmented: (images, 3, height, width)
         uint8."""
-        images = [_to_rgb(image) for image in images]
+        images = [self.to_rgb(image) for image in images]
         if self._scaling_is_all:
             return torch.from_numpy(self._scaled(images))
         switches = {name: False for name in VALUE_SWITCHES if hasattr(self.processor, name)}
@@ -310,12 +313,3 @@ def _is_range(value: object) -> bool:
 
 def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return tuple(size) if is_list(size) else (size, size)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"A PIL image is needed, got {type(image).__name__}; "
-            "cast the column by cast_column(name, datasets.Image()), which also decodes it."
-        )
-    return image if image.mode == "RGB" else image.convert("RGB")

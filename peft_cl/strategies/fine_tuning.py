@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..trainer import ContinualTrainer, Strategy
 
@@ -34,6 +35,11 @@ class FineTuning(Strategy):
 
     def prepare(self, model: PeftModel) -> None:
         for parameter in model.base_model.encoder.base_layer.parameters():
+            if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
+                raise ValueError(
+                    f"The backbone's weights are quantised ({type(parameter).__name__}, {parameter.dtype}), but "
+                    f"{self.name} trains them. Load it without quantisation."
+                )
             if parameter.dtype != torch.float32:
                 raise ValueError(
                     f"The backbone is {parameter.dtype}, in which small steps of its weights are lost, but "

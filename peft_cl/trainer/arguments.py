@@ -12,6 +12,7 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from ..scenarios.columns import is_number, plain
+from .bad_images import CHOICES, STOP
 from .learning_rates import check_rates
 
 
@@ -90,6 +91,7 @@ RULES = {
         lambda value: value is None,
         "None: it names linear layers of the backbone, which is frozen or trained as a whole",
     ),
+    "bad_images": (lambda value: value in CHOICES, f"one of {', '.join(CHOICES)}"),
     **dict.fromkeys(
         ("query_cache_dir", "image_cache_dir"),
         (lambda value: value is None or isinstance(value, (str, os.PathLike)), "a folder, or None"),
@@ -132,6 +134,10 @@ class ContinualTrainingArguments(TrainingArguments):
             domains of a domain-incremental scenario: the head has no rows for those yet.
         pictures: whether `train()` ends by drawing the run into its folder (needs matplotlib): the accuracy matrix,
             curves, and the use of prompts and the similarity of keys where there are such.
+        bad_images: what becomes of images that cannot be read (truncated, empty, missing, none). `"stop"`: training
+            stops at the first one, and is resumed when it is mended or removed. `"check"`: all images are opened
+            before training, and all bad ones are named. `"pass_over"`: likewise, and they are left out, with a
+            warning that names them; the record lists them.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -189,6 +195,9 @@ class ContinualTrainingArguments(TrainingArguments):
     )
     pictures: bool = field(
         default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}
+    )
+    bad_images: str = field(
+        default=STOP, metadata={"help": "Images that cannot be read: stop, check (before training), or pass_over."}
     )
 
     def __post_init__(self):
@@ -273,7 +282,9 @@ class ContinualTrainingArguments(TrainingArguments):
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, but the logits of other tasks' classes are "
-                "-inf in training, which makes a smoothed loss infinite. Set it to 0."
+                "-inf in training, which makes a smoothed loss infinite. Set it to 0, and give the trainer "
+                "loss=lambda logits, labels, class_names: torch.nn.functional.cross_entropy(logits, labels, "
+                f"label_smoothing={self.label_smoothing_factor}), which gets the classes in question alone."
             )
 
     def _scale_rate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from transformers.utils import logging
 
 from ..heads import HEADS
 from ..scenarios import ImageTransform, Scenario
+from ..scenarios.pixels import options_of
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .examples import has_transform
 from .learning_rates import check_parts
 from .strategy import Strategy
+from .transformed import check_transformed
 
 
 logger = logging.get_logger(__name__)
@@ -54,6 +57,7 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
                 "so a process holds its weights once, without gradients or optimizer state."
             )
     check_images(args, scenario)
+    check_transformed(scenario)
     check_metric(args, scenario)
     if args.dataloader_drop_last:
         for task in scenario[finished_tasks:]:
@@ -101,6 +105,32 @@ def check_callbacks(args: ContinualTrainingArguments, callbacks: Any) -> None:
                     )
 
 
+#: Arguments of the Trainer that would stand in the place of something of ours, and what to give instead.
+REPLACEMENTS = {
+    "optimizers": "Set optim, optim_args and learning_rates in the arguments",
+    "optimizer_cls_and_kwargs": "Set optim, optim_args and learning_rates in the arguments",
+    "train_dataset": "Give the data to the scenario",
+    "eval_dataset": "Give the data to the scenario",
+    "data_collator": "Give augmentation= or batch_augmentation=",
+    "compute_metrics": "Read accuracy_matrix and metrics, or call predict(task)",
+    "preprocess_logits_for_metrics": "Read the predicted classes from predict(task), or override Strategy.predict",
+    "compute_loss_func": "Give it as loss=, a function (logits, labels, class_names) to which the method's own terms "
+    "and masks are applied",
+    "model_init": "Make a model and a trainer for each set of settings in a loop of your own",
+}
+
+
+def check_replacements(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of the Trainer in whose place the task sequence needs its own."""
+    for name, remedy in REPLACEMENTS.items():
+        value = given.get(name)
+        if value is None or (name == "optimizers" and value == (None, None)):
+            continue
+        raise ValueError(
+            f"{name} is given, but each task has its own, which scenario and arguments say. Leave it out. {remedy}."
+        )
+
+
 def check_optimizer(args: ContinualTrainingArguments) -> None:
     """Make optimizer and schedule once, of one parameter: what they refuse is told before anything is trained."""
     model = nn.Linear(2, 2)
@@ -145,6 +175,7 @@ def check_functions(processing_class: Any, augmentation: Any, batch_augmentation
             f"processing_class is {processing_class!r}, but images need the backbone's processor: "
             "AutoImageProcessor.from_pretrained(...)."
         )
+    options_of(processing_class)  # refuses a background or white that is none
     for name, function in (("augmentation", augmentation), ("batch_augmentation", batch_augmentation)):
         if function is not None and not callable(function):
             raise ValueError(
@@ -157,7 +188,7 @@ def check_augmentation(transform: ImageTransform, scenario: Scenario, draws: int
     """Try the augmentation on the first training image: it must give an image, and the same one for one seed."""
     if transform.augmentation is None:
         return
-    image = scenario[0].train[0][scenario.image_column].convert("RGB")
+    image = transform.to_rgb(scenario[0].train[0][scenario.image_column])
     repeats = True
     for seed in range(TRIALS):
         first, second = (transform.augmented(image, seed) for _ in range(2))
@@ -277,11 +308,26 @@ def check_stream_arguments(args: ContinualTrainingArguments) -> None:
 
 
 def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> None:
-    """Refuse images of another size than the backbone's position embeddings are for."""
-    size = getattr(model.get_base_model().config, "image_size", None)
-    expected = (size, size) if isinstance(size, int) else tuple(size or ())
-    if expected and output_size is not None and tuple(output_size) != expected:
+    """Refuse images of another size than the backbone's position embeddings are for, or of other channels."""
+    config = model.get_base_model().config
+    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+    if channels != 3:
         raise ValueError(
-            f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
-            f"{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and crop_size)."
+            f"The backbone reads images of {channels} channels, but images are given to it as RGB, 3 channels. Take a "
+            "backbone for 3 channels; grey images become RGB by themselves."
+        )
+    expected = (size, size) if isinstance(size, int) else tuple(size or ())
+    if not expected or output_size is None or tuple(output_size) == expected:
+        return
+    given = f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
+    if not model.peft_config[model.active_adapter].interpolate_pos_encoding:
+        raise ValueError(
+            f"{given}{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and "
+            "crop_size); or set interpolate_pos_encoding=True in the adapter's configuration, for images of this size."
+        )
+    patch = getattr(config, "patch_size", 1)
+    sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if any(side % step for side, step in zip(output_size, sides, strict=True)):
+        raise ValueError(
+            f"{given}whole patches of {sides[0]} x {sides[1]}. Set the processor's size to multiples of these."
         )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
+
+
+if TYPE_CHECKING:
+    from .bad_images import ImageReader
 
 
 class TaskExamples(TorchDataset):
@@ -29,6 +33,8 @@ class TaskExamples(TorchDataset):
         seed: whole numbers of at least 0; None: no draws.
         images: for each data set, its images (examples, 3, H, W) uint8, which then need not be fetched from it.
         draws: after how many epochs draws come again; None: never.
+        reader: reads the data sets' images; None: they are handed on as the data sets give them.
+        names: for each data set, the name of its task and the split, which a message about an image has.
     """
 
     def __init__(
@@ -38,8 +44,11 @@ class TaskExamples(TorchDataset):
         seed: Sequence[int] | None = None,
         images: Sequence[torch.Tensor] | None = None,
         draws: int | None = None,
+        reader: ImageReader | None = None,
+        names: Sequence[tuple[str | None, str]] = (),
     ):
         self.parts = list(parts)
+        self.reader, self.names = reader, list(names)
         self.images = images
         self.tensors = dict(tensors)
         self.seed = seed
@@ -66,7 +75,7 @@ class TaskExamples(TorchDataset):
             return self._batch(torch.as_tensor(indices))
         examples: list[Any] = [None] * len(indices)
         for part, places, rows in self._places(indices):
-            rows = self.parts[part].__getitems__(rows.tolist())
+            rows = self._read(part, rows.tolist())
             for place, row in zip(places, rows, strict=True):
                 own = {name: tensor[indices[place]] for name, tensor in self.tensors.items()}
                 own |= {name: tensor[int(self.epoch), indices[place]] for name, tensor in self.drawn.items()}
@@ -74,6 +83,11 @@ class TaskExamples(TorchDataset):
                     own["draw"] = self._draw(indices[place])
                 examples[place] = {**row, **own}
         return examples
+
+    def _read(self, part: int, rows: list[int]) -> list[dict[str, Any]]:
+        if self.reader is None:
+            return self.parts[part].__getitems__(rows)
+        return self.reader.read(self.parts[part], rows, *self.names[part])
 
     def _places(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """For each data set that examples come from: its number, their places in the batch, and its rows."""

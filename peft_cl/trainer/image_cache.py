@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 
 from ..scenarios import ImageTransform
+from .bad_images import ImageReader
 from .tensor_files import TensorFiles
 
 
 #: Images decoded at a time.
 CHUNK = 256
+UNNAMED = ("given", "given")
 
 
 class ImageCache:
@@ -40,13 +42,15 @@ class ImageCache:
                 "its scaled bytes with a number for each value. Leave image_cache_dir out."
             )
         self.transform = transform
-        self.image_column = image_column
+        self.reader = ImageReader(image_column, transform.to_rgb)
         self.files = TensorFiles(folder, "images", image_column)
         settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
         self.settings: dict[str, Any] = {
             "processor": [type(processor).__name__, settings, transform.digest],
             "size": transform.output_size,
         }
+        #: By identity, the name of a data set's task and its split, which a message about an image has.
+        self.names: dict[int, tuple[str, str]] = {}
         self._images: dict[int, tuple[Dataset, torch.Tensor]] = {}
 
     def of(self, data: Dataset) -> torch.Tensor:
@@ -69,6 +73,8 @@ class ImageCache:
     def _decoded(self, data: Dataset) -> torch.Tensor:
         images = torch.empty(len(data), 3, *self.transform.output_size, dtype=torch.uint8)
         for first in range(0, len(data), CHUNK):
-            rows = data[first : first + CHUNK][self.image_column]
-            images[first : first + CHUNK] = self.transform.to_bytes(rows)
+            rows = self.reader.read(
+                data, range(first, min(first + CHUNK, len(data))), *self.names.get(id(data), UNNAMED)
+            )
+            images[first : first + CHUNK] = self.transform.to_bytes([row[self.reader.column] for row in rows])
         return images

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetInfo
+from datasets import Dataset
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from ..scenarios import Scenario, Task
+from ..scenarios.columns import SPLIT_NAMES
+from ..scenarios.overlap import StoredImages
 from ..tuners.base.head_config import SINCE_FORMAT_2
 from ..version import __version__
 
@@ -53,6 +58,8 @@ MEASURING = (
     "full_determinism",
     "augmentation_draws",
 )
+#: Names of what reads files of a kind, which say nothing about the data.
+BUILDERS = set(_PACKAGED_DATASETS_MODULES)
 #: Images of a split that stand for all of them.
 LOOKED_AT = 8
 
@@ -110,9 +117,10 @@ def model_name(model: Any) -> str:
 
 
 def dataset_name(scenario: Scenario) -> str:
-    """The Hub id (`owner/name`) of the scenario's data, or the name under which a local data set was built; of several
-    data sets all names."""
-    return " + ".join(dict.fromkeys(_name_of(task.train.info) for task in scenario))
+    """The Hub id (`owner/name`) of the scenario's data, or the name of the folder of a local data set, or that under
+    which it was built; of several data sets all names."""
+    data = [scenario.data] if scenario.data else [(task.train, task.test) for task in scenario]
+    return " + ".join(dict.fromkeys(_name_of(splits, scenario.image_column) for splits in data))
 
 
 def digest_of_examples(scenario: Scenario, task: Task) -> str:
@@ -139,11 +147,29 @@ def _stored(image: Any) -> bytes:
     return content
 
 
-def _name_of(info: DatasetInfo) -> str:
+def _name_of(splits: Sequence[Dataset], image_column: str) -> str:
+    info = splits[0].info
     for source in info.download_checksums or ():
         if source.startswith("hf://datasets/"):
             return source.removeprefix("hf://datasets/").partition("@")[0]
-    return info.dataset_name or "in-memory images"
+    if info.dataset_name and info.dataset_name not in BUILDERS:
+        return info.dataset_name
+    return _folder_of(splits, image_column) or info.dataset_name or "in-memory images"
+
+
+def _folder_of(splits: Sequence[Dataset], image_column: str) -> str | None:
+    """Name of the folder that the files of images lie in, above those of splits and classes."""
+    files = []
+    for data in splits:
+        stored = StoredImages.of(data, image_column)
+        rows = np.unique(np.linspace(0, len(data) - 1, 100).astype(int))
+        files += [] if stored is None else [stored.file(row) for row in rows]
+    if not files or not all(file and os.path.isabs(file) for file in files):
+        return None
+    folder = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+    while folder.name in SPLIT_NAMES:
+        folder = folder.parent
+    return folder.name or None
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..heads.files import SUMS_FILE
 from ..metrics import RunResults
+from .bad_images import recorded
 from .provenance import dataset_name, described, hyperparameters, model_name, versions
 
 
@@ -25,8 +26,11 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
     folder = adapter_folder(Path(trainer.args.output_dir), adapter)
     weights, sums = folder / SAFETENSORS_WEIGHTS_NAME, folder / SUMS_FILE
     settings = hyperparameters(trainer.args, trainer.model, config, trainer.augmentation)
-    if trainer.batch_augmentation is not None:
-        settings["batch_augmentation"] = described(trainer.batch_augmentation)
+    for name, function in (("batch_augmentation", trainer.batch_augmentation), ("loss", tuner.head.own_loss)):
+        if function is not None:
+            settings[name] = described(function)
+    if trainer.passed_over:
+        settings["passed_over"] = recorded(trainer.passed_over)
     if strategy.settings():
         settings["strategy"] = strategy.settings()
     if trainer.tasks_before:
@@ -38,7 +42,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         peft_type=config.peft_type.value,
         base_model=model_name(trainer.model),
         dataset=dataset_name(scenario),
-        scenario=scenario.describe(),
+        scenario={**scenario.describe(), "content": scenario.content},
         seed=trainer.args.seed,
         task_names=[task.name for task in scenario],
         accuracy_matrix=trainer.accuracy_matrix.tolist(),
@@ -49,6 +53,7 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         adapter_bytes=strategy.saved_bytes(trainer, weights.stat().st_size) if weights.is_file() else None,
         sums_bytes=sums.stat().st_size if tuner.head.active.observes and sums.is_file() else None,
         train_seconds=trainer.train_seconds,
+        query_seconds=trainer.query_seconds,
         hyperparameters=settings,
         versions=versions(),
         command=None,

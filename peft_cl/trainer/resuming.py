@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 
 from ..scenarios import Scenario, Task
 from ..tuners.base.digests import digest_of_weights
@@ -20,6 +21,7 @@ from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .record import usage_of_finished_tasks
+from .same_run import has_same_images, of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
     differences,
@@ -33,6 +35,9 @@ from .snapshot import (
     told_of_junk,
     whole_checkpoint,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(ObservingTrainer):
@@ -62,7 +67,6 @@ class ResumableTrainer(ObservingTrainer):
         self.baseline: list[float] | None = None
         self.train_seconds = 0.0
         self.most_trainable = 0
-        self.began: float | None = None
         self.under_way = False
         self._resumed_from: Path | None = None
 
@@ -109,6 +113,7 @@ class ResumableTrainer(ObservingTrainer):
             "details": self.details,
             "baseline": self.baseline,
             "train_seconds": self.seconds(),
+            "query_seconds": self.query_seconds,
             "most_trainable": self.most_trainable,
             "steps": self.steps_before + self.state.global_step,
             "weights": self._own_weights(),
@@ -162,7 +167,7 @@ class ResumableTrainer(ObservingTrainer):
         self.finished_tasks = state["finished_tasks"]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
-        self.train_seconds = state["train_seconds"]
+        self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
         # Runs of earlier versions do not say.
         self.steps_before, self.most_trainable = state.get("steps", 0), state.get("most_trainable", 0)
         for task in self.scenario[: self.finished_tasks]:
@@ -215,7 +220,8 @@ class ResumableTrainer(ObservingTrainer):
         return self._examples[task.index]
 
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
-        now, before = self.settings(), state["settings"]
+        finished = state["finished_tasks"]
+        now, before = (of_finished_tasks(each, finished) for each in (self.settings(), state["settings"]))
         # Runs of earlier versions do not say when they measured.
         changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
         added = before["scenario"]["task_names"][len(self.scenario) :]
@@ -256,7 +262,12 @@ class ResumableTrainer(ObservingTrainer):
         """The last whole checkpoint of the task that was interrupted."""
         folder, self._resumed_from = self._resumed_from, None
         checkpoint = whole_checkpoint(checkpoint_folder(folder, self.task)) if folder else None
-        return None if checkpoint is None else str(checkpoint)
+        if checkpoint is None:
+            return None
+        if not has_same_images(load_snapshot(checkpoint)["settings"], self.settings(), self.task.name):
+            logger.warning("The images of %s are others than in %s: it starts over.", self.task.name, checkpoint)
+            return None
+        return str(checkpoint)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """What is measured and kept within a task is what all processes counted."""
@@ -301,7 +312,7 @@ class ResumableTrainer(ObservingTrainer):
         """Not the adapter alone, as the Trainer would: all that is trained, and what the strategy keeps."""
         state = load_snapshot(Path(resume_from_checkpoint))
         self._check_settings(state, Path(resume_from_checkpoint))
-        self.train_seconds = state["train_seconds"]
+        self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
         self._take(state)
         self.leave_counts_to_first()
 

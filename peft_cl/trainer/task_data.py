@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,18 +20,22 @@ from .examples import TaskExamples
 class TaskData(Trainer):
     """The part of `TaskTrainer`, which sets all that this reads, that has to do with data."""
 
-    def examples(self, tasks: Sequence[Task], split: str, *, measured: bool = False) -> TaskExamples:
+    def examples(
+        self, tasks: Sequence[Task], split: str, *, measured: bool = False, images: float | None = None
+    ) -> TaskExamples:
         """The tasks' `"train"` or `"test"` examples one after the other, with what belongs to each of them: its label
         in the order of the model's outputs, its query where that is kept, its task where that is known at test.
 
         Args:
             measured: whether training examples are to be measured on, as test examples are.
+            images: how many images will be gone through, None: all of them, and more than once.
         """
         labels = [self.scenario.model_labels(task, split, self.classes_before) for task in tasks]
         tensors = {"model_label": torch.from_numpy(np.concatenate(labels))}
-        if self.args.cache_queries:
-            with self.accelerator.autocast():  # in the precision of the steps
-                tensors["query"] = self.queries.queries(tasks, split, self.tuner, self.plain_batches)
+        # For fewer images than there are, the queries of all would take longer than they save, unless files keep them.
+        count = sum(len(getattr(task, split)) for task in tasks)
+        if self.args.cache_queries and (images is None or images >= count or self.args.query_cache_dir):
+            tensors["query"] = self._kept_queries(tasks, split)
         if (split == "test" or measured) and self.scenario.task_known:
             numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
             sizes = torch.tensor([len(getattr(task, split)) for task in tasks])
@@ -41,11 +46,27 @@ class TaskData(Trainer):
         seed = [self.args.seed, *(task.index for task in tasks)] if augmented else None
         parts = [getattr(task, split) for task in tasks]
         draws = self.args.augmentation_draws
-        examples = TaskExamples(parts, tensors, seed, None if augmented else self._image_bytes(parts), draws)
+        names = [(task.name, split) for task in tasks]
+        images = None if augmented else self._image_bytes(parts, names)
+        examples = TaskExamples(parts, tensors, seed, images, draws, self.reader, names)
         come_again = augmented and draws and self.batch_augmentation is None
         if come_again and self.args.cache_queries and self.queries.are_fixed(self.tuner):
             examples.drawn["query"] = torch.stack([self._queries_of_draw(examples, draw) for draw in range(draws)])
         return examples
+
+    def _kept_queries(self, tasks: Sequence[Task], split: str) -> torch.Tensor | None:
+        """Queries of the tasks' examples, (examples, D), where they are kept; they are computed once, with a bar."""
+
+        def batches(task: Task, split: str) -> Iterable[dict[str, torch.Tensor]]:
+            count = -(-len(getattr(task, split)) // self.args.eval_batch_size)
+            return self.progress.counted(self.plain_batches(task, split), count, "queries")
+
+        began = time.perf_counter()
+        with self.uncounted(), self.accelerator.autocast():  # in the precision of the steps
+            found = self.queries.queries(tasks, split, self.tuner, batches)
+        if split == "train":
+            self.query_seconds += time.perf_counter() - began
+        return found
 
     def _queries_of_draw(self, examples: TaskExamples, draw: int) -> torch.Tensor:
         """Queries of augmented images, (examples, D) float32."""
@@ -68,8 +89,11 @@ class TaskData(Trainer):
             for task in tasks:
                 self.images.forget(task.train)
 
-    def _image_bytes(self, parts: Sequence[Dataset]) -> list[torch.Tensor] | None:
-        return None if self.images is None else [self.images.of(part) for part in parts]
+    def _image_bytes(self, parts: Sequence[Dataset], names: Sequence[tuple[str, str]]) -> list[torch.Tensor] | None:
+        if self.images is None:
+            return None
+        self.images.names.update({id(part): name for part, name in zip(parts, names, strict=True)})
+        return [self.images.of(part) for part in parts]
 
     def training_batch(self, examples: TaskExamples, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Some of the examples as a batch of training, augmented as others are, on the device."""
@@ -87,11 +111,11 @@ class TaskData(Trainer):
         """Un-augmented batches of all of a task's examples (or of `rows`), in order, on this process alone."""
         tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
         if with_queries:
-            with self.accelerator.autocast():
-                tensors["query"] = self.queries.queries([task], split, self.tuner, self.plain_batches)
-        parts = [getattr(task, split)]
+            tensors["query"] = self._kept_queries([task], split)
+        parts, names = [getattr(task, split)], [(task.name, split)]
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        examples = TaskExamples(parts, tensors, images=self._image_bytes(parts))
+        images = self._image_bytes(parts, names)
+        examples = TaskExamples(parts, tensors, images=images, reader=self.reader, names=names)
         return self._batches(examples, batch_size, rows=rows)
 
     def _batches(

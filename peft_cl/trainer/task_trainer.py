@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..scenarios import ContinualCollator, ImageTransform, Scenario, Task
+from ..scenarios.pixels import options_of
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
+from .bad_images import ImageReader, check_range, mended
+from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size
 from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
@@ -32,6 +36,8 @@ class TaskTrainer(TaskData):
         task: the task that is learnt or was learnt last; None before the first.
         queries: the frozen model's features of the images, where they are the same each time.
         optimizer_state: what the next optimizer takes up from an interrupted run.
+        began: when the training of the task under way began, None between tasks; what is no training moves it on.
+        query_seconds: seconds that the training images' queries took which are kept.
         steps_before: steps of the optimizer before the present `fit`, those of an interrupted run included.
         selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
     """
@@ -46,10 +52,10 @@ class TaskTrainer(TaskData):
         processing_class: Any,
         augmentation: Callable | None,
         batch_augmentation: Callable[[torch.Tensor], torch.Tensor] | None,
+        loss: Callable[..., torch.Tensor] | None,
         strategy: Strategy,
         **kwargs: Any,
     ):
-        self.scenario = scenario
         self.strategy = strategy
         self.batch_augmentation = batch_augmentation
         config = model.peft_config[model.active_adapter]
@@ -61,7 +67,13 @@ class TaskTrainer(TaskData):
             for training in (True, False)
         }
         check_image_size(model, self._transforms[False].output_size)
+        self.reader = ImageReader(scenario.image_column, self._transforms[False].to_rgb)
+        scenario, self.passed_over = mended(scenario, self.reader, args.bad_images)
+        self.scenario = scenario
+        check_range(scenario, self.reader, options_of(processing_class)["white"])
         check_augmentation(self._transforms[True], scenario, args.augmentation_draws)
+        size = self._transforms[False].output_size or (64, 64)
+        check_batch_augmentation(batch_augmentation, size, args.train_batch_size, args.device)
         self.make_collators()
         if args.eval_strategy != "no":  # the Trainer asks for it; `evaluate` knows what to measure
             kwargs.setdefault("eval_dataset", scenario[0].test)
@@ -74,6 +86,7 @@ class TaskTrainer(TaskData):
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
+        self.tuner.head.own_loss = loss  # of the last trainer, if it had one, no more
         self.progress = SequenceProgress()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
@@ -92,6 +105,9 @@ class TaskTrainer(TaskData):
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
         self.key_sets = 1
+        self.began: float | None = None
+        self.query_seconds = 0.0
+        self._uncounted = 0
         self.steps_before = 0
         self._losses: dict[str, torch.Tensor] = {}
         self._losses_counted = 0
@@ -139,6 +155,17 @@ class TaskTrainer(TaskData):
         """What is applied to each training image."""
         return self._transforms[True].augmentation
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside the block time passes that is none of training."""
+        start, self._uncounted = time.perf_counter(), self._uncounted + 1
+        try:
+            yield
+        finally:
+            self._uncounted -= 1
+            if self.began is not None and not self._uncounted:
+                self.began += time.perf_counter() - start
+
     def fit(self, tasks: Sequence[Task]) -> TrainOutput:
         """The Trainer's own loop over the training examples of `tasks`; everything that belongs to a task is new."""
         # The Trainer keeps its optimizer, its schedule and its wrapped model from one train() to the next: rows that
@@ -148,7 +175,7 @@ class TaskTrainer(TaskData):
             self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self.train_dataset = self.examples(tasks, "train")
+        self.train_dataset = self.examples(tasks, "train", images=self._images_of_a_fit(tasks))
         self._losses, self._losses_counted = {}, 0
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
@@ -160,6 +187,12 @@ class TaskTrainer(TaskData):
         finally:
             if len(tasks) == 1:  # tasks that are gone through together come again
                 self.forget(tasks)
+
+    def _images_of_a_fit(self, tasks: Sequence[Task]) -> float:
+        """How many images the training on `tasks` goes through."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps * self.args.images_per_step
+        return self.args.num_train_epochs * sum(len(task.train) for task in tasks)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""
@@ -220,22 +253,13 @@ class TaskTrainer(TaskData):
         with nullcontext() if self._weight else kept_counts(self.tuner):
             inputs = self.strategy.batch(self, self._prepare_inputs(inputs))
             if self.batch_augmentation is not None:
-                inputs["pixel_values"] = self._augmented(inputs["pixel_values"])
+                with torch.no_grad():
+                    augmented = self.batch_augmentation(inputs["pixel_values"])
+                inputs["pixel_values"] = of_that_shape(augmented, inputs["pixel_values"])
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.strategy.after_backward(self)
         return loss
-
-    @torch.no_grad()
-    def _augmented(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        augmented = self.batch_augmentation(pixel_values)
-        if getattr(augmented, "shape", None) != pixel_values.shape:
-            found = tuple(augmented.shape) if isinstance(augmented, torch.Tensor) else type(augmented).__name__
-            raise ValueError(
-                f"batch_augmentation makes {found} of a batch of shape {tuple(pixel_values.shape)}, but must give a "
-                "tensor of that shape. Crop and scale to the backbone's size in it."
-            )
-        return augmented
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -21,9 +21,10 @@ from ..metrics.results import FILE_NAME
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from .arguments import ContinualTrainingArguments
-from .checks import check_callbacks, check_fit, check_functions, check_optimizer
+from .checks import check_callbacks, check_fit, check_functions, check_optimizer, check_replacements
 from .examples import row_counts
 from .files import check_writable, explained_writes, written_aside
+from .loss import check_loss
 from .record import adapter_folder, record_of
 from .resuming import ResumableTrainer
 from .strategy import Combined, Strategy
@@ -47,6 +48,11 @@ class ContinualTrainer(ResumableTrainer):
         augmentation: applied to each training image (PIL in, PIL out), for instance `RandomResizedCropFlip(size=224)`.
         batch_augmentation: applied to each training batch on its device, normalised pixels (B, C, H, W) in and out:
             a module of kornia or of torchvision's `transforms.v2`, for instance.
+        loss: what stands in the place of the cross-entropy: a function of `logits` (B, k), float32, of the k classes
+            that the loss is over alone (those of the task, with `train_mask`), of `labels` (B,), which count from 0
+            among them, and of `class_names`, their k names. It returns the mean over the batch, or (B,). What the
+            method adds (the pull of keys, orthogonality, ...) is added to it as ever. Weighted, focal and smoothed
+            losses are one line each: see the example.
         strategy: a comparison method, or a list of them; None trains the adapter as it is.
         **kwargs: further arguments of `transformers.Trainer` (callbacks, ...).
 
@@ -64,6 +70,9 @@ class ContinualTrainer(ResumableTrainer):
         >>> trainer.train()                                                                  # doctest: +SKIP
         >>> trainer.metrics["average_accuracy"]                                              # doctest: +SKIP
         >>> trainer.train_task(load_dataset("user/snakes"), name="snakes")  # weeks later    # doctest: +SKIP
+        >>> def weighted(logits, labels, class_names):  # a rare class counts five times
+        ...     weight = torch.tensor([5.0 if name == "snake" else 1.0 for name in class_names])
+        ...     return torch.nn.functional.cross_entropy(logits, labels, weight.to(logits.device))
     """
 
     def __init__(
@@ -75,20 +84,17 @@ class ContinualTrainer(ResumableTrainer):
         processing_class: Any,
         augmentation: Callable | None = None,
         batch_augmentation: Callable | None = None,
+        loss: Callable | None = None,
         strategy: Strategy | Sequence[Strategy] | None = None,
         **kwargs: Any,
     ):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_fit(model, args, scenario, strategy)
         check_functions(processing_class, augmentation, batch_augmentation, args.augmentation_draws)
+        check_loss(loss, scenario, model.peft_config[model.active_adapter])
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
-        for name in ("optimizers", "eval_dataset", "train_dataset", "model_init", "data_collator", "compute_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} is given, but each task has its own, which scenario and arguments say. Leave it out"
-                    + (", and set optim, optim_args and learning_rates." if name == "optimizers" else ".")
-                )
+        check_replacements(kwargs)
         if args.process_index == 0:
             check_writable(Path(args.output_dir), model.peft_config)
         strategy.prepare(model)
@@ -99,6 +105,7 @@ class ContinualTrainer(ResumableTrainer):
             processing_class,
             augmentation,
             batch_augmentation,
+            loss,
             strategy,
             compute_metrics=self._accuracies,
             **kwargs,
@@ -141,6 +148,14 @@ class ContinualTrainer(ResumableTrainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
+
+    def hyperparameter_search(self, *words: Any, **more: Any) -> None:
+        """Refused: a trainer learns its sequence once, and the Trainer's search would start it over in place."""
+        raise NotImplementedError(
+            "hyperparameter_search would learn the sequence again in one trainer, whose model and record go on from "
+            "task to task. Make a model and a trainer, with an output_dir of its own, for each set of settings in a "
+            "loop of your own, and compare results.metrics of a scenario of held-out training images."
+        )
 
     def train_task(self, task: Task | Mapping[str, Any], **columns: Any) -> TrainOutput:
         """Start, learn and measure one task, and save adapter and results.
@@ -231,9 +246,8 @@ class ContinualTrainer(ResumableTrainer):
             eval_dataset = self.examples(self._measured, "test")
         else:
             eval_dataset = self._own_examples(eval_dataset)
-        began = time.perf_counter()
         try:
-            with nullcontext() if self.began is None else self.head_as_if_finished():
+            with self.uncounted(), nullcontext() if self.began is None else self.head_as_if_finished():
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if self.selected_rows:
                 sizes = [len(task.test) for task in self._measured]
@@ -241,8 +255,6 @@ class ContinualTrainer(ResumableTrainer):
                 self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
         finally:
             measured, self._measured, self.selected_rows = self._measured, [], None
-            if self.began is not None:  # in the middle of a task, whose time of training this is not
-                self.began += time.perf_counter() - began
         for task in measured:
             self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
         return metrics

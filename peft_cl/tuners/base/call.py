@@ -34,7 +34,7 @@ class Call:
                     f"task_ids have shape {tuple(self.task_ids.shape)} and dtype {self.task_ids.dtype}, but must be "
                     f"the number of a task for each of the {batch} images, ({batch},)."
                 )
-        if self.query is not None and (self.query.ndim != 2 or len(self.query) != batch):
+        if self.query is not None and (self.query.ndim != 2 or self.query.shape[0] != batch):
             raise ValueError(
                 f"query has shape {tuple(self.query.shape)}, but must be a feature for each of the {batch} images, "
                 f"({batch}, D)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,8 @@ class ClassifierHead(AdapterLayer):
         configs: the adapters' configurations, by name.
         last_losses: the terms of the last loss, by name, detached and weighted.
         last_selected: the pool rows that the last call chose, as `Prompts.selected`.
+        own_loss: what stands in the place of the cross-entropy, `(logits, labels, class_names) -> loss`, as
+            `ContinualTrainer` describes it; None: nothing does.
     """
 
     kind = "head"
@@ -49,6 +51,7 @@ class ClassifierHead(AdapterLayer):
         self.last_selected: torch.Tensor | None = None
         self.configs: dict[str, PromptPoolConfig] = {}
         self._rows: dict[str, torch.Tensor] = {}
+        self.own_loss: Callable[[torch.Tensor, torch.Tensor, Sequence[str]], torch.Tensor] | None = None
         #: Takes the features that a head reads, while it is a list.
         self.captured: list[torch.Tensor] | None = None
         #: The classification model, in a tuple: torch must not take the whole for a part of its part.
@@ -169,7 +172,8 @@ class ClassifierHead(AdapterLayer):
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
             config, head = self.config, self.active
             if images is not None:
-                call.check(len(images), config.query_features.width(model.config.hidden_size))
+                # Sizes by `shape`: `len` would make an exported batch size a constant.
+                call.check(images.shape[0], config.query_features.width(model.config.hidden_size))
             # Prompts are learnt by what their paper reads, whatever a head that observes sees afterwards.
             learns = head.training and head.training_head is not None and not config.stream
             call.features = config.features if head.classes and config.tasks and not learns else None
@@ -201,13 +205,10 @@ class ClassifierHead(AdapterLayer):
         self.last_selected = call.prompts.selected
         loss = None
         if call.labels is not None:
-            cross_entropy = self.cross_entropy(logits, call.labels)
+            name, of_labels = self.loss_of_labels(logits, call.labels)
             terms = call.prompts.losses  # none outside training
-            loss = cross_entropy + sum(terms.values())
-            self.last_losses = {
-                "cross_entropy": cross_entropy.detach(),
-                **{name: term.detach() for name, term in terms.items()},
-            }
+            loss = of_labels + sum(terms.values())
+            self.last_losses = {name: term.detach() for name, term in {name: of_labels, **terms}.items()}
         if isinstance(output, tuple):
             return (logits, *output[1:]) if loss is None else (loss, logits, *output[1:])
         fields = {name: value for name, value in output.items() if name not in ("loss", "logits")}
@@ -271,12 +272,28 @@ class ClassifierHead(AdapterLayer):
             return logits
         return logits.masked_fill(~allowed, -torch.inf)
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of (B, classes) and (B,) labels, in float32.
+    def loss_of_labels(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Mean cross-entropy of (B, classes) and (B,) labels, in float32, or the user's loss, with its name in logs.
 
         Raises:
             ValueError: labels that are no class indices, of unknown classes, or of classes that are masked out.
         """
+        self._check_labels(logits, labels)
+        if self.own_loss is None:
+            return "cross_entropy", F.cross_entropy(logits.float(), labels.long())
+        # Logits of -inf are no numbers to reckon with (a smoothed loss is infinite): the user's function gets the
+        # classes that the loss is over, rows that differ in them one group after the other.
+        masks, group = (~torch.isneginf(logits)).unique(dim=0, return_inverse=True)
+        total = logits.new_zeros((), dtype=torch.float32)
+        for number, mask in enumerate(masks):
+            rows, columns = (group == number).nonzero()[:, 0], mask.nonzero()[:, 0]
+            names = tuple(self.config.classes[column] for column in columns.tolist())
+            positions = mask.cumsum(0)[labels[rows].long()] - 1
+            loss = self.own_loss(logits[rows][:, columns].float(), positions, names)
+            total = total + loss.mean() * (len(rows) / len(labels))
+        return "own_loss", total
+
+    def _check_labels(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, but must be class indices, (B,)."
@@ -297,7 +314,6 @@ class ClassifierHead(AdapterLayer):
                     "logits are masked to, so their loss would be infinite. Train on the examples of the current "
                     "task, give the right task_ids, or set train_mask=False."
                 )
-        return F.cross_entropy(logits.float(), labels.long())
 
 
 def _class_names(model: PreTrainedModel, classifier: nn.Module) -> list[str]:

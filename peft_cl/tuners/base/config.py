@@ -55,6 +55,13 @@ class PromptPoolConfig(HeadConfig):
             "None (the papers): the frozen feature itself."
         },
     )
+    interpolate_pos_encoding: bool = field(
+        default=False,
+        metadata={
+            "help": "Images may be of another size than the backbone's: its position embeddings are interpolated, in "
+            "training, prediction and pipelines alike."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "The encoder and the head, filled in from the model's family. Leave at None."},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import xxhash
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 #: The 16-bit formats that a copy of a backbone may be loaded in, and the formats whose rounding to it is that of the
@@ -26,18 +27,21 @@ def digest_of_weights(module: nn.Module) -> str:
 def digest_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A digest of named tensors, by name, shape, dtype and content, in their order."""
     digest = hashlib.sha256()
-    for name, tensor in tensors:
-        for content in (each.detach().cpu().contiguous() for each in _plain(tensor)):
-            digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
-            digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
+    for name, tensor in plain_tensors(tensors):
+        content = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(content.shape)} {content.dtype}".encode())
+        digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
     return digest.hexdigest()
 
 
-def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that one is made of: quantised ones have several inside, and no bytes of their own."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
+def plain_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors, those that stand for others (quantised by torchao, for instance) in their parts."""
+    for name, tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from plain_tensors((f"{name}.{part}", getattr(tensor, part)) for part in parts)
+        else:
+            yield name, tensor
 
 
 def base_digests(module: nn.Module, wanted: Iterable[str] = tuple(ROUNDED_FROM)) -> dict[str, str]:

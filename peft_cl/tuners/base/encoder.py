@@ -75,7 +75,7 @@ class PromptedEncoder(AdapterLayer):
                 "attention_mask is not supported with prompts: images are read whole. Leave it out, or run the base "
                 "model inside `with model.disable_adapter():`."
             )
-        interpolate = bool(interpolate_pos_encoding)
+        interpolate = self._interpolates(interpolate_pos_encoding)
         call = self.call or Call()
         trace = Trace(
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
@@ -162,7 +162,7 @@ class PromptedEncoder(AdapterLayer):
             layer.compile(**options)
 
     @torch.no_grad()
-    def query(self, pixel_values: torch.Tensor, *, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def query(self, pixel_values: torch.Tensor, *, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         """The query pass: the frozen, un-prompted encoder in evaluation mode, without a graph.
 
         Args:
@@ -173,7 +173,7 @@ class PromptedEncoder(AdapterLayer):
             the head of the active adapter reads more of the frozen model (`query_features`).
         """
         with self.lock.held():
-            return self._query(pixel_values, interpolate_pos_encoding, 0)[0]
+            return self._query(pixel_values, self._interpolates(interpolate_pos_encoding), 0)[0]
 
     def encode(self, pixel_values: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, int]:
         """The prompted pass alone, with no work left out.
@@ -248,7 +248,7 @@ class PromptedEncoder(AdapterLayer):
                 if injection.cls_position:
                     rows = rows + self.family.cls_position(self.base_layer)
                 extra = rows.shape[1]
-                hidden = torch.cat([rows.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+                hidden = torch.cat([rows.to(hidden.dtype).expand(hidden.shape[0], -1, -1), hidden], dim=1)
             if trace.hidden_states is not None:
                 trace.hidden_states.append(hidden)
             is_kept = injection is None or injection.keep
@@ -319,21 +319,28 @@ class PromptedEncoder(AdapterLayer):
             features[name] = tokens[:, num_prompts].float()
         return features
 
+    def _interpolates(self, given: bool | None) -> bool:
+        """Whether position embeddings are interpolated: as the call says, or else the adapter's configuration."""
+        return self.active.config.interpolate_pos_encoding if given is None else given
+
     def _wanted(self, option: str, kwargs: dict[str, Any]) -> bool:
         value = kwargs.get(option)
         return bool(getattr(self.base_layer.config, option, False) if value is None else value)
 
     @contextmanager
     def _recording(self, layer: nn.Module, attentions: list[torch.Tensor] | None) -> Iterator[None]:
-        """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs."""
+        """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs: the first columns
+        are the prompts' keys. Only eager attention has weights to show."""
         if attentions is None:
             yield
             return
         attention = self.family.attention_of(layer)
         handle = attention.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
+        implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
         try:
             yield
         finally:
+            attention.config._attn_implementation = implementation
             handle.remove()
 
 

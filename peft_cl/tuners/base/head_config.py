@@ -20,6 +20,7 @@ SINCE_FORMAT_2 = {
     "head_layers": 1,
     "train_prompts": "every_task",
     "drift_compensation": None,
+    "interpolate_pos_encoding": False,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...heads.files import SUMS_FILE, load_sums, save_sums
-from .digests import digest_of_tensors, digest_of_weights
+from .digests import digest_of_tensors, digest_of_weights, plain_tensors
 from .encoder import evaluation_mode
 from .saved import file_beside
 
@@ -124,7 +124,7 @@ class HeadTools:
 
     def backbone_digest(self) -> str:
         """A digest of the backbone's weights, the same in float32 and in bfloat16."""
-        weights = self.encoder.base_layer.state_dict().items()
+        weights = plain_tensors(self.encoder.base_layer.state_dict().items())
         return digest_of_tensors((name, value.to(torch.bfloat16)) for name, value in weights)[:16]
 
     # ----------------------------------------------------------------------------------------------- classes

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class CallLock:
     """Lets one thread into the prompted model at a time; others wait.
@@ -22,6 +24,8 @@ class CallLock:
         return CallLock, ()
 
     def acquire(self) -> None:
+        if torch.compiler.is_compiling():  # a program that is traced has no threads yet
+            return
         me = threading.get_ident()
         # A call never contains another: if this thread holds the lock already, its last call was cut off (Ctrl-C).
         if self.owner != me:
@@ -30,6 +34,8 @@ class CallLock:
 
     def release(self) -> None:
         """Does nothing in a thread that does not hold it: the hook that calls this runs after every failure."""
+        if torch.compiler.is_compiling():
+            return
         if self.owner == threading.get_ident():
             self.owner = None
             self.lock.release()
@@ -37,7 +43,7 @@ class CallLock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """For the length of the block. Inside a call of the model, whose lock it is already, nothing happens."""
-        if self.owner == threading.get_ident():
+        if torch.compiler.is_compiling() or self.owner == threading.get_ident():
             yield
             return
         self.acquire()

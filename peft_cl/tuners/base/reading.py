@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...backbones import Family
 from .attention import attention_function, prefixed
@@ -62,8 +63,8 @@ def can_read(family: Family, layer: nn.Module) -> bool:
     CPU and in double precision: what a device or an attention kernel cannot do, or rounds, must not decide.
     """
     weights = next(layer.parameters(), None)
-    if weights is None or any(weight.is_meta for weight in layer.parameters()):
-        return False
+    if weights is None or any(is_traceable_wrapper_subclass(each) or each.is_meta for each in layer.parameters()):
+        return False  # nothing to try, or weights (quantised, say) that cannot be tried in double precision
     generator = torch.Generator().manual_seed(0)
     try:
         layer = copy.deepcopy(layer).to("cpu", torch.float64).eval()
