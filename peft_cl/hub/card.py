@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..disk import replacing
+from ..disk import check_file, replacing
 from ..metrics import RunResults, results_table
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
@@ -76,6 +77,20 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _read_config(file: Path) -> dict[str, Any] | None:
+    """An adapter's configuration; None where it is damaged.
+
+    Warns:
+        UserWarning: It is damaged.
+    """
+    try:
+        check_file(file)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        warnings.warn(f"{file} is damaged ({error}): the card is made without it.", stacklevel=3)
+        return None
+
+
 def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
     """Write the model card of the adapter in `folder` to its `README.md`, in place of one that is there.
 
@@ -100,7 +115,9 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
     if "config" not in options and config_file.is_file():
-        options["config"] = json.loads(config_file.read_text(encoding="utf-8"))
+        config = _read_config(config_file)
+        if config is not None:  # else the record says what the card needs
+            options["config"] = config
     processor_files = ("preprocessor_config.json", "processor_config.json")
     options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
     folder.mkdir(parents=True, exist_ok=True)

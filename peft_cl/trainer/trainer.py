@@ -349,7 +349,7 @@ class ContinualTrainer(ResumableTrainer):
             return
         try:
             write_pictures(self.folder, self.results)
-        except ImportError as error:
+        except (ImportError, ValueError, OSError) as error:
             logger.warning("No pictures of %s: %s", self.folder, error)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
