@@ -171,7 +171,8 @@ def evaluate(
     truth, numbers = truth[known], tasks.numbers[known]
     place = adapter.processor or model.get_base_model().config._name_or_path
     processor = load_processor(place, trust_remote_code=trust_remote_code)
-    transform = ImageTransform(processor)
+    with explained(f"The image processor of {place!r} cannot be used"):
+        transform = ImageTransform(processor)
     collator = ContinualCollator(transform, index, image_column, settings.label_column, label_names=labels.names)
     images = TaskExamples(
         [examples.select(known)],

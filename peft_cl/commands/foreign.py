@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from ..disk import check_file
@@ -35,9 +36,11 @@ SLACK = 10**8
 
 @contextmanager
 def no_code_of(what: str, name: str) -> Iterator[None]:
-    """Say in our words that transformers refused to run code that comes with a model."""
+    """Say in our words that transformers refused to run code that comes with a model, or choked on its files."""
     try:
         yield
+    except (AttributeError, IndexError, AssertionError, StrictDataclassError) as error:
+        raise ValueError(f"its files are damaged ({type(error).__name__}: {error}); restore them.") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -56,10 +59,7 @@ def check_config(path: str, trust_remote_code: bool) -> None:
     """
     folder = Path(path)
     check_file(folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except StrictDataclassError as error:  # none of Python's own kinds
-        raise ValueError(f"its config.json is damaged: {error}") from error
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for name, most in MOST.items():
         value = getattr(config, name, None)
         numbers = value if isinstance(value, (list, tuple)) else [value]
@@ -105,7 +105,7 @@ def check_weights(model: PreTrainedModel, missing: Iterable[str]) -> None:
 
 
 def check_pixels(processor: Any) -> None:
-    """Refuse a processor that makes images of impossible sizes.
+    """Refuse a processor that makes images of impossible sizes, or cannot make one.
 
     Raises:
         ValueError: it names the setting, its value and the rule.
@@ -120,3 +120,15 @@ def check_pixels(processor: Any) -> None:
                     f"{name} is {brief(value)}, but must be whole numbers of pixels from 1 to {MOST_PIXELS:,}. Set "
                     f"processor.{name}, or restore preprocessor_config.json."
                 )
+    try:
+        made = processor(images=Image.new("RGB", (32, 24)), return_tensors="pt")["pixel_values"]
+    except Exception as error:  # whatever its settings lead to
+        raise ValueError(
+            f"its settings do not work ({type(error).__name__}: {error}). Restore preprocessor_config.json, or set "
+            "them in the section processor."
+        ) from error
+    if not made.isfinite().all():
+        raise ValueError(
+            f"image_mean {brief(settings.get('image_mean'))} and image_std {brief(settings.get('image_std'))} make "
+            "pixels that are no numbers. Restore preprocessor_config.json, or set them in the section processor."
+        )

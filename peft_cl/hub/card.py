@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..disk import replacing
+from ..disk import check_file, replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
 from ..metrics.same_rows import same_rows
 from ..text import code, in_markdown, percent, plain
+from .additions import evidence_added, head_added
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
 from .terms import METRICS, NOT_SETTINGS, SETTINGS
@@ -79,6 +81,20 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _read_config(file: Path) -> dict[str, Any] | None:
+    """An adapter's configuration; None where it is damaged.
+
+    Warns:
+        UserWarning: It is damaged.
+    """
+    try:
+        check_file(file)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        warnings.warn(f"{file} is damaged ({error}): the card is made without it.", stacklevel=3)
+        return None
+
+
 def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
     """Write the model card of the adapter in `folder` to its `README.md`, in place of one that is there.
 
@@ -103,7 +119,9 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
     if "config" not in options and config_file.is_file():
-        options["config"] = json.loads(config_file.read_text(encoding="utf-8"))
+        config = _read_config(config_file)
+        if config is not None:  # else the record says what the card needs
+            options["config"] = config
     processor_files = ("preprocessor_config.json", "processor_config.json")
     options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,38 +215,7 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
         *([warning] if done < tasks else []),
     ]
     adapter = results.hyperparameters.get("adapter", {})
-    return "\n\n".join([*head, what, method, *_head(results, adapter), *_evidence(adapter)])
-
-
-def _head(results: RunResults, adapter: Mapping[str, Any]) -> list[str]:
-    """What stands in the place of the paper's linear head, and what its sums are for."""
-    name = adapter.get("head", "linear")
-    if name == "linear":
-        return []
-    parts = [f"Not from the paper is the head, {code(name)} of `peft_cl.heads`"]
-    if adapter.get("head_features"):
-        seen, layers = in_markdown(adapter["head_features"]), in_markdown(adapter.get("head_layers", 1))
-        parts.append(f", which sees {seen} of the last {layers} layers")
-    if adapter.get("train_prompts") == "first_task":
-        parts.append("; prompts were learnt in the first task and are frozen since")
-    if results.sums_bytes:
-        parts.append(
-            f". The file `head_sums.safetensors` ({results.sums_bytes / 1e6:.1f} MB) holds the sums that it is "
-            "computed from: they are wanted to learn on, to join adapters and to forget classes, not to predict"
-        )
-    return ["".join(parts) + "."]
-
-
-def _evidence(adapter: Mapping[str, Any]) -> list[str]:
-    """What the papers do not have must not be taken for theirs."""
-    weight = adapter.get("task_evidence")
-    if not weight:
-        return []
-    return [
-        f"Not from the paper is the task evidence: in evaluation, {weight:g} times the cosine of the query with each "
-        "task's mean query is added to the logits of the task's classes. "
-        '`model.peft_config["default"].task_evidence = 0` switches it off.'
-    ]
+    return "\n\n".join([*head, what, method, *head_added(results, adapter), *evidence_added(adapter)])
 
 
 def _title(results: RunResults, data: Source) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from ...disk import check_file
 from .config import PromptPoolConfig
 
 
@@ -82,6 +84,7 @@ def _what_is_meant(words: dict[str, Any]) -> tuple[str | None, PeftConfig | None
 
 
 def _read(place: str, downloads: dict[str, Any]) -> PeftConfig | None:
+    check_file(Path(place, downloads.get("subfolder", ""), CONFIG_NAME))
     try:
         kind = PeftConfig._get_peft_type(place, **downloads)
     except (ValueError, KeyError, TypeError):  # transformers has its own words for it
