@@ -13,7 +13,6 @@ from ..text import MOST, brief, plain
 
 
 #: Of what a library says of an input: some say all of it.
-MOST_LETTERS = 2000
 INPUT_FAULTS = (
     ValueError,
     TypeError,
@@ -58,7 +57,7 @@ def explained(what: str) -> Iterator[None]:
         raise
     except INPUT_FAULTS as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        text = " ".join(text[:MOST_LETTERS].split()) + ("..." if len(text) > MOST_LETTERS else "")
+        text = " ".join(text.split())
         raise CommandError(f"{what}: {text or type(error).__name__}") from error
 
 
