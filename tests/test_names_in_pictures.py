@@ -218,6 +218,6 @@ def test_the_command_ends_well_and_its_record_is_whole(train, tmp_path, monkeypa
         assert train("--training.max_steps", "1") == 0
     results = RunResults.load(tmp_path / "out")
     assert results.command.startswith("peft-cl train") and results.hyperparameters["data"]
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = next(line for line in capsys.readouterr().out.splitlines() if "are in" in line)
     assert ("pictures" in said) == ("write_pictures" not in fault)
     assert main(["plot", str(tmp_path / "out")]) == 0

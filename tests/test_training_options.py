@@ -149,6 +149,7 @@ def test_batches_are_augmented_on_their_device_in_training_alone(make_trainer):
         return pixels.flip(-1)
 
     trainer = make_trainer(CONFIGS["coda"](), num_train_epochs=1, num_tasks=2, batch_augmentation=flip)
+    seen.clear()  # what it was tried on
     trainer.train()
     assert sum(seen) == 96
     assert not any(id(task.train) in trainer.queries._queries for task in trainer.scenario)  # they differ each time

@@ -42,7 +42,8 @@ def test_steps_in_place_of_epochs_in_one_task(make_trainer, tmp_path):
     trainer.train_task(trainer.scenario[1])
     assert trainer.results.hyperparameters["max_steps"] == [-1, 2]
     assert [task["steps"] for task in trainer.results.learnt] == [4, 2]
-    assert "| Steps per task | -1, 2 (task by task) |" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text().replace("`", "")
+    assert "| Steps per task | -1, 2 (task by task) |" in card
 
 
 def test_what_happened_is_known_after_a_resume(make_trainer, data):
