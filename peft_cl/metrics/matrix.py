@@ -76,7 +76,8 @@ def forgetting(matrix: ArrayLike) -> float:
     last = len(finished) - 1
     if last == 0:
         return 0.0
-    return float(np.mean([finished[task:last, task].max() - finished[last, task] for task in range(last)]))
+    best = np.where(np.tri(last, dtype=bool), finished[:last, :last], -np.inf).max(axis=0)
+    return float(np.mean(best - finished[last, :last]))
 
 
 def per_step_forgetting(matrix: ArrayLike) -> float:
@@ -172,7 +173,8 @@ def finished_tasks(matrix: ArrayLike) -> int:
         2
     """
     accuracies = _checked(matrix)
-    complete = [not np.isnan(row[: index + 1]).any() for index, row in enumerate(accuracies)]
+    # Of each row, what is on the diagonal or before it.
+    complete = (~np.tril(np.isnan(accuracies)).any(axis=1)).tolist()
     count = complete.index(False) if False in complete else len(complete)
     if any(complete[count:]):
         raise ValueError(
