@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
 
-from ..text import brief, plain
+from ..text import MOST, brief, plain
 
 
 #: Of what a library says of an input: some say all of it.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..text import brief
 
 
@@ -64,7 +66,9 @@ def _check_accuracies(results: RunResults) -> None:
 
 def _check_table(name: str, table: Any) -> None:
     for row in _list_of(name, table):
-        _check_fractions(name, _list_of(name, row))
+        numbers = np.array(_list_of(name, row), dtype=float)  # None becomes NaN
+        outside = numbers[(numbers < -ROUNDING) | (numbers > 1 + ROUNDING)]
+        _check_fractions(name, outside.tolist())
 
 
 def _check_fractions(name: str, values: Iterable[Any]) -> None:
