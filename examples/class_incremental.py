@@ -13,11 +13,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 
 from peft_cl import CodaPromptConfig, ContinualTrainer, ContinualTrainingArguments, class_incremental
 from peft_cl.assets import default_backbone
-from peft_cl.commands.digits import load_digits_dataset
+from peft_cl.commands.digits import draw_digits_dataset
 
 
 backbone = default_backbone()  # or "google/vit-base-patch16-224-in21k"
-dataset = load_digits_dataset()  # or load_dataset("uoft-cs/cifar100"), with label_column="fine_label" below
+dataset = draw_digits_dataset()  # or load_dataset("uoft-cs/cifar100"), with label_column="fine_label" below
 
 set_seed(0)
 processor = AutoImageProcessor.from_pretrained(backbone)

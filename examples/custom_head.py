@@ -23,7 +23,7 @@ from peft_cl import (
     register_head,
 )
 from peft_cl.assets import default_backbone
-from peft_cl.commands.digits import load_digits_dataset
+from peft_cl.commands.digits import draw_digits_dataset
 
 
 @register_head("naive-bayes")
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     trainer = ContinualTrainer(
         get_peft_model(AutoModelForImageClassification.from_pretrained(backbone, dtype="float32"), config),
         ContinualTrainingArguments("out/custom_head"),
-        class_incremental(load_digits_dataset(), num_tasks=5),
+        class_incremental(draw_digits_dataset(), num_tasks=5),
         processing_class=AutoImageProcessor.from_pretrained(backbone),
     )
     trainer.train()

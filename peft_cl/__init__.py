@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-from .heads import Head, SolvedHead, Sums, register_head
-from .metrics import RunResults, continual_metrics, results_table
-from .scenarios import (
-    RandomResizedCropFlip,
-    Scenario,
-    Task,
-    class_incremental,
-    dataset_sequence,
-    domain_incremental,
-    open_image,
-    task_free,
-    task_incremental,
-    to_rgb,
-)
-from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
-from .tuners import (
-    CodaPromptConfig,
-    CodaPromptModel,
-    DualPromptConfig,
-    DualPromptModel,
-    L2PConfig,
-    L2PModel,
-    LinearProbeConfig,
-    LinearProbeModel,
-)
-from .version import __version__
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__  # noqa: F401
 
 
-__all__ = [
-    "CodaPromptConfig",
-    "CodaPromptModel",
-    "ContinualTrainer",
-    "ContinualTrainingArguments",
-    "DualPromptConfig",
-    "DualPromptModel",
-    "Head",
-    "L2PConfig",
-    "L2PModel",
-    "LinearProbeConfig",
-    "LinearProbeModel",
-    "RandomResizedCropFlip",
-    "RunResults",
-    "Scenario",
-    "SolvedHead",
-    "Strategy",
-    "Sums",
-    "Task",
-    "__version__",
-    "class_incremental",
-    "continual_metrics",
-    "dataset_sequence",
-    "domain_incremental",
-    "open_image",
-    "register_head",
-    "results_table",
-    "task_free",
-    "task_incremental",
-    "to_rgb",
-]
+def _is_command() -> bool:
+    """Whether this process is `peft-cl` or `python -m peft_cl.cli`, whose `--help` shall not wait for torch."""
+    started = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else ""  # "-m" until the module is found
+    return started in ("peft-cl", "peft-cl.exe") or (started == "-m" and "peft_cl.cli" in sys.orig_argv)
+
+
+if TYPE_CHECKING or not _is_command():
+    from .api import *  # noqa: F403
+    from .api import __all__  # noqa: F401
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        from . import api
+
+        return getattr(api, name)

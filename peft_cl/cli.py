@@ -1,6 +1,7 @@
-"""The command `peft-cl`: train, evaluate, look at an adapter, draw runs, or see the demonstration.
+"""The command `peft-cl`: train, evaluate, predict, look at an adapter, draw runs, or see the demonstration.
 
 `python -m peft_cl.cli` is the same, so `accelerate launch -m peft_cl.cli train CONFIG.yaml` trains on several devices.
+Only the module of the word that is given is imported: help and version need no torch.
 """
 
 from __future__ import annotations
@@ -8,31 +9,45 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
-from .commands import demo, evaluate, info, plot, train
-from .commands.errors import CommandError
-from .commands.options import split_overrides
+from .commands.output import complain, leave_pipe, plain_warnings, say
 from .version import __version__
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line; `train` also takes dotted names, which are read apart from it."""
+#: What there is to do; each is a module of `commands` with `add_arguments` and `run`.
+WORDS = {
+    "train": "learn a task sequence as a configuration file says",
+    "evaluate": "measure a saved adapter on a data set",
+    "predict": "say what a saved adapter takes images for",
+    "info": "say what is in an adapter's folder",
+    "plot": "draw the pictures of a run, or of several side by side",
+    "demo": "compare the methods on small images; needs no network",
+}
+
+
+def make_parser(word: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of the command line; `train` also takes dotted names, which are read apart from it.
+
+    Args:
+        word: The one of `WORDS` whose options are wanted; the others are known by name. `None`: all by name.
+    """
     parser = argparse.ArgumentParser(prog="peft-cl", description="Continual learning with prompts, as PEFT adapters.")
     parser.add_argument("--version", action="version", version=f"peft-cl {__version__}")
-    words = parser.add_subparsers(dest="word", required=True, metavar="{train,evaluate,info,plot,demo}")
-    for module, name, text in (
-        (train, "train", "learn a task sequence as a configuration file says"),
-        (evaluate, "evaluate", "measure a saved adapter on a data set"),
-        (info, "info", "say what is in an adapter's folder"),
-        (plot, "plot", "draw the pictures of a run, or of several side by side"),
-        (demo, "demo", "compare the methods on small images; needs no network"),
-    ):
-        module.add_arguments(
-            words.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
-        )
+    words = parser.add_subparsers(dest="word", required=True, metavar=f"{{{','.join(WORDS)}}}")
+    for name, text in WORDS.items():
+        of_word = words.add_parser(name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
+        if name == word:
+            module_of(name).add_arguments(of_word)
     return parser
+
+
+def module_of(word: str) -> ModuleType:
+    return import_module(f"{__package__}.commands.{word}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,29 +58,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 2 for a fault in the command or its files (said in one line on the standard error), 130
-        if interrupted. argparse's own faults exit with 2 directly.
+        if interrupted, 141 if the reader of the output went away. argparse's own faults exit with 2 directly.
+        Pictures, a card or an upload that failed are reported and leave it 0: the run is whole.
 
     Example:
         >>> main(["info", "out"])    # doctest: +SKIP
     """
+    if argv is None:  # a process of our own
+        sys.excepthook = lambda *fault: say("".join(traceback.format_exception(*fault)).rstrip(), sys.stderr)
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(words)
+        finally:
+            sys.stdout and sys.stdout.flush()
+    except BrokenPipeError:
+        return leave_pipe()
+
+
+def _run(words: list[str]) -> int:
+    word = words[0] if words and words[0] in WORDS else None
+    parser = make_parser(word)
+    if word is None:
+        parser.parse_args(words)  # help, version, or a fault: it ends the process
+    from .commands.errors import CommandError
+    from .commands.options import split_overrides
+
     # PEFT asks each model for a property that transformers has renamed: nothing that a user could mend.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
     try:
-        if words[:1] != ["train"]:
-            arguments = parser.parse_args(words)
-            {"evaluate": evaluate, "info": info, "plot": plot, "demo": demo}[arguments.word].run(arguments)
-            return 0
-        rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
-        train.run(parser.parse_args(["train", *rest]), overrides, command=shlex.join(["peft-cl", *words]))
+        with plain_warnings():
+            if word != "train":
+                return module_of(word).run(parser.parse_args(words)) or 0
+            rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
+            arguments = parser.parse_args(["train", *rest])
+            module_of("train").run(arguments, overrides, command=shlex.join(["peft-cl", *words]))
         return 0
     except CommandError as error:
-        print(f"peft-cl: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
-        advice = " The tasks finished are saved; --resume goes on with them." if words[:1] == ["train"] else ""
-        print(f"peft-cl: interrupted.{advice}", file=sys.stderr)
+        advice = " The tasks finished are saved; --resume goes on with them." if word == "train" else ""
+        complain(f"interrupted.{advice}")
         return 130
 
 

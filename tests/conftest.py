@@ -105,7 +105,15 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
         **training,
     ):
         torch.manual_seed(0)
-        names = ("augmentation", "batch_augmentation", "callbacks", "loss", *REPLACEMENTS)
+        names = (
+            "augmentation",
+            "batch_augmentation",
+            "callbacks",
+            "earlier_test",
+            "validation",
+            "loss",
+            *REPLACEMENTS,
+        )
         own = {name: training.pop(name) for name in names if name in training}
         settings = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, **training}
         arguments = ContinualTrainingArguments(

@@ -187,6 +187,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         augmentation=RandomResizedCropFlip(size=16) if augmented else None,
         strategy=strategies,
         callbacks=[EarlyStoppingCallback(2, 100.0)] if "stopping" in options else None,
+        validation=examples(2, 2) if {"stopping", "best"} & set(options) else None,
     )
     if os.environ.get("EVALUATE_FIRST"):
         print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,10 +37,39 @@ def test_a_saved_adapter_learns_on(first, train, place, tmp_path, capsys):
     assert f"{first}, which has learnt 1 tasks" in capsys.readouterr().out
     config = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert config.classes == list(COLOURS) and config.tasks == [[0, 1], [2, 3]]
-    assert RunResults.load(tmp_path / "out").finished_tasks == 1
+    results = RunResults.load(tmp_path / "out")
+    assert results.finished_tasks == 2 and results.task_names == ["task_0", "task_1"]
     # All four classes are answered by the one adapter.
     assert main(["evaluate", str(tmp_path / "out"), "--dataset", str(place / "data")]) == 0
     assert "task_0" in (text := capsys.readouterr().out) and "task_1" in text
+
+
+def test_the_new_task_has_one_name_everywhere_and_earlier_ones_are_measured(first, train, place, tmp_path, capsys):
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first, *ANEW)
+    capsys.readouterr()
+    assert train(*more, "--earlier_test", str(place / "data")) == 0
+    assert "tasks before:  task_0 measured" in capsys.readouterr().out
+    results = RunResults.load(tmp_path / "out")
+    matrix = np.array(results.accuracy_matrix)
+    assert not np.isnan(matrix[np.tril_indices(2)]).any()
+    assert matrix[0, 0] == RunResults.load(first).accuracy_matrix[0][0]
+    assert main(["evaluate", str(tmp_path / "out"), "--dataset", str(place / "data"), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["tasks"]
+    assert measured == pytest.approx(dict(zip(results.task_names, matrix[1], strict=True)))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| task_1 |" in card and "not measured" not in card
+
+
+def test_bad_images_of_earlier_tasks(first, refused, place):
+    more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", *ANEW)
+    on = (*more, "--continue-from", first)
+    preset = more[:2]
+    assert "earlier_test is given, but continue_from is not" in refused(*preset, "--earlier_test", "x")
+    assert "There is no data set './nowhere'" in refused(*on, "--earlier_test", "./nowhere")
+    assert "has no split 'dev'" in refused(*on, "--earlier_test", f"{{path: {place / 'data'}, test_split: dev}}")
+    assert "names 'task_7', but the tasks are task_0" in refused(
+        *on, "--earlier_test", f"{{task_7: {place / 'data'}}}"
+    )
 
 
 def test_the_adapter_says_its_base_model_and_how_it_was_loaded(first, place, tmp_path, capsys):

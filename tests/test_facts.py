@@ -16,7 +16,7 @@ from tuner_cases import METHODS, prompted, tiny
 
 from peft_cl import CodaPromptConfig, L2PConfig, LinearProbeConfig, RunResults
 from peft_cl.cli import main
-from peft_cl.shown import shown
+from peft_cl.text import brief
 from peft_cl.trainer.snapshot import load_snapshot, save_snapshot
 
 
@@ -208,8 +208,8 @@ def test_what_is_shown_is_short():
     for _ in range(40):
         deep = [deep, deep]
     for value in ("x" * 10**7, list(range(10**6)), {index: index for index in range(10**5)}, deep, 10**5000):
-        assert len(shown(value)) < 10_000
-    assert shown([1, "a", None]) == "[1, 'a', None]"
+        assert len(brief(value)) < 10_000
+    assert brief([1, "a", None]) == "[1, 'a', None]"
 
 
 # ----------------------------------------------------------------------------------------------- snapshots

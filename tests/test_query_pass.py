@@ -80,8 +80,14 @@ def test_a_head_on_the_query_keeps_it_however_few_steps_there_are(make_trainer, 
     assert trainer.finished_tasks == 3
 
 
-def test_it_has_a_bar(make_trainer, passes, capfd):
-    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=1, max_steps=12)
-    trainer.args.disable_tqdm = False
+def test_it_has_a_bar(make_trainer, passes, monkeypatch):
+    trainer = make_trainer(CONFIGS["l2p"](), num_tasks=1, max_steps=12, per_device_eval_batch_size=24)
+    shown, plain = [], trainer.progress.counted
+
+    def counted(items, total, what):
+        shown.append((what, total))
+        return plain(items, total, what)
+
+    monkeypatch.setattr(trainer.progress, "counted", counted)
     trainer.train()
-    assert "queries" in capfd.readouterr().err
+    assert ("queries", 4) in shown

@@ -52,7 +52,17 @@ def test_the_same_run_has_the_same_settings(settings):
         ({"eval_strategy": "steps", "eval_steps": 3}, "eval_steps"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
         ({"greater_is_better": True}, "greater_is_better"),
-        ({"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_model_at_"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "validation_fraction": 0.2,
+            },
+            "load_best_model_at_",
+        ),
+        ({"validation_fraction": 0.2}, "validation_fraction"),
+        ({"validation": images(2, 3)}, "validation: was None"),
     ],
 )
 def test_a_change_is_found_and_named(settings, change, name):
@@ -98,12 +108,14 @@ def test_images_in_files(settings, tmp_path):
     """The data set holds paths alone; the files are others."""
     found = []
     for seed in (0, 1):
-        for index, image in enumerate(images(4, seed)["image"]):
-            image.save(tmp_path / f"{index}.png")
-        labels = images(4, 0)["label"]
-        paths = [str(tmp_path / f"{index}.png") for index in range(len(labels))]
-        data = Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image())
-        found.append(settings(scenario=class_incremental((data, data.select(range(len(data)))), 2)))
+        splits = []
+        for split, first in (("train", seed), ("test", seed + 2)):
+            for index, image in enumerate(images(4, first)["image"]):
+                image.save(tmp_path / f"{split}{index}.png")
+            labels = images(4, 0)["label"]
+            paths = [str(tmp_path / f"{split}{index}.png") for index in range(len(labels))]
+            splits.append(Dataset.from_dict({"image": paths, "label": labels}).cast_column("image", Image()))
+        found.append(settings(scenario=class_incremental(tuple(splits), 2)))
     assert {entry.partition(":")[0] for entry in differences(*found)} == {"examples.task_0", "examples.task_1"}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from trainer_cases import CONFIGS
+from trainer_cases import CONFIGS, images
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peft_cl import RunResults
@@ -51,6 +51,7 @@ def test_evaluation_within_a_task_and_early_stopping(make_trainer):
         save_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
+        validation_fraction=0.25,
         metric_for_best_model="average_accuracy",
     )
     trainer.train()
@@ -70,6 +71,7 @@ def test_the_best_checkpoint_of_a_trained_pool_comes_back(make_trainer, tmp_path
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
+        validation=images(8, 1),
         metric_for_best_model="loss",
         greater_is_better=True,  # so that the first epoch is the best
     )

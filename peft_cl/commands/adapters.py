@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..hub.sources import find_source
 from ..metrics import RunResults
-from ..shown import shown
 from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..text import brief
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError
 from .sources import RESULTS_FILE, adapter_folder, backbone_path, load_backbone, load_config, load_results
@@ -73,7 +73,7 @@ class SavedAdapter:
         found = self.results.hyperparameters.get("backbone_dtype", "float32") if self.results else "float32"
         if found not in DTYPES:
             raise CommandError(
-                f"The record beside {self.name!r} says that the backbone was {shown(found)}, but it is one of "
+                f"The record beside {self.name!r} says that the backbone was {brief(found)}, but it is one of "
                 f"{', '.join(DTYPES)}. Give --dtype, or restore {RESULTS_FILE}."
             )
         return found

@@ -19,11 +19,13 @@ from ..assets import default_backbone
 from ..metrics import RunResults, results_table
 from ..plots import plot_comparison
 from ..scenarios import Scenario, class_incremental
+from ..text import percent
 from ..trainer import ContinualTrainer, ContinualTrainingArguments
 from ..tuners.base.config import PromptPoolConfig
 from .digits import load_digits_dataset
 from .errors import CommandError, explained
 from .methods import METHODS
+from .output import say
 from .train import clear
 
 
@@ -72,20 +74,20 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--output is {str(output)!r}, but that is a file. Give a folder.")
     with explained("The demo's images cannot be loaded"):
         scenario = class_incremental(load_digits_dataset(arguments.seed, 16 if arguments.quick else None), TASKS)
-    print(introduction(scenario, arguments.seed), flush=True)
+    say(introduction(scenario, arguments.seed), flush=True)
     runs = {}
     for number, name in enumerate(SETTINGS, start=1):
-        print(f"\n[{number}/{len(SETTINGS)}] {describe(name, arguments.quick)}", flush=True)
+        say(f"\n[{number}/{len(SETTINGS)}] {describe(name, arguments.quick)}", flush=True)
         runs[name] = train(name, scenario, output / name, arguments.seed, arguments.quick)
-    print(f"\n{results_table(runs.values())}\n| Guessing | {100 / len(scenario.classes):.2f} | | | | |\n")
-    print(conclusion(runs, arguments.quick))
+    say(f"\n{results_table(runs.values())}\n| Guessing | {percent(1 / len(scenario.classes), 2)} | | | | |\n")
+    say(conclusion(runs, arguments.quick))
     if importlib.util.find_spec("matplotlib"):
         plot_comparison(list(runs.values()), path=output / "comparison.png")
-        print(f"Picture: {output / 'comparison.png'}")
+        say(f"Picture: {output / 'comparison.png'}")
     else:
-        print("No picture: it needs matplotlib, `pip install peft-cl[plots]`.")
-    print(use(output / SHOWN, scenario, arguments.seed))
-    print(f"All of it took {time.perf_counter() - began:.0f} s. Adapters, results and cards are in {output}.")
+        say("No picture: it needs matplotlib, `pip install peft-cl[plots]`.")
+    say(use(output / SHOWN, scenario, arguments.seed))
+    say(f"All of it took {time.perf_counter() - began:.0f} s. Adapters, results and cards are in {output}.")
 
 
 def introduction(scenario: Scenario, seed: int) -> str:
@@ -181,12 +183,13 @@ def conclusion(runs: dict[str, RunResults], quick: bool) -> str:
     """Say in words what the table shows, whatever it is."""
     if quick:
         return "With --quick the methods see too little to be compared.\n"
-    kept = {name: f"{run.method} keeps {accuracy(run):.1%}" for name, run in runs.items()}
+    kept = {name: f"{run.method} keeps {percent(accuracy(run))}%" for name, run in runs.items()}
     tuned = runs["fine-tuning"]
     best = [name for name in runs if SETTINGS[name].preset]
     return (
-        f"Fine-tuning all weights forgets: {accuracy(tuned):.0%} of the digits are right at the end, and it has lost "
-        f"{tuned.metrics['forgetting']:.0%}.\nA linear head that is trained task by task never compares two tasks: "
+        f"Fine-tuning all weights forgets: {percent(accuracy(tuned), 0)}% of the digits are right at the end, "
+        f"and it has lost {percent(tuned.metrics['forgetting'], 0)}%.\n"
+        "A linear head that is trained task by task never compares two tasks: "
         f"{kept['linear-probe']}, and as published {kept['coda']}.\n"
         f'The preset "best" computes the head from sums over features, so that nothing is forgotten:\n'
         f"{', '.join(kept[name] for name in best)}.\n"

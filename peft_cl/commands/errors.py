@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
+
+from ..text import MOST, brief, plain
 
 
 #: Of what a library says of an input: some say all of it.
@@ -16,8 +17,11 @@ MOST_LETTERS = 2000
 INPUT_FAULTS = (
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
+    AttributeError,
+    AssertionError,
     ArithmeticError,
+    MemoryError,
     OSError,
     ImportError,
     RuntimeError,
@@ -26,17 +30,17 @@ INPUT_FAULTS = (
 )
 
 
+#: Letters of a message. What is longer loses its middle, as the fault comes first and the remedy last.
+LONGEST = 4000
+
+
 class CommandError(Exception):
-    """Something in the command or its files is wrong; the message names it, the rule and the remedy."""
+    """Something in the command or its files is wrong; the message, one line, names it, the rule and the remedy."""
 
-
-_repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxtuple, _repr.maxstring, _repr.maxother = 3, 8, 8, 8, 80, 80
-
-
-def shown(value: object) -> str:
-    """Return a value as a message shows it, with the first of what is many."""
-    return _repr.repr(value)
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 3 :]}"
+        super().__init__(plain(message, None))
 
 
 @contextmanager
@@ -67,12 +71,12 @@ def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> 
         known: What could have been given.
         prefix: What stands before each of the names, for instance `"training."`.
     """
-    names = sorted(known)
-    nearest = difflib.get_close_matches(str(name), names, n=1)
+    names, name = sorted(known), name if isinstance(name, str) and len(name) <= MOST else brief(name)
+    nearest = difflib.get_close_matches(name, names, n=1)
     guess = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
     return CommandError(f"There is no {what} {prefix}{name}.{guess} Known: {', '.join(names) or 'none'}.")
 
 
 def some(names: Sequence[str]) -> str:
     """List the first names of what may be many."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +16,12 @@ from tqdm.auto import tqdm
 from ..metrics import task_identification_accuracy
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
+from ..text import percent, plain
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, some
+from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
 from .sources import load_data, load_processor
 from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
@@ -85,9 +86,10 @@ class Evaluation:
         if self.tasks_missing:
             lines += [f"no task by itself: {self.tasks_missing}"]
         for heading, entries in (("task", self.tasks or {}), ("class", self.classes)):
-            width = max(map(len, [heading, *entries]))
+            shown = [(plain(name, 60), _percent(value)) for name, value in entries.items()]
+            width = max(map(len, [heading, *(name for name, _ in shown)]))
             lines += ["", f"{heading:<{width}}  accuracy"] if entries else []
-            lines += [f"{name:<{width}}  {_percent(value)}" for name, value in entries.items()]
+            lines += [f"{name:<{width}}  {value}" for name, value in shown]
         return "\n".join(lines)
 
 
@@ -111,7 +113,10 @@ def run(arguments: argparse.Namespace) -> None:
     evaluation = evaluate(
         model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task, trust
     )
-    print(json.dumps(vars(evaluation), indent=2) if arguments.json else evaluation)
+    if arguments.json:
+        say_json(vars(evaluation))
+    else:
+        say(evaluation)
 
 
 def load_split(settings: DatasetSettings) -> Dataset:
@@ -228,4 +233,4 @@ def _mean(correct: np.ndarray) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return f"{'–':>8}" if value is None else f"{value:8.2%}"
+    return f"{'–':>8}" if value is None else f"{percent(value, 2) + '%':>8}"

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from ..disk import check_file
-from ..shown import shown
+from ..text import brief
 from .errors import CommandError
 
 
@@ -66,7 +66,7 @@ def check_config(path: str, trust_remote_code: bool) -> None:
         for number in numbers:
             if number is not None and not (isinstance(number, int) and 1 <= number <= most):
                 raise ValueError(
-                    f"{name} is {shown(value)} in its config.json, but must be a whole number from 1 to {most:,}. The "
+                    f"{name} is {brief(value)} in its config.json, but must be a whole number from 1 to {most:,}. The "
                     "file is damaged: restore it, or give another model."
                 )
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
@@ -90,7 +90,7 @@ def check_weights(model: PreTrainedModel, missing: Iterable[str]) -> None:
     lacking = sorted(name for name in missing if "classifier" not in name)
     if lacking:
         raise ValueError(
-            f"its file lacks {shown(lacking)}, which would be random numbers. Copy or download the model again."
+            f"its file lacks {brief(lacking)}, which would be random numbers. Copy or download the model again."
         )
     spoilt = sorted(
         name
@@ -99,7 +99,7 @@ def check_weights(model: PreTrainedModel, missing: Iterable[str]) -> None:
     )
     if spoilt:
         raise ValueError(
-            f"{shown(spoilt)} hold numbers that are not finite (NaN or infinite), so all predictions would be a "
+            f"{brief(spoilt)} hold numbers that are not finite (NaN or infinite), so all predictions would be a "
             "guess. Restore the file; a model that overflows in float16 is loaded in bfloat16."
         )
 
@@ -117,7 +117,7 @@ def check_pixels(processor: Any) -> None:
         for side in sides:
             if side is not None and not (isinstance(side, int) and 1 <= side <= MOST_PIXELS):
                 raise ValueError(
-                    f"{name} is {shown(value)}, but must be whole numbers of pixels from 1 to {MOST_PIXELS:,}. Set "
+                    f"{name} is {brief(value)}, but must be whole numbers of pixels from 1 to {MOST_PIXELS:,}. Set "
                     f"processor.{name}, or restore preprocessor_config.json."
                 )
     try:
@@ -129,6 +129,6 @@ def check_pixels(processor: Any) -> None:
         ) from error
     if not made.isfinite().all():
         raise ValueError(
-            f"image_mean {shown(settings.get('image_mean'))} and image_std {shown(settings.get('image_std'))} make "
+            f"image_mean {brief(settings.get('image_mean'))} and image_std {brief(settings.get('image_std'))} make "
             "pixels that are no numbers. Restore preprocessor_config.json, or set them in the section processor."
         )

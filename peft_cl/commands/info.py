@@ -14,7 +14,9 @@ from safetensors import safe_open
 from ..heads.files import SUMS_FILE
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
+from .adapters import SavedAdapter
 from .errors import explained
+from .output import say, say_json
 from .sources import RESULTS_FILE, WEIGHTS_FILE, adapter_folder, load_config, load_results
 
 
@@ -25,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     facts = read_facts(adapter_folder(arguments.adapter))
-    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+    if arguments.json:
+        say_json(facts)
+    else:
+        say(as_text(facts))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         "method": results.method if results else config.method,
         "peft_type": config.peft_type.value,
         "base_model": find_source(config.base_model_name_or_path or "").name,
+        "task_names": list(SavedAdapter(str(folder), folder, config, results).task_names or ()),
         "tasks": [[config.classes[row] for row in rows] for rows in config.tasks or ()],
         "rows_in_use": config.rows_in_use,
         "parameters": {name: {"shapes": shapes, "count": sum(map(prod, shapes))} for name, shapes in parts.items()},
@@ -69,12 +75,13 @@ def parameters_by_part(file: Path) -> dict[str, list[list[int]]]:
 
 def as_text(facts: dict[str, Any]) -> str:
     classes = sum(map(len, facts["tasks"]))
+    names = facts["task_names"] or [f"task_{index}" for index in range(len(facts["tasks"]))]
     total = sum(part["count"] for part in facts["parameters"].values())
     lines = [
         f"{'method:':<15}{facts['method']} ({facts['peft_type']})",
         f"{'base model:':<15}{facts['base_model'] or 'not named'}",
         f"{'tasks:':<15}{len(facts['tasks'])} with {classes} classes",
-        *(f"{f'  task {index}:':<15}{', '.join(names)}" for index, names in enumerate(facts["tasks"])),
+        *(f"{f'  {name}:':<15}{', '.join(classes)}" for name, classes in zip(names, facts["tasks"], strict=True)),
         f"{'rows in use:':<15}{facts['rows_in_use']}",
         f"{'head:':<15}{facts['head']['name']}" + "".join(f", {k} {v}" for k, v in facts["head"]["options"].items()),
         f"{'parameters:':<15}{total:,}",

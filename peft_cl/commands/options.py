@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from .errors import CommandError, explained, shown, unknown
+from ..text import brief
+from .errors import CommandError, explained, unknown
 
 
 T = TypeVar("T")
@@ -126,7 +127,7 @@ def split_overrides(arguments: Sequence[str], flags: Collection[str]) -> tuple[l
             if not words or words[0].startswith("--"):
                 raise CommandError(f"--{key} has no value. Write `--{key} VALUE`.")
             value = words.pop(0)
-        overrides.append((key, parse_yaml(value, f"The value of --{key}, {shown(value)},")))
+        overrides.append((key, parse_yaml(value, f"The value of --{key}, {brief(value)},")))
     return rest, overrides
 
 
@@ -147,7 +148,7 @@ def apply_overrides(config: dict[str, Any], overrides: Sequence[tuple[str, Any]]
             if not isinstance(place.get(name), dict):
                 if place.get(name) is not None:
                     raise CommandError(
-                        f"--{key} sets a part of {name}, but {name} is {shown(place[name])}. Set --{section} itself."
+                        f"--{key} sets a part of {name}, but {name} is {brief(place[name])}. Set --{section} itself."
                     )
                 place[name] = {}
             place, name = place[name], step
@@ -159,7 +160,7 @@ def check_names(section: str, values: Any, known: Collection[str]) -> dict[str, 
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise CommandError(f"{section} is {shown(values)}, but must be a mapping of names and values.")
+        raise CommandError(f"{section} is {brief(values)}, but must be a mapping of names and values.")
     for name in values:
         if name not in known:
             raise unknown("setting", name, known, prefix=f"{section}.")
@@ -203,7 +204,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     remedy = ""
     if not isinstance(value, (str, list, dict)) and "text" in _words(hint):
         remedy = " A name that looks like a number, a truth value or null needs quotes (on the command line '\"1\"')."
-    raise CommandError(f"{name} is {shown(value)}, but must be {_words(hint)}.{remedy}")
+    raise CommandError(f"{name} is {brief(value)}, but must be {_words(hint)}.{remedy}")
 
 
 def _match(name: str, value: Any, hint: Any) -> tuple[bool, Any]:

@@ -12,7 +12,9 @@ from ..metrics import RunResults, finished_tasks
 from ..metrics.table import group_of
 from ..plots.run import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
 from ..strategies import JointTraining
+from ..text import percent
 from .errors import CommandError, explained
+from .output import say
 from .sources import RESULTS_FILE
 
 
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"The pictures cannot be written to {str(output)!r}: {error}. Give a folder that you may write to with "
             "--output."
         ) from error
-    print("\n".join([*map(str, files), *told]))
+    say("\n".join([*map(str, files), *told]))
 
 
 def told_against(reference: str, folders: Sequence[Path], list_of_results: Sequence[RunResults]) -> list[str]:
@@ -64,7 +66,7 @@ def told_against(reference: str, folders: Sequence[Path], list_of_results: Seque
     lines = []
     for folder, results in zip(folders, list_of_results, strict=True):
         with explained(f"The run in {str(folder)!r} has no intransigence against {reference!r}"):
-            lines.append(f"{folder}: intransigence {results.intransigence(joint):.2%}")
+            lines.append(f"{folder}: intransigence {percent(results.intransigence(joint), 2)}%")
     if JointTraining.name not in joint.method:
         lines.append(
             f"{reference} was learnt by {joint.method}, and not by {JointTraining.name}: against it, this is no "

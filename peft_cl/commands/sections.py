@@ -74,6 +74,13 @@ class DatasetSettings:
     split_seed: int = field(
         default=0, metadata={"help": "Draws the test fraction; of its own, so that all training seeds share a split."}
     )
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to choose by within a task (early stopping, the best checkpoint). null: none; or set "
+            "training.validation_fraction."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:

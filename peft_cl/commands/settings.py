@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 from transformers.processing_utils import ImagesKwargs
 
 from ..hub.terms import NOT_SETTINGS
 from ..scenarios import RandomResizedCropFlip
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
+from ..text import brief
 from ..trainer import ContinualTrainingArguments, Strategy
 from ..tuners.base.config import PromptPoolConfig
 from .adapters import SavedAdapter
-from .errors import CommandError, explained, shown, unknown
+from .earlier import make_earlier_test
+from .errors import CommandError, explained, unknown
 from .methods import METHODS, STRATEGIES, Method
-from .options import check_names, fill
+from .options import check_names, convert, fill
 from .sections import ONLY, SEQUENCE, STREAM, DatasetSettings, ModelSettings, ScenarioSettings
 
 
@@ -27,6 +29,7 @@ SECTIONS = (
     "preset",
     "adapter",
     "continue_from",
+    "earlier_test",
     "strategy",
     "dataset",
     "scenario",
@@ -47,6 +50,7 @@ class RunSettings:
     adapter: PromptPoolConfig
     strategies: list[Strategy]
     continue_from: SavedAdapter | None
+    earlier_test: dict[str, DatasetSettings] | None
     model: ModelSettings
     processor: dict[str, Any]
     datasets: dict[str, DatasetSettings]
@@ -71,6 +75,9 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
     for name in config:
         if name not in SECTIONS:
             raise _unknown_section(name)
+    for name in ("method", "preset", "output_dir"):
+        if not isinstance(config.get(name), (str, type(None))):
+            raise CommandError(f"{name} is {brief(config[name])}, but must be text. Give one name.")
     model = fill("model", ModelSettings, _model_values(config.get("model"), earlier))
     method_name, method, preset, adapter = (
         _make_adapter(config) if earlier is None else _take_over(config, earlier.config)
@@ -92,6 +99,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         adapter=adapter,
         strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
         continue_from=earlier,
+        earlier_test=make_earlier_test(config.get("earlier_test"), earlier),
         model=model,
         processor=check_names(
             "processor", config.get("processor"), (*ImagesKwargs.__annotations__, BACKGROUND, WHITE_VALUE)
@@ -134,7 +142,7 @@ def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
         return {ONLY: fill("dataset", DatasetSettings, _expand(values, "path"))}
     if not isinstance(values, dict) or not all(isinstance(each, (str, dict)) for each in values.values()):
         raise CommandError(
-            f"dataset is {shown(values)}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, "
+            f"dataset is {brief(values)}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, "
             "svhn: {path: ufldl-stanford/svhn, name: cropped_digits}}`."
         )
     return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
@@ -150,8 +158,11 @@ def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, Prom
     config_class = method.config_class
     if preset is not None and preset not in config_class.presets:
         raise unknown(f"preset of {name}", preset, config_class.presets)
-    known = [setting for setting in config_class.__dataclass_fields__ if setting not in NOT_SETTINGS]
+    known = [field.name for field in fields(config_class) if field.name not in NOT_SETTINGS]
     values = check_names("adapter", config.get("adapter"), known)
+    hints = get_type_hints(config_class)
+    for setting, value in values.items():
+        convert(f"adapter.{setting}", value, hints[setting])
     with explained("adapter is wrong"):
         if preset is None and method.preset and config.get("strategy") is None:
             preset = method.preset
@@ -172,7 +183,8 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
     name = config.get("method") or (fitting[0] if len(fitting) == 1 else None)
     if name not in fitting:
         raise CommandError(
-            f"The adapter is one of {', '.join(fitting)}, and method is {name!r}. Set method to how it is to learn on."
+            f"The adapter is one of {', '.join(fitting)}, and method is {brief(name)}. Set method to how "
+            "it is to learn on."
         )
     return name, METHODS[name], None, earlier
 

@@ -16,6 +16,7 @@ from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
+from ..trainer.choosing import share_of_each_class
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
@@ -58,10 +59,10 @@ def load_processor(name: str, overrides: dict[str, Any] | None = None, trust_rem
     with explained(f"The image processor of {name!r} cannot be loaded"), no_code_of("image processor of", name):
         options = {"trust_remote_code": trust_remote_code, **(overrides or {})}
         processor = AutoImageProcessor.from_pretrained(backbone_path(name), **options)
-        check_pixels(processor)
         for option in (BACKGROUND, WHITE_VALUE):  # of ours, which from_pretrained leaves out
             if option in (overrides or {}):
                 setattr(processor, option, overrides[option])
+        check_pixels(processor)
     return processor
 
 
@@ -155,12 +156,7 @@ def divide(split: Dataset, label_column: str, test_fraction: float, seed: int) -
     Any label column that a scenario reads will do, while `Dataset.train_test_split` needs a `ClassLabel`.
     """
     labels = read_labels(split, split, label_column).train
-    generator = np.random.default_rng(seed)
-    is_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        count = min(max(1, round(test_fraction * len(rows))), len(rows) - 1)
-        is_test[rows[:count]] = True
+    is_test = share_of_each_class(labels, test_fraction, seed)
     return split.select(np.flatnonzero(~is_test)), split.select(np.flatnonzero(is_test))
 
 

@@ -4,49 +4,62 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import datasets
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.terms import NOT_SETTINGS
-from ..metrics import RunResults, results_table
-from ..plots.run import PICTURE_FILES
+from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..trainer import ContinualTrainer
 from ..trainer.bad_images import BadImageError
+from ..trainer.extras import spared
 from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
+from .earlier import load_earlier_test, load_validation
 from .errors import CommandError, explained
+from .given import FILE as GIVEN_FILE
+from .given import as_words, recall, remember
 from .listing import list_tasks
-from .options import apply_overrides, read_config
+from .options import apply_overrides
+from .output import say
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
+from .summary import going_on, next_commands, summary
 
 
 CARD_FILE = "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; examples/ has some")
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="the run; examples/ has some. With --resume also the folder of a run"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace the run that is in the output folder")
     existing.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder after its last finished task"
+        "--resume",
+        action="store_true",
+        help="go on with the run in the output folder after its last task, with its settings",
     )
     parser.add_argument(
         "--continue-from",
         metavar="ADAPTER",
-        help="teach a saved adapter (a folder, or its name on the Hub) more tasks",
+        help="teach a saved adapter (a folder, or its name on the Hub) more tasks; earlier_test in the configuration "
+        "names test images of the tasks before, which are measured then",
     )
     parser.epilog = (
         "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
@@ -56,8 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
-    config = read_config(arguments.config)
+    no_bars_in_files()
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
+    config, overrides = recall(arguments.config, overrides, arguments.resume)
+    kept = deepcopy(config)
     apply_overrides(config, overrides, SECTIONS)
     earlier = config.get("continue_from")
     settings = make_settings(config, None if earlier is None else SavedAdapter.read(str(earlier)))
@@ -68,12 +83,29 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
-        print(f"{describe(settings, trainer)}{list_tasks(trainer.scenario)}\n", flush=True)
+        say(f"{describe(settings, trainer)}{list_tasks(trainer.scenario)}\n", flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
         with explained("The run cannot be resumed"):
             trainer.resume(Path(settings.output_dir))
+        if trainer.is_world_process_zero():
+            say(going_on(trainer), flush=True)
+    if trainer.is_world_process_zero():
+        remember(Path(settings.output_dir), kept, overrides)
+    again = ["peft-cl", "train", arguments.config, *as_words(overrides)]
+    learn(trainer, lambda: finish(settings, trainer, command, again))
+
+
+def no_bars_in_files() -> None:
+    """In a file each state of a bar would be a line."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
+def learn(trainer: ContinualTrainer, finished: Callable[[], str]) -> None:
+    """Train, say what `finished` returns, and push."""
     # The Hub gets the finished folder, with card and pictures.
     push, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     try:
@@ -81,9 +113,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     except BadImageError as error:
         raise CommandError(str(error).strip().splitlines()[-1]) from error  # of a worker's, the lines before are code
     if trainer.is_world_process_zero():
-        print(finish(settings, trainer, command))
+        say(finished())
     if push:
-        trainer.push_to_hub()
+        with spared("The run is not pushed to the Hub"):
+            trainer.push_to_hub()
 
 
 def refuse_own_source(settings: RunSettings) -> None:
@@ -113,8 +146,11 @@ def refuse_existing(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
     forget_state(folder)
-    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, *PICTURE_FILES):
+    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, GIVEN_FILE, *PICTURE_FILES):
         (folder / name).unlink(missing_ok=True)
+    if (folder / BACKBONE_FOLDER).is_dir() and not (folder / BACKBONE_FOLDER).is_symlink():
+        for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places
+            (folder / path.name).unlink(missing_ok=True)
     remove(folder / BACKBONE_FOLDER)
 
 
@@ -127,6 +163,9 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
         processor = load_processor(
             (earlier and earlier.processor) or model.name, settings.processor, model.trust_remote_code
         )
+        domains = settings.scenario.domain_column or "domain"
+        earlier_test = load_earlier_test(settings.earlier_test, earlier, scenario, domains)
+        validation = load_validation(settings.datasets, scenario, domains)
         load = earlier.load_base if earlier else load_backbone
         backbone = load(model.name, model.dtype, model.attn_implementation, model.trust_remote_code)
     with explained(f"training.seed is {settings.training.seed}"):
@@ -139,6 +178,8 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
             processing_class=processor,
             augmentation=settings.augmentation,
             strategy=settings.strategies,
+            earlier_test=earlier_test,
+            validation=validation,
         )
 
 
@@ -173,6 +214,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     learnt = settings.adapter.num_tasks
     epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
+    measured = [task.name for task in trainer.earlier.tests]
     lines = {
         "method": trainer.results.method + (f", preset {settings.preset}" if settings.preset else ""),
         "adapter": (f"{settings.continue_from.name}, which has learnt {learnt} tasks; " if learnt else "")
@@ -186,6 +228,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
         f"{', '.join(map(str, facts['classes_per_task']))}, "
         + ("in the order given" if settings.scenario.class_order or settings.scenario.domain_order else order),
+        **({"tasks before": _of_tasks_before(trainer.earlier.names, measured)} if learnt else {}),
         "augmentation": str(settings.augmentation or "none"),
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
         f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
@@ -198,7 +241,14 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines.items()) + "\n"
 
 
-def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> str:
+def _of_tasks_before(names: Sequence[str], measured: Sequence[str]) -> str:
+    if not measured:
+        return f"{', '.join(names)}: not measured; earlier_test names test images of them"
+    left = [name for name in names if name not in measured]
+    return f"{', '.join(measured)} measured" + (f"; not measured: {', '.join(left)}" if left else "")
+
+
+def finish(settings: RunSettings, trainer: ContinualTrainer, command: str, again: list[str]) -> str:
     """Complete the output folder, and return the summary."""
     folder = Path(settings.output_dir)
     results = trainer.results
@@ -210,10 +260,18 @@ def finish(settings: RunSettings, trainer: ContinualTrainer, command: str) -> st
     }
     results = dataclasses.replace(results, command=command, hyperparameters=hyperparameters)
     results.save(folder)
-    write_model_card(folder, results, limits=trainer.strategy.limits)
-    drawn = trainer.args.pictures and importlib.util.find_spec("matplotlib")
-    written = "Adapter, results, model card and pictures" if drawn else "Adapter, results and model card"
-    return f"\n{summary(results)}\n{written} are in {folder}."
+    written = ["Adapter, results"]
+    with spared(f"No model card of {folder}"):
+        write_model_card(folder, results, limits=trainer.strategy.limits)
+        written.append("model card")
+    if trainer.args.pictures and (folder / MATRIX_FILE).is_file():
+        written.append("pictures")
+    is_frozen = settings.method_name == "frozen" or settings.continue_from is not None
+    following = next_commands(
+        results, folder, settings.datasets, None if is_frozen else again, settings.scenario.domain_column
+    )
+    places = f"{' and '.join([', '.join(written[:-1]), written[-1]])} are in {folder}."
+    return "\n".join(["", summary(results), places, "", *following])
 
 
 def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
@@ -222,13 +280,3 @@ def _given(datasets: dict[str, DatasetSettings]) -> dict[str, Any]:
         name: {key: value for key, value in vars(each).items() if value is not None} for name, each in datasets.items()
     }
     return given.get(ONLY, given)
-
-
-def summary(results: RunResults) -> str:
-    """The run as a table, and its metrics."""
-    metrics = [
-        f"{name.replace('_', ' ')} {value:.2%}"
-        for name, value in results.metrics.items()
-        if value == value  # not NaN
-    ]
-    return f"{results_table([results])}\n\n{', '.join(metrics)}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..shown import shown
+from ..text import brief
 
 
 #: Above it, sizes do not fit any memory, and numbers not float32.
@@ -22,7 +22,7 @@ def check_number(
     if not inside:
         bounds = {"at least": least, "above": above, "at most": most}
         rules = [f"{rule} {bound:g}" for rule, bound in bounds.items() if bound is not None]
-        raise ValueError(f"{name} is {shown(value)}, but must be a number{' ' if rules else ''}{' and '.join(rules)}.")
+        raise ValueError(f"{name} is {brief(value)}, but must be a number{' ' if rules else ''}{' and '.join(rules)}.")
     return value
 
 
@@ -33,12 +33,12 @@ def check_count(name: str, value: Any, *, or_none: bool = False) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         none = ", or None" if or_none else ""
         most = f" and at most {LARGEST:,}" if isinstance(value, int) and value > LARGEST else ""
-        raise ValueError(f"{name} is {shown(value)}, but must be a whole number of at least 1{most}{none}.")
+        raise ValueError(f"{name} is {brief(value)}, but must be a whole number of at least 1{most}{none}.")
     return value
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> Any:
     """Refuse what is none of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name} is {brief(value)}, but must be one of {', '.join(map(repr, choices))}.")
     return value

@@ -15,11 +15,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..disk import check_file, replacing
-from ..metrics import RunResults, results_table
+from ..disk import read_json, replacing
+from ..metrics import RunResults, chance_level, results_table, standard_error
+from ..text import code, in_markdown, percent, plain
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
 from .terms import METRICS, NOT_SETTINGS, SETTINGS
+from .usage import usage
 
 
 def model_card(
@@ -68,27 +70,13 @@ def model_card(
     parts = [
         f"---\n{_metadata(results, backbone, data, adapter_id, license).to_yaml()}\n---",
         _introduction(results, backbone, data, paper),
-        _usage(backbone, adapter_id or "path/to/adapter", has_processor),
+        usage(backbone, adapter_id or "path/to/adapter", has_processor),
         _measured(results),
         _protocol(results, results.hyperparameters.get("adapter", {}) if config is None else config, backbone, data),
         _limits(results, data, limits),
         _citation(paper),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _read_config(file: Path) -> dict[str, Any] | None:
-    """An adapter's configuration; None where it is damaged.
-
-    Warns:
-        UserWarning: It is damaged.
-    """
-    try:
-        check_file(file)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        warnings.warn(f"{file} is damaged ({error}): the card is made without it.", stacklevel=3)
-        return None
 
 
 def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
@@ -115,9 +103,10 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
     if "config" not in options and config_file.is_file():
-        config = _read_config(config_file)
-        if config is not None:  # else the record says what the card needs
-            options["config"] = config
+        try:
+            options["config"] = read_json(config_file)
+        except ValueError as error:  # the record says what the card needs
+            warnings.warn(f"{error} The card is made without it.", stacklevel=2)
     processor_files = ("preprocessor_config.json", "processor_config.json")
     options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +133,9 @@ def _metadata(
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=data.hub_id or "unknown",
-            dataset_name=data.short_name or "unknown",
-            dataset_split=_test_split(results),
-            dataset_args={name: value for name, value in arguments.items() if value is not None},
+            dataset_name=plain(data.short_name) or "unknown",
+            dataset_split=plain(_test_split(results)),
+            dataset_args={name: _plain(value) for name, value in arguments.items() if value is not None},
             metric_type=METRICS[metric][0],
             metric_name=METRICS[metric][1],
             metric_value=round(results.metrics[metric], 6),
@@ -156,7 +145,7 @@ def _metadata(
         if METRICS[metric][0] and math.isfinite(results.metrics.get(metric, math.nan))
     ]
     base_model = None if backbone.is_local else backbone.hub_id  # the Hub looks for it among its own
-    name = adapter_id.split("/")[-1] if adapter_id else _title(results, data)
+    name = plain(adapter_id.split("/")[-1]) if adapter_id else _title(results, data)
     return ModelCardData(
         license=license,
         library_name="peft",
@@ -176,9 +165,13 @@ def _metadata(
     )
 
 
+def _plain(value: Any) -> Any:
+    return plain(value) if isinstance(value, str) else value
+
+
 def _tags(*names: str | None) -> list[str]:
     """Names in the form of tags: "CODA-Prompt" becomes "coda-prompt"."""
-    return [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names if name]
+    return [re.sub(r"[^a-z0-9]+", "-", plain(name).lower()).strip("-") for name in names if name]
 
 
 def _introduction(results: RunResults, backbone: Source, data: Source, paper: Paper | None) -> str:
@@ -187,19 +180,25 @@ def _introduction(results: RunResults, backbone: Source, data: Source, paper: Pa
     if done:
         warning += " The results below are of those tasks only."
     what = (
-        f"An adapter for {backbone.link('backbone')}, trained by {results.method} with `peft_cl` on "
+        f"An adapter for {backbone.link('backbone')}, trained by {in_markdown(results.method)} with `peft_cl` on "
         f"{_data_link(data)}, {tasks} task{'s' if tasks != 1 else ''} one after the other "
-        f"({results.scenario.get('name', 'task sequence')})."
+        f"({in_markdown(results.scenario.get('name', 'task sequence'))})."
     )
     before = results.hyperparameters.get("tasks_learnt_before")
     if before:
-        what += f" Tasks learnt before: {before}, of which no figure below says how much was forgotten."
+        what += f" Tasks learnt before: {in_markdown(before)}"
+        last = results.accuracy_matrix[results.finished_tasks - 1] if results.finished_tasks else []
+        is_whole = len(results.task_names) > before and all(map(math.isfinite, last[:before]))
+        what += "." if is_whole else ", of which no figure below says how much was forgotten."
     method = (
         f"{paper.description} The method is from {paper.link}."
         if paper
-        else f"{results.method} has no paper on record here; what was trained is listed under Protocol."
+        else f"{in_markdown(results.method)} has no paper on record here; what was trained is listed under Protocol."
     )
-    head = [f"# {_title(results, data)}", *([warning] if done < tasks else [])]
+    head = [
+        f"# {in_markdown(results.method)} on {_data_name(data, 'a data set without a name')}",
+        *([warning] if done < tasks else []),
+    ]
     adapter = results.hyperparameters.get("adapter", {})
     return "\n\n".join([*head, what, method, *_head(results, adapter), *_evidence(adapter)])
 
@@ -209,9 +208,10 @@ def _head(results: RunResults, adapter: Mapping[str, Any]) -> list[str]:
     name = adapter.get("head", "linear")
     if name == "linear":
         return []
-    parts = [f"Not from the paper is the head, `{name}` of `peft_cl.heads`"]
+    parts = [f"Not from the paper is the head, {code(name)} of `peft_cl.heads`"]
     if adapter.get("head_features"):
-        parts.append(f", which sees {adapter['head_features']} of the last {adapter.get('head_layers', 1)} layers")
+        seen, layers = in_markdown(adapter["head_features"]), in_markdown(adapter.get("head_layers", 1))
+        parts.append(f", which sees {seen} of the last {layers} layers")
     if adapter.get("train_prompts") == "first_task":
         parts.append("; prompts were learnt in the first task and are frozen since")
     if results.sums_bytes:
@@ -235,40 +235,15 @@ def _evidence(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _title(results: RunResults, data: Source) -> str:
-    return f"{results.method} on {data.short_name or 'a data set without a name'}"
+    return plain(f"{results.method} on {data.short_name or 'a data set without a name'}")
+
+
+def _data_name(data: Source, otherwise: str) -> str:
+    return in_markdown(data.short_name) or otherwise
 
 
 def _data_link(data: Source) -> str:
     return data.link("data set", path="datasets/")
-
-
-def _usage(backbone: Source, adapter: str, has_processor: bool) -> str:
-    if backbone.is_embedded:
-        imports, base = "from peft_cl.assets import default_backbone\n", "default_backbone()"
-    else:
-        is_elsewhere = backbone.is_local or not backbone.name
-        imports, base = "", f'"path/to/{backbone.name or "backbone"}"' if is_elsewhere else f'"{backbone.name}"'
-    processor = f'"{adapter}"' if has_processor else base
-    return f"""## How to use
-
-`pip install peft-cl`, then:
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-import peft_cl  # makes the method known to PEFT
-{imports}
-base = AutoModelForImageClassification.from_pretrained({base}, dtype="float32")
-model = PeftModel.from_pretrained(base, "{adapter}").eval()
-processor = AutoImageProcessor.from_pretrained({processor})
-
-image = peft_cl.open_image("image.jpg", processor)  # as in training, whatever its mode
-with torch.no_grad():
-    logits = model(**processor(image, return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax(-1).item()])
-```"""
 
 
 def _measured(results: RunResults) -> str:
@@ -276,27 +251,30 @@ def _measured(results: RunResults) -> str:
     if done == 0:
         return "## Results\n\nNothing is measured yet: no task is finished."
     lines = [
-        f"- {METRICS.get(name, ('', name, ''))[1]}: {100 * value:.2f} %"
+        f"- {METRICS[name][1] if name in METRICS else in_markdown(name)}: {_percent(value)}"
         + (f" ({METRICS[name][2]})" if name in METRICS else "")
         for name, value in results.metrics.items()
-        if math.isfinite(value)
     ]
     if results.task_identification is not None:
         lines.append(
-            f"- Task identification: {100 * results.task_identification:.2f} % (share of test images whose predicted "
-            "class is one of their own task's)"
+            f"- Task identification: {percent(results.task_identification, 2)} % (share of test images whose "
+            "predicted class is one of their own task's)"
         )
-    names = [_cell(name) for name in results.task_names[:done]]
+    names = [in_markdown(name) for name in results.task_names[:done]]
     header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
+    measured = list(zip(names, results.accuracy_matrix[:done], strict=True))
+    if results.baseline is not None:
+        measured.insert(0, ("(before the first)", results.baseline))
     rows = [
-        _row([names[i], *(f"{100 * value:.1f}" if math.isfinite(value) else "" for value in row[:done])])
-        for i, row in enumerate(results.accuracy_matrix[:done])
+        _row([name, *(_matrix_cell(value, i, j) for j, value in enumerate(row[:done]))])
+        for i, (name, row) in enumerate(measured, start=done - len(measured))
     ]
     parts = [
         "## Results",
-        f"Measured on the test examples, of one run with the seed {results.seed}.",
+        f"Measured on the test examples, of one run with the seed {in_markdown(results.seed)}.",
         results_table([results]),
         "\n".join(lines),
+        _compared(results),
         "### Accuracy matrix",
         "Accuracy in % on the task of the column, after training on the task of the row:",
         "\n".join([header, *rows]),
@@ -304,34 +282,59 @@ def _measured(results: RunResults) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _percent(value: float) -> str:
+    return f"{percent(value, 2)} %" if math.isfinite(value) else "not measured"
+
+
+def _matrix_cell(value: float, row: int, column: int) -> str:
+    if math.isfinite(value):
+        return percent(value)
+    return "not measured" if column <= row else ""  # tasks to come are seldom measured
+
+
+def _compared(results: RunResults) -> str | None:
+    """What the average accuracy has to be compared with, and what its test images leave open."""
+    chance, error = chance_level(results), standard_error(results)
+    if chance is None or error is None:
+        return None
+    return (
+        f"Guessing among the classes gives {percent(chance)} %. The standard error of the final average accuracy, "
+        f"from the number of test images alone, is {percent(error)} points."
+    )
+
+
 def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, data: Source) -> str:
     scenario = results.scenario
     facts: dict[str, Any] = {
         "Backbone": backbone.link("backbone"),
         "Data": _data_link(data),
-        "Scenario": scenario.get("name"),
+        "Scenario": in_markdown(scenario["name"]) if "name" in scenario else None,
         "Tasks": len(results.task_names),
         "Classes per task": _counts(scenario.get("classes_per_task")),
         "Training examples per task": _counts(scenario.get("train_sizes")),
         "Test examples per task": _counts(results.test_sizes),
-        "Test examples from": _test_split(results),
+        "Test examples from": in_markdown(_test_split(results)),
         "Class order": _class_order(scenario),
-        "Seed": results.seed,
+        "Seed": in_markdown(results.seed),
     }
     hyperparameters = dict(results.hyperparameters)
     # The Trainer's -1 stands for "as many as the epochs make"; a number takes the place of the epochs.
-    hyperparameters.pop("num_train_epochs" if hyperparameters.get("max_steps", -1) > 0 else "max_steps", None)
-    facts |= {name: hyperparameters.get(setting) for setting, name in SETTINGS.items()}
+    steps = hyperparameters.get("max_steps", -1)
+    if not isinstance(steps, list):  # of which each task had its own
+        hyperparameters.pop("num_train_epochs" if steps > 0 else "max_steps", None)
+    given = {name: _over_tasks(hyperparameters.get(setting)) for setting, name in SETTINGS.items()}
+    facts |= {name: in_markdown(value, 300) for name, value in given.items() if value is not None}
     facts["Trainable parameters"] = f"{results.trainable_parameters:,} of {results.total_parameters:,}"
-    facts["Command"] = f"`{without_folders(results.command)}`" if results.command else None
-    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in results.versions.items()) or None
+    facts["Command"] = code(without_folders(results.command[:5000]), 2000) if results.command else None
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    facts["Versions"] = in_markdown(versions, 500) or None
     settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
     parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]
     if settings:
-        shown = {f"`{name}`": f"`{json.dumps(value, default=str)}`" for name, value in settings.items()}
+        shown = {code(name): code(json.dumps(value, default=str), 500) for name, value in settings.items()}
         parts += ["### Settings of the method", _table(("Setting", "Value"), shown)]
     if scenario.get("class_order"):
-        classes = ", ".join(str(name) for name in scenario["class_order"])
+        classes = ", ".join(in_markdown(name) for name in scenario["class_order"])
         parts.append(f"<details><summary>Classes, in their order</summary>\n\n{classes}\n\n</details>")
     return "\n\n".join(parts)
 
@@ -348,15 +351,23 @@ def _counts(values: Sequence[int] | None) -> str | None:
     """One number where all tasks have the same, else all of them."""
     if not values:
         return None
-    return f"{values[0]:,}" if len(set(values)) == 1 else ", ".join(f"{value:,}" for value in values)
+    texts = [f"{value:,}" if value else "not known" for value in values]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+
+
+def _over_tasks(value: Any) -> Any:
+    """A setting as text: one that was another in some of the tasks has a value for each of them."""
+    if not isinstance(value, list):
+        return value
+    return ", ".join("not known" if each is None else str(each) for each in value) + " (task by task)"
 
 
 def _class_order(scenario: Mapping[str, Any]) -> str | None:
     if "class_order" not in scenario:
         return None
-    return (
-        "given, or the data set's own" if scenario.get("seed") is None else f"drawn with the seed {scenario['seed']}"
-    )
+    if scenario.get("seed") is None:
+        return "given, or the data set's own"
+    return f"drawn with the seed {in_markdown(scenario['seed'])}"
 
 
 def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
@@ -366,7 +377,7 @@ def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
         known = "the classes of the tasks finished"
     points = [
         f"It knows {known} and nothing else: every other image is given one of them as well.",
-        f"The results are of the test split of {data.short_name or 'its data set'}; other images may differ much.",
+        f"The results are of the test split of {_data_name(data, 'its data set')}; other images may differ much.",
         *limits,
     ]
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
@@ -376,13 +387,9 @@ def _citation(paper: Paper | None) -> str:
     return f"## Citation\n\n```bibtex\n{paper.bibtex}\n```" if paper else ""
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    return "\n".join([_row(header), "|---|---|", *(_row([_cell(name), _cell(value)]) for name, value in rows.items())])
+    return "\n".join([_row(header), "|---|---|", *(_row([name, str(value)]) for name, value in rows.items())])

@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..text import code
+
 
 #: Where peft_cl's own backbones lie.
 EMBEDDED = Path(__file__).parents[1] / "assets"
@@ -47,10 +49,10 @@ class Source:
         if not self.name:
             return f"a {kind} without a name"
         if self.is_embedded:
-            return f"`{self.name}`, the {kind} that peft_cl brings along"
+            return f"{code(self.name)}, the {kind} that peft_cl brings along"
         if self.is_local:
-            return f"a local {kind}, `{self.name}` (a folder, not a repository on the Hub)"
-        return f"[`{self.name}`](https://huggingface.co/{path}{self.name})" if self.hub_id else f"`{self.name}`"
+            return f"a local {kind}, {code(self.name)} (a folder, not a repository on the Hub)"
+        return f"[`{self.name}`](https://huggingface.co/{path}{self.name})" if self.hub_id else code(self.name)
 
 
 #: How a path on the user's machine begins: from the root or a drive, the home, or a folder given by dots.
@@ -80,6 +82,13 @@ def find_source(name: str) -> Source:
     name = (name or "").strip()
     if not name:
         return Source("", is_local=False)
+    try:
+        return _find(name)
+    except (OSError, ValueError):  # no name that a file can have
+        return Source(re.split(r"[\\/]", name)[-1], is_local=True)
+
+
+def _find(name: str) -> Source:
     if (EMBEDDED / name).is_dir() and "/" not in name:
         return Source(name, is_local=True, is_embedded=True)
     path = Path(name).expanduser()

@@ -42,6 +42,7 @@ SETTINGS = {
     "weight_decay": "Weight decay",
     "max_grad_norm": "Gradient clipping",
     "augmentation": "Augmentation",
+    "selection": "Chosen within a task",
     "processor": "Changes to the image processor",
 }
 # What a configuration says about the adapter's file rather than about the method.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .chance import chance_level, standard_error
 from .matrix import (
     average_incremental_accuracy,
     backward_transfer,
@@ -31,6 +32,7 @@ __all__ = [
     "accuracy_matrix",
     "average_incremental_accuracy",
     "backward_transfer",
+    "chance_level",
     "class_accuracies",
     "continual_metrics",
     "final_average_accuracy",
@@ -41,6 +43,7 @@ __all__ = [
     "overall_accuracy",
     "per_step_forgetting",
     "results_table",
+    "standard_error",
     "task_identification_accuracy",
     "usage_entropy",
     "usage_overlap",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..disk import check_file, replacing
-from ..shown import shown
+from ..text import brief
 from .matrix import intransigence
 from .record_checks import check_record
 from .usage import checked_counts, usage_entropy, usage_overlap
@@ -22,7 +22,15 @@ from .usage import checked_counts, usage_entropy, usage_overlap
 FORMAT_VERSION = 1
 FILE_NAME = "results.json"
 # Fields younger than files that exist: those lack them. Where one is None new files lack it too, for older readers.
-ADDED_LATER = {"prompt_usage", "baseline", "task_identification", "per_class_accuracy", "sums_bytes", "query_seconds"}
+ADDED_LATER = {
+    "prompt_usage",
+    "baseline",
+    "task_identification",
+    "per_class_accuracy",
+    "sums_bytes",
+    "query_seconds",
+    "learnt",
+}
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
 
@@ -38,7 +46,7 @@ class RunResults:
         peft_type: PEFT type of the adapter, `None` if the method has none (fine-tuning).
         base_model: Name or path of the backbone.
         dataset: Name or path of the data set.
-        scenario: `Scenario.describe()`.
+        scenario: `Scenario.describe()`, and `content`, a digest of the images.
         seed: Seed of the run.
         task_names: Names of the tasks, in order.
         accuracy_matrix: `R[i][j]`, accuracy (0 to 1) on task j after task i; an array is taken too.
@@ -65,6 +73,11 @@ class RunResults:
             need and predicting does not; `None` if the head has none.
         query_seconds: Time of the frozen model's pass over training images whose queries are kept, in seconds; `None`
             in records of earlier versions, whose `train_seconds` hold it.
+        learnt: For each finished task what it took: `epochs`, `steps` of the optimizer and `images_per_step`, each
+            `None` where it is not known; `None` in records of earlier versions.
+
+    A setting in `hyperparameters` that was another in some of the tasks is a list there, one value for each finished
+    task. An adapter that learnt on in a later run has one record for all of its tasks.
 
     Example:
         >>> results.save("out/results.json")
@@ -95,6 +108,7 @@ class RunResults:
     per_class_accuracy: dict[str, float] | None = None
     sums_bytes: int | None = None
     query_seconds: float | None = None
+    learnt: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]
@@ -105,7 +119,7 @@ class RunResults:
         if len(self.accuracy_matrix) != tasks or any(len(row) != tasks for row in self.accuracy_matrix):
             lengths = [len(row) for row in self.accuracy_matrix]
             raise ValueError(
-                f"accuracy_matrix has {len(lengths)} rows of the lengths {shown(lengths)}, but {tasks} tasks need "
+                f"accuracy_matrix has {len(lengths)} rows of the lengths {brief(lengths)}, but {tasks} tasks need "
                 f"{tasks} rows of {tasks}; fill what was not measured with NaN."
             )
         if len(self.test_sizes) != tasks or not 0 <= self.finished_tasks <= tasks:
@@ -175,7 +189,7 @@ class RunResults:
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has the format version {shown(version)}, this version of peft-cl reads {FORMAT_VERSION}; "
+                f"{path} has the format version {brief(version)}, this version of peft-cl reads {FORMAT_VERSION}; "
                 "update peft-cl, or read it with the version that wrote it."
             )
         known = {f.name: f for f in dataclasses.fields(cls)}
@@ -185,7 +199,7 @@ class RunResults:
         )
         if missing or unknown:
             raise ValueError(
-                f"{path} is damaged: missing fields {missing}, unknown fields {shown(unknown)}; restore it, or run "
+                f"{path} is damaged: missing fields {missing}, unknown fields {brief(unknown)}; restore it, or run "
                 "again."
             )
         try:
@@ -209,6 +223,9 @@ class RunResults:
             {name: getattr(run, name) for name in SAME_TASKS} | {"class_order": run.scenario.get("class_order")}
             for run in (self, reference)
         )
+        contents = [run.scenario.get("content") for run in (self, reference)]
+        if None not in contents:  # earlier records do not say
+            mine["content"], others["content"] = contents
         different = [name for name, value in mine.items() if others[name] != value]
         if different:
             raise ValueError(

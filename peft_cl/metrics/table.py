@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 from statistics import fmean, stdev
 from typing import Any
 
+from ..text import in_markdown, percent
 from .results import RunResults, to_json
 
 
@@ -156,8 +157,9 @@ def _setting(name: str, value: Any) -> str:
 def row_of(runs: list[RunResults], details: str = "") -> str:
     """Returns the line of runs that differ in their seed only."""
     first = runs[0]
-    method = f"{first.method} ({details})" if details else first.method
-    method = method.replace("|", "\\|")
+    method = in_markdown(first.method)
+    if details:
+        method += f" ({in_markdown(details, 300)})"
     if first.finished_tasks < len(first.task_names):
         method += f" ({first.finished_tasks} of {len(first.task_names)} tasks)"
     if len(runs) > 1:
@@ -176,8 +178,8 @@ def row_of(runs: list[RunResults], details: str = "") -> str:
 def _percent(values: list[float]) -> str:
     if any(math.isnan(value) for value in values):
         return "–"
-    mean = f"{100 * fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * stdev(values):.2f}"
+    mean = percent(fmean(values), 2)
+    return mean if len(values) == 1 else f"{mean} ± {percent(stdev(values), 2)}"
 
 
 def _duration(seconds: float) -> str:

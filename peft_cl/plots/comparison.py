@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..metrics import RunResults
 from .curves import draw_curves, group_runs, label_ends
-from .matrix import add_colour_bar, draw_matrix, mean_matrix, scale_top, summarise
+from .matrix import add_colour_bar, draw_matrix, mean_matrix, summarise
 from .style import INK, new_figure, save, set_title
 
 
@@ -54,10 +54,9 @@ def plot_comparison(list_of_results: Sequence[RunResults], path: str | os.PathLi
     for axes in panels[len(lines) :]:
         axes.remove()
     matrices = [mean_matrix(line.matrices) for line in lines]
-    top = scale_top(matrices)
     for number, (line, matrix) in enumerate(zip(lines, matrices, strict=True)):
         axes = panels[number]
-        image = draw_matrix(axes, matrix, top, numbers=len(matrix) <= MAX_TASKS_WITH_NUMBERS)
+        image = draw_matrix(axes, matrix, numbers=len(matrix) <= MAX_TASKS_WITH_NUMBERS)
         axes.set(xticks=[], yticks=[], anchor="NW")
         below = summarise(line.matrices).replace("average accuracy", "acc.").replace("forgetting", "forg.")
         set_title(axes, line.label, below, width=panel, size=9, colour=line.ink)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics import RunResults, final_average_accuracy, finished_tasks, forgetting
+from ..metrics import RunResults, finished_tasks
+from ..metrics.matrix import average_accuracies, forgetting_so_far
 from ..metrics.table import Group, differences, group_of
-from .matrix import as_matrix, mean_matrix
+from ..text import percent, plain
+from .matrix import as_matrix, mean_matrix, places_of, short_task_names, slanted
 from .style import COLOURS, DASHES, INK, MARKERS, MUTED, new_figure, save, set_title, short_name, wrap
 
 
@@ -20,16 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Steps at which a curve is computed; up to so many tasks, that is all of them.
-MOST_STEPS = 300
-
-
 @dataclass(frozen=True)
 class Measure:
     """What a picture shows over the tasks seen, and how it says so."""
 
     title: str
-    of: Callable[[np.ndarray], float]  # the finished part of an accuracy matrix, (seen, seen), to a fraction of 1
+    of: Callable[[np.ndarray], list[float]]  # an accuracy matrix to fractions of 1, one after each finished task
     first: int  # number of tasks seen from which on there is something to measure
     limits: tuple[float, float]  # ends of the axis, in %, where the values leave room beyond
     missing: str  # in place of the lines, if there is nothing to draw
@@ -39,22 +37,14 @@ class Measure:
         """Values in % after each task: (seeds, tasks, tasks) to (seeds, tasks); NaN where there is nothing."""
         curves = np.full(matrices.shape[:2], np.nan)
         for curve, matrix in zip(curves, matrices, strict=True):
-            last = finished_tasks(matrix)
-            # Each value takes the square of its tasks: of a long sequence some hundred are looked at.
-            steps = (
-                np.unique(np.linspace(self.first, last, min(MOST_STEPS, last)).astype(int))
-                if last >= self.first
-                else ()
-            )
-            values = [100 * self.of(matrix[:seen, :seen]) for seen in steps]
-            if values:
-                curve[self.first - 1 : last] = np.interp(np.arange(self.first, last + 1), steps, values)
+            values = self.of(matrix) if finished_tasks(matrix) else []
+            curve[self.first - 1 : len(values)] = 100 * np.asarray(values[self.first - 1 :])
         return curves
 
 
 AVERAGE_ACCURACY = Measure(
     title="Average accuracy over the tasks seen",
-    of=final_average_accuracy,
+    of=average_accuracies,
     first=1,
     limits=(0, 101),
     missing="no task finished",
@@ -62,7 +52,7 @@ AVERAGE_ACCURACY = Measure(
 # `forgetting` is 0 for a single task by convention; a curve that begins there would show what nobody measured.
 FORGETTING = Measure(
     title="Forgetting over the tasks seen",
-    of=forgetting,
+    of=forgetting_so_far,
     first=2,
     limits=(-101, 101),
     missing="nothing to forget before the second task is finished",
@@ -89,7 +79,7 @@ class Line:
 
     def name_with(self, value: float) -> str:
         """The text at the end of the curve, with its last value."""
-        return wrap(f"{self.label}  {value:.1f}", letters=26)
+        return wrap(f"{self.label}  {percent(value / 100)}", letters=26)
 
 
 def plot_average_accuracy(list_of_results: Sequence[RunResults], path: str | os.PathLike[str] | None = None) -> Figure:
@@ -216,13 +206,25 @@ def _labels(groups: Mapping[Group, Mapping[int, RunResults]]) -> list[str]:
     known = list(zip(methods, details, strict=True))
     further = differences(known, list(groups))
     texts = [", ".join(filter(None, parts)) for parts in zip(details, further, strict=True)]
-    return [f"{method} ({text})" if text else method for method, text in zip(methods, texts, strict=True)]
+    methods = [plain(method, 60) for method in methods]
+    return [f"{method} ({plain(text, 120)})" if text else method for method, text in zip(methods, texts, strict=True)]
 
 
 def _context(results: RunResults) -> tuple[str, str, str, str]:
     count = len(results.task_names)
     tasks = f"{count} task{'s' if count > 1 else ''}"
-    return short_name(results.dataset), short_name(results.base_model), results.scenario.get("name", ""), tasks
+    scenario = plain(results.scenario.get("name", ""), 40)
+    return short_name(results.dataset), short_name(results.base_model), scenario, tasks
+
+
+def _name_steps(axes: Axes, list_of_results: Sequence[RunResults]) -> None:
+    """Label the tasks as the other pictures do: by their names, or numbers where the runs' tasks have other ones."""
+    longest = max((results.task_names for results in list_of_results), key=len)
+    alike = all(results.task_names == longest[: len(results.task_names)] for results in list_of_results)
+    labels = short_task_names(longest) if alike else [str(number) for number in range(len(longest))]
+    places = places_of(len(longest), 20)
+    axes.set_xticks([place + 1 for place in places], [labels[place] for place in places], **slanted(labels))
+    axes.set_xlabel("After training task", fontsize=10, color=INK)
 
 
 def draw_curves(
@@ -244,13 +246,12 @@ def draw_curves(
             ends.append((steps[measured[-1]], mean[measured[-1]], line))
     most = max(line.matrices.shape[1] for line in lines)
     axes.set_xlim(0.7, most + (0.15 if most > 1 else 0.3))
-    axes.set_xticks(range(1, most + 1, 1 if most <= 20 else 5))
+    _name_steps(axes, list_of_results)
     low, high = axes.get_ylim() if ends else (0, 100)
     axes.set_ylim(max(low, measure.limits[0]), min(high, measure.limits[1]))
     if not ends:
         axes.text(0.5, 0.5, measure.missing, transform=axes.transAxes, ha="center", color=MUTED)
     axes.yaxis.set_major_formatter("{x:g} %")
-    axes.set_xlabel("Tasks seen", fontsize=10, color=INK)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .matrix import UNMEASURED, places_of
+from ..text import plain, rounded
+from .matrix import MAX_LETTERS, MAX_TASKS_WITH_GAPS, UNMEASURED, places_of, short_task_names, slanted
 from .style import INK, MUTED, new_figure, save, set_title
 
 
@@ -27,6 +28,7 @@ def plot_key_similarity(
     set_names: Sequence[str] | None = None,
     heading: str = "Key similarity",
     path: str | os.PathLike[str] | None = None,
+    task_names: Sequence[str] | None = None,
 ) -> Figure:
     """Draw the cosine of each two keys of a pool: a heat map for each set of keys, all on the scale from -1 to 1.
 
@@ -41,6 +43,7 @@ def plot_key_similarity(
         set_names: One name per set. `None`: `"set 0"`, `"set 1"`, ...; a single set needs none.
         heading: What stands above the picture.
         path: Where to save the picture; its ending chooses the format (png, pdf, svg). `None`: not saved.
+        task_names: One name per task of `rows_of_tasks`, for the axes. `None`: its number, from 0.
 
     Returns:
         `matplotlib.figure.Figure`: the picture.
@@ -62,6 +65,7 @@ def plot_key_similarity(
             f"rows_of_tasks is {list(rows_of_tasks)}, but there are {rows} keys; give how many of them each task "
             "brought, from 1, in order, or None."
         )
+    labels = _labels_of(rows_of_tasks or (), task_names)
     names = [f"set {index}" for index in range(sets)] if set_names is None else list(set_names)
     if len(names) != sets:
         raise ValueError(
@@ -77,20 +81,31 @@ def plot_key_similarity(
         axes.remove()
     for number, (axes, cosine) in enumerate(zip(panels, cosines, strict=False)):
         image = _draw_cosines(axes, cosine, numbers=sets == 1 and rows <= MAX_KEYS_WITH_NUMBERS)
-        what = _name_rows(axes, rows, rows_of_tasks, most=30 if sets == 1 else 12)
+        what = _name_rows(axes, rows, rows_of_tasks, labels, most=30 if sets == 1 else 12)
         if number % columns == 0:
             axes.set_ylabel(what, fontsize=10, color=INK)
         if number + columns >= sets:
             axes.set_xlabel(what, fontsize=10, color=INK)
         if sets > 1:
-            set_title(axes, names[number], _summarise(cosine), width=side, size=10)
+            set_title(axes, plain(names[number], MAX_LETTERS), _summarise(cosine), width=side, size=10)
     if sets > 1:
-        figure.suptitle(heading, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
+        figure.suptitle(plain(heading, 80), x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
     else:
         set_title(panels[0], heading, _summarise(cosines[0]), width=side)
     _add_scale(panels[columns - 1], image)
     save(figure, path)
     return figure
+
+
+def _labels_of(rows_of_tasks: Sequence[int], task_names: Sequence[str] | None) -> list[str]:
+    if task_names is None:
+        return [str(task) for task in range(len(rows_of_tasks))]
+    if len(task_names) != len(rows_of_tasks):
+        raise ValueError(
+            f"Got {len(task_names)} task names for keys of {len(rows_of_tasks)} tasks; pass one name for each "
+            "entry of rows_of_tasks, or leave task_names out."
+        )
+    return short_task_names(task_names)
 
 
 def _cosines(keys: Sequence[Any] | np.ndarray) -> np.ndarray:
@@ -120,11 +135,11 @@ def _draw_cosines(axes: Axes, cosine: np.ndarray, numbers: bool) -> AxesImage:
         for row, column in np.argwhere(np.isfinite(cosine)):
             value = cosine[row, column]
             colour = "white" if abs(value) > 0.65 else INK
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, rounded(value, 2), ha="center", va="center", fontsize=7, color=colour)
     return image
 
 
-def _name_rows(axes: Axes, rows: int, rows_of_tasks: Sequence[int] | None, most: int) -> str:
+def _name_rows(axes: Axes, rows: int, rows_of_tasks: Sequence[int] | None, labels: Sequence[str], most: int) -> str:
     """Label the axes with the tasks, where they are known, or the rows; return what the labels are."""
     if rows_of_tasks is None:
         axes.set_xticks(places_of(rows, most))
@@ -133,9 +148,9 @@ def _name_rows(axes: Axes, rows: int, rows_of_tasks: Sequence[int] | None, most:
         ends = np.cumsum(rows_of_tasks)
         middles = ends - np.asarray(rows_of_tasks) / 2 - 0.5
         shown = places_of(len(rows_of_tasks), most)
-        axes.set_xticks(middles[shown], list(shown))
-        axes.set_yticks(middles[shown], list(shown))
-        if max(rows_of_tasks) > 1:  # else each row is a task's
+        axes.set_xticks(middles[shown], [labels[task] for task in shown], **slanted(labels))
+        axes.set_yticks(middles[shown], [labels[task] for task in shown])
+        if max(rows_of_tasks) > 1 and len(rows_of_tasks) <= MAX_TASKS_WITH_GAPS:  # else each row is a task's
             for end in ends[:-1] - 0.5:
                 axes.axhline(end, color=MUTED, linewidth=0.5)
                 axes.axvline(end, color=MUTED, linewidth=0.5)
@@ -156,6 +171,5 @@ def _summarise(cosine: np.ndarray) -> str:
     others = cosine[~np.eye(len(cosine), dtype=bool) & np.isfinite(cosine)]
     if not others.size:
         return "no two keys to compare"
-    # Adding 0.0 turns -0.0 into 0.0.
-    low, high, mean = (f"{round(value, 2) + 0.0:.2f}" for value in (others.min(), others.max(), others.mean()))
+    low, high, mean = (rounded(value, 2) for value in (others.min(), others.max(), others.mean()))
     return f"two keys: {low} to {high}, mean {mean}".replace("-", "\u2212")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..disk import check_file
+from ..disk import read_json
 from ..metrics import RunResults
 from ..tuners.base.saved import read_header
 from .comparison import plot_comparison
@@ -74,7 +73,9 @@ def write_pictures(folder: Path, results: RunResults, output: Path | None = None
     if keys is not None:
         files.append(output / KEYS_FILE)
         heading = f"{results.method}: key similarity"
-        plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, path=files[-1])
+        own_rows = keys.rows_of_tasks is not None and len(keys.rows_of_tasks) == len(results.task_names)
+        names = results.task_names if own_rows else None
+        plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, files[-1], names)
     return files
 
 
@@ -106,11 +107,9 @@ def read_keys(folder: Path) -> Keys | None:
         return None
     try:
         config = folder / CONFIG_NAME
-        check_file(config)
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        layers = settings.get("layers")
+        layers = read_json(config).get("layers") if config.is_file() else None
         tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The keys of the adapter in {str(folder)!r} cannot be read: {error}") from error
     if "keys" not in tensors:
         return None

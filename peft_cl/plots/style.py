@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..disk import replacing
+from ..text import plain
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PIXELS = 12_000  # along a side
 INK = "#222222"
 MUTED = "#666666"
 
@@ -28,10 +30,12 @@ DASHES = ("-", "--", ":", "-.")
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure of that size in inches, whose layout keeps its parts from overlapping."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
+
+        from .figure import PlainFigure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib, which is not installed: `pip install peft-cl[plots]`.") from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = PlainFigure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
@@ -42,19 +46,19 @@ def save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path if path.suffix else path.with_suffix(".png")) as aside:  # as matplotlib names it
-            figure.savefig(aside, dpi=200)
+            figure.savefig(aside, dpi=min(200, MOST_PIXELS / max(figure.get_size_inches())))
 
 
 def short_name(name: str) -> str:
     """Return the last part of a Hub id or path: what a reader calls a dataset or a backbone."""
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+    return plain(re.split(r"[\\/]", name.rstrip("\\/"))[-1], 60)
 
 
 def set_title(axes: Axes, heading: str, below: str, width: float, size: float = 12, colour: object = INK) -> None:
     """Write a bold heading with a line in grey below it, at the left; both are wrapped to `width` inches."""
     small = 0.8 * size
     # A letter of matplotlib's own DejaVu Sans is about 0.69 (bold) and 0.6 (regular) of its size wide.
-    heading = wrap(heading, int(width * 72 / (0.69 * size)))
+    heading = wrap(plain(heading, 120), int(width * 72 / (0.69 * size)))
     below = wrap(below, int(width * 72 / (0.6 * small)))
     gap = 0.55 * size
     axes.annotate(below, (0, 1), (0, gap), "axes fraction", "offset points", fontsize=small, color=MUTED, va="bottom")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..metrics import RunResults, usage_entropy, usage_overlap, usage_shares
-from .matrix import places_of, short_task_names
+from ..text import percent, rounded
+from .matrix import MAX_TASKS_WITH_GAPS, classes_of_tasks, places_of, task_labels
 from .style import COLOURS, INK, MUTED, new_figure, save, set_title, short_name
 
 
@@ -75,7 +76,7 @@ def plot_prompt_usage(
     figure = new_figure(width + BARS_WIDTH + 1.2, min(max(2.2, tasks * 0.38), 8.0) + 1.5)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, BARS_WIDTH))
     image = _draw_shares(axes, shares)
-    places, labels = places_of(tasks), short_task_names(task_names)
+    places, labels = places_of(tasks), task_labels(task_names, classes_of_tasks(results, task_names))
     axes.set_yticks(places, [labels[place] for place in places])
     axes.set_ylabel("Test images of task", fontsize=10, color=INK)
     _draw_entropy(bars, usage_entropy(counts), rows)
@@ -93,12 +94,13 @@ def _draw_shares(axes: Axes, shares: np.ndarray) -> AxesImage:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for edge in np.arange(tasks - 1) + 0.5:  # each task's line is read on its own
-        axes.axhline(edge, color="white", linewidth=1.5)
+    if tasks <= MAX_TASKS_WITH_GAPS:  # each task's line is read on its own
+        for edge in np.arange(tasks - 1) + 0.5:
+            axes.axhline(edge, color="white", linewidth=1.5)
     if rows <= MAX_ROWS_WITH_NUMBERS and tasks <= MAX_TASKS_WITH_NUMBERS:
         for task, row in np.ndindex(shares.shape):
             colour = "white" if shares[task, row] > 0.6 * top else INK
-            text = f"{100 * shares[task, row]:.0f}"
+            text = percent(shares[task, row], 0)
             axes.text(row, task, text, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(places_of(rows))
     axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
@@ -112,7 +114,7 @@ def _draw_entropy(axes: Axes, entropy: np.ndarray, rows: int) -> None:
     axes.barh(np.arange(len(entropy)), entropy, height=0.6, color=COLOURS[5])
     if len(entropy) <= MAX_TASKS_WITH_NUMBERS:
         for task, value in enumerate(entropy):
-            axes.text(0.04 * most, task, f"{value:.1f}", ha="left", va="center", fontsize=8, color=INK)
+            axes.text(0.04 * most, task, rounded(value, 1), ha="left", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, most)
     axes.set_xticks([0, most], ["0", f"{most:.3g}"])
     axes.tick_params(length=0, labelsize=8.5, labelcolor=INK, labelleft=False)
@@ -148,4 +150,4 @@ def _summarise(counts: Sequence[Sequence[float]] | np.ndarray) -> str:
     if len(overlap) == 1:
         return text
     others = overlap[~np.eye(len(overlap), dtype=bool)]
-    return f"{text}; two tasks have {100 * others.mean():.0f} % in common on average"
+    return f"{text}; two tasks have {percent(others.mean(), 0)} % in common on average"

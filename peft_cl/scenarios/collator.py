@@ -25,6 +25,7 @@ class ContinualCollator:
         image_column: Column of the images.
         label_column: Column of the labels: ids, or class names if `label_names` is given.
         label_names: `scenario.label_names`, for data sets with class names as labels and for error messages.
+        unlabelled: Whether the examples are to be predicted only: their labels are left alone, if they have any.
 
     Raises:
         ValueError: `label_index` and `label_names` differ in length.
@@ -44,7 +45,9 @@ class ContinualCollator:
         label_column: str = "label",
         *,
         label_names: Sequence[str] | None = None,
+        unlabelled: bool = False,
     ) -> None:
+        self.unlabelled = unlabelled
         self.transform = transform
         self.label_index = [int(position) for position in label_index]
         self.image_column = image_column
@@ -65,10 +68,10 @@ class ContinualCollator:
                 in the place of images and with `model_label`.
 
         Returns:
-            `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), and `query` and
-            `task_ids`, stacked, if the examples bring them. Examples that bring a `model_label` have the model's own;
-            a `draw` is the seed of the example's augmentation. `image_bytes` stay bytes, a quarter of the pixels' size
-            on the way to a device, where `ImageTransform.from_bytes` makes pixels of them.
+            `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), unless unlabelled, and
+            `query` and `task_ids`, stacked, if the examples bring them. Examples that bring a `model_label` have the
+            model's own; a `draw` is the seed of the example's augmentation. `image_bytes` stay bytes, a quarter of
+            the pixels' size on the way to a device, where `ImageTransform.from_bytes` makes pixels of them.
 
         Raises:
             ValueError: A column is missing, or a label is not among the classes of the scenario.
@@ -77,22 +80,24 @@ class ContinualCollator:
             batch = {"image_bytes": examples["image_bytes"], "labels": examples["model_label"]}
             return {**batch, **{name: examples[name] for name in BESIDE if name in examples}}
         labelled = bool(examples) and "model_label" in examples[0]
-        for column in (self.image_column,) if labelled else (self.image_column, self.label_column):
+        columns = (self.image_column,) if labelled or self.unlabelled else (self.image_column, self.label_column)
+        for column in columns:
             if examples and column not in examples[0]:
                 raise ValueError(
-                    f"The examples have the columns {list(examples[0])}, but not {column!r}; if the data set has it, "
-                    "set remove_unused_columns=False in the training arguments."
+                    f"The examples have the columns {list(examples[0])}, but not {column!r}. Give data that has it, "
+                    f"or call it so by rename_column; a Trainer of your own keeps it with remove_unused_columns=False."
                 )
-        labels = [
-            int(example["model_label"]) if labelled else self._label(example[self.label_column])
-            for example in examples
-        ]
         images = [example[self.image_column] for example in examples]
         if examples and "draw" in examples[0]:
             pixel_values = self.transform(images, [example["draw"] for example in examples])
         else:
             pixel_values = self.transform(images)
-        batch = {"pixel_values": pixel_values, "labels": torch.tensor(labels, dtype=torch.int64)}
+        batch = {"pixel_values": pixel_values}
+        if not self.unlabelled:
+            labels = [
+                example["model_label"] if labelled else self._label(example[self.label_column]) for example in examples
+            ]
+            batch["labels"] = torch.tensor([int(label) for label in labels], dtype=torch.int64)
         for name in BESIDE:
             if examples and name in examples[0]:
                 batch[name] = torch.stack([example[name] for example in examples])

@@ -21,6 +21,8 @@ LAYOUT = (
     "and FOLDER/test/cat/2.jpg, or FOLDER/cat/1.jpg"
 )
 SPLIT_NAMES = {name for names in SPLIT_KEYWORDS.values() for name in names}
+#: What the model reads.
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,18 @@ def find_image_column(train: Dataset, test: Dataset, image_column: str | None) -
             f"The column {image_column!r} has the feature {feature}, but images are needed. Name another column by "
             f"image_column=, or convert it: cast_column({image_column!r}, datasets.Image())."
         )
+    for name, split in (("train", train), ("test", test)):
+        refuse_ready_pixels(split, image_column, name)
     return image_column
+
+
+def refuse_ready_pixels(split: Dataset, image_column: str, name: str) -> None:
+    """Refuses a split that brings pixel values of its own beside its images, of which the processor makes them."""
+    if image_column != PIXELS and PIXELS in split.column_names:
+        raise ValueError(
+            f"The {name} split has a column {PIXELS!r}, which would not be read: pixel values are made of "
+            f"{image_column!r} by the image processor. Remove it: remove_columns({PIXELS!r})."
+        )
 
 
 def read_labels(train: Dataset, test: Dataset, label_column: str, argument: str = "label_column") -> Labels:

@@ -184,7 +184,7 @@ def without_test_images(train: Dataset, test: Dataset, image_column: str) -> Dat
     if len(tested) > FEW * len(test):
         raise ValueError(
             f"{what}{named}, so the model would be measured on what it was trained on. Remove them from one of the "
-            "splits, or divide one split by train_test_split()."
+            "splits, or divide one split by train_test_split(), in a configuration by dataset.test_fraction."
         )
     warnings.warn(
         f"{what}{named}: {len(training):,} training images are left out. Remove them by select() to say so yourself.",
@@ -221,7 +221,7 @@ def _refuse_same_files(images: Mapping[str, StoredImages]) -> None:
         f"{', '.join(folders[:NAMED])}{', ...' if len(folders) > NAMED else ''}), so the model would be measured on "
         "what it was trained on. load_dataset takes each folder with a name such as 'train' or 'test' for a split, at "
         "any depth: say which files a split has, load_dataset('imagefolder', data_files={'train': 'FOLDER/train/**', "
-        "'test': 'FOLDER/test/**'})."
+        "'test': 'FOLDER/test/**'}), in a configuration dataset.data_files."
     )
 
 

@@ -11,7 +11,15 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_flag, check_name, check_seed, read_label_ids, require_column, require_examples
+from .columns import (
+    check_flag,
+    check_name,
+    check_seed,
+    read_label_ids,
+    refuse_ready_pixels,
+    require_column,
+    require_examples,
+)
 from .overlap import digest_of_images, whole_data
 
 
@@ -164,6 +172,7 @@ class Scenario(Sequence[Task]):
         require_column(stored, self.image_column, "image_column")
         names = self._names(task)
         for split, examples in splits.items():
+            refuse_ready_pixels(examples, self.image_column, split)
             # In a stretch of a stream images of all its classes come; it is measured on its own.
             whole = split == "train" and not self.boundaries
             classes = set(self.classes if whole else task.classes)

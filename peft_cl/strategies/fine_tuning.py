@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..assets.resolving import BESIDE
 from ..trainer import ContinualTrainer, Strategy
 
 
 #: Folder in the adapter's for the backbone that was trained along with it.
-BACKBONE_FOLDER = "backbone"
+BACKBONE_FOLDER = BESIDE
+
+
+def put_beside(path: Path, folder: Path) -> None:
+    """The file in `folder` as well, on the same bytes where the file system can: transformers takes a base model from
+    the adapter's own folder, and else by a name, which would hold on one machine."""
+    try:
+        os.link(path, folder / path.name)
+    except OSError:
+        shutil.copy2(path, folder / path.name)
 
 
 class FineTuning(Strategy):
@@ -27,7 +41,7 @@ class FineTuning(Strategy):
     why_trained_head = "changes all features with each task"
     limits = (
         f"All weights of the backbone were trained: load the base model from the folder `{BACKBONE_FOLDER}` beside "
-        "this file, not the original one.",
+        "this file, not the original one (`AutoModelForImageClassification`, `pipeline` and `AutoPeftModel` find it).",
     )
 
     def title(self, adapter: str) -> str:
@@ -63,7 +77,12 @@ class FineTuning(Strategy):
         config = model.peft_config[adapter]
         config.base_model_name_or_path = str(trainer.folder / BACKBONE_FOLDER)
         # PEFT saves adapters of other names into folders of their own.
-        config.save_pretrained(str(folder if adapter == "default" else folder / adapter))
+        own = folder if adapter == "default" else folder / adapter
+        facts = json.loads((own / CONFIG_NAME).read_text(encoding="utf-8"))
+        facts = {**facts, "base_model_name_or_path": BACKBONE_FOLDER}  # in memory a path, in the file no machine's
+        (own / CONFIG_NAME).write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")
+        for path in (folder / BACKBONE_FOLDER).iterdir():
+            put_beside(path, own)
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """The backbone has changed, so it must be kept with the head."""

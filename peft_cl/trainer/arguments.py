@@ -31,7 +31,8 @@ RULES = {
         (lambda value: _whole(value, 1), "a whole number of at least 1"),
     ),
     **dict.fromkeys(
-        ("seed", "dataloader_num_workers"), (lambda value: _whole(value, 0), "a whole number of at least 0")
+        ("seed", "validation_seed", "dataloader_num_workers"),
+        (lambda value: _whole(value, 0), "a whole number of at least 0"),
     ),
     "data_seed": (lambda value: value is None or _whole(value, 0), "a whole number of at least 0, or None"),
     "num_train_epochs": (lambda value: is_number(value) and 0 < value < math.inf, "a number above 0"),
@@ -76,6 +77,10 @@ RULES = {
     "learning_rate_per_256": (
         lambda value: value is None or (is_number(value) and 0 < value < math.inf),
         "a number above 0, such as 0.03, or None",
+    ),
+    "validation_fraction": (
+        lambda value: value is None or (is_number(value) and 0 < value < 1),
+        "a number between 0 and 1, such as 0.1, or None",
     ),
     "torch_compile_backend": (
         lambda value: value is None or str(value).upper() in DynamoBackend.list(),
@@ -138,6 +143,11 @@ class ContinualTrainingArguments(TrainingArguments):
             stops at the first one, and is resumed when it is mended or removed. `"check"`: all images are opened
             before training, and all bad ones are named. `"pass_over"`: likewise, and they are left out, with a
             warning that names them; the record lists them.
+        validation_fraction: the share of each class's training images that is kept back and measured within a task
+            (`eval_strategy`), on all tasks of the run so far; what chooses there (early stopping, the best checkpoint,
+            a plateau of the rate) chooses by it. None: nothing is kept back, and to choose is refused, as it would be
+            by test images, unless the trainer gets `validation=`.
+        validation_seed: draws these images.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -199,6 +209,11 @@ class ContinualTrainingArguments(TrainingArguments):
     bad_images: str = field(
         default=STOP, metadata={"help": "Images that cannot be read: stop, check (before training), or pass_over."}
     )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of each class's training images that is kept back to choose by within a task."},
+    )
+    validation_seed: int = field(default=0, metadata={"help": "Draws the images of validation_fraction."})
 
     def __post_init__(self):
         for each in fields(self):

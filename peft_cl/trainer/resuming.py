@@ -20,7 +20,7 @@ from .files import explained_writes, finish_writing
 from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
-from .record import usage_of_finished_tasks
+from .record import facts_of, learnt_of, settings_of, usage_of_finished_tasks
 from .same_run import has_same_images, of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
@@ -44,8 +44,10 @@ class ResumableTrainer(ObservingTrainer):
     """A trainer that knows how far a sequence is, and goes on where an interrupted run stopped.
 
     Attributes:
-        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
-        finished_tasks: tasks learnt and measured.
+        whole_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
+            Tasks that the adapter had learnt before this run come first.
+        finished_tasks: tasks of the scenario learnt and measured.
+        learnt: for each of these, the settings that it was learnt with (`settings`) and what it took (`took`).
         prompt_usage: (tasks seen, rows) counts of the last measurement, None where no rows are chosen.
         details: what the last measurement between tasks tells beside accuracies of tasks, by its field in the record.
         baseline: accuracy on each task before the first is learnt, with `measure_ahead`.
@@ -56,8 +58,8 @@ class ResumableTrainer(ObservingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        tasks = len(self.scenario)
-        self.accuracy_matrix = np.full((tasks, tasks), np.nan)
+        self.whole_matrix = self._empty_matrix(self.scenario)
+        self.whole_matrix[: self.tasks_before, : self.tasks_before] = self.earlier.matrix
         # Of the weights as they were given: a strategy may train them.
         self._backbone = digest_of_weights(self.tuner.encoder.base_layer)[:12]
         self._examples: dict[int, str] = {}
@@ -65,6 +67,7 @@ class ResumableTrainer(ObservingTrainer):
         self.prompt_usage: np.ndarray | None = None
         self.details: dict[str, Any] = {}
         self.baseline: list[float] | None = None
+        self.learnt: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.most_trainable = 0
         self.under_way = False
@@ -76,13 +79,21 @@ class ResumableTrainer(ObservingTrainer):
 
     def take_scenario(self, scenario: Scenario) -> None:
         """Go on with a longer scenario, whose first tasks are those of the present one."""
-        tasks = len(self.scenario)
-        matrix = np.full((len(scenario), len(scenario)), np.nan)
-        matrix[:tasks, :tasks] = self.accuracy_matrix
-        self.accuracy_matrix, self.scenario = matrix, scenario
+        tasks, matrix = len(self.whole_matrix), self._empty_matrix(scenario)
+        matrix[:tasks, :tasks] = self.whole_matrix
+        self.whole_matrix, self.scenario = matrix, scenario
         if self.baseline is not None:
-            self.baseline += [float("nan")] * (len(scenario) - tasks)
+            self.baseline += [float("nan")] * (len(matrix) - tasks)
         self.make_collators()
+
+    @property
+    def accuracy_matrix(self) -> np.ndarray:
+        """Of the scenario's tasks, (tasks, tasks): the part of `whole_matrix` that this run measures."""
+        return self.whole_matrix[self.tasks_before :, self.tasks_before :]
+
+    def _empty_matrix(self, scenario: Scenario) -> np.ndarray:
+        tasks = self.tasks_before + len(scenario)
+        return np.full((tasks, tasks), np.nan)
 
     def check_not_interrupted(self) -> None:
         """Refuse to go on with a task that was interrupted in this process: its parameters are half trained."""
@@ -103,19 +114,9 @@ class ResumableTrainer(ObservingTrainer):
         elif task.index == 0:
             self.tuner.begin_stream(self.scenario.classes)
 
-    def sequence_state(self) -> dict[str, Any]:
-        """All that the tasks to come depend on."""
+    def learnt_state(self) -> dict[str, Any]:
+        """All that training steps change."""
         return {
-            "settings": self.settings(),
-            "accuracy_matrix": self.accuracy_matrix.tolist(),
-            "finished_tasks": self.finished_tasks,
-            "prompt_usage": usage_of_finished_tasks(self),
-            "details": self.details,
-            "baseline": self.baseline,
-            "train_seconds": self.seconds(),
-            "query_seconds": self.query_seconds,
-            "most_trainable": self.most_trainable,
-            "steps": self.steps_before + self.state.global_step,
             "weights": self._own_weights(),
             "head": self.tuner.head.active.going_on(),
             "strategy": self.strategy.state_dict(),
@@ -123,6 +124,23 @@ class ResumableTrainer(ObservingTrainer):
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             # A task has an optimizer of its own, a stream one for all.
             "optimizer": self.optimizer.state_dict() if self.optimizer and not self.scenario.boundaries else None,
+        }
+
+    def sequence_state(self) -> dict[str, Any]:
+        """All that the tasks to come depend on."""
+        return {
+            "settings": self.settings(),
+            "accuracy_matrix": self.whole_matrix.tolist(),
+            "finished_tasks": self.finished_tasks,
+            "prompt_usage": usage_of_finished_tasks(self),
+            "details": self.details,
+            "baseline": self.baseline,
+            "learnt": self.learnt,
+            "train_seconds": self.seconds(),
+            "query_seconds": self.query_seconds,
+            "most_trainable": self.most_trainable,
+            "steps": self.steps_before + self.state.global_step,
+            **self.learnt_state(),
         }
 
     def _own_weights(self) -> dict[str, torch.Tensor]:
@@ -160,11 +178,13 @@ class ResumableTrainer(ObservingTrainer):
 
     def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)
-        matrix = np.array(state["accuracy_matrix"], dtype=float)
-        if matrix.shape != self.accuracy_matrix.shape:
-            raise TypeError(f"accuracies of {matrix.shape} tasks")
-        self.accuracy_matrix = matrix
+        measured = np.array(state["accuracy_matrix"], dtype=float)
+        first = len(self.whole_matrix) - len(measured)  # runs of earlier versions have no row for tasks before
+        if measured.shape != (len(measured), len(measured)) or first not in (0, self.tasks_before):
+            raise TypeError(f"accuracies of {measured.shape} tasks")
+        self.whole_matrix[first:, first:] = measured
         self.finished_tasks = state["finished_tasks"]
+        self.learnt = state.get("learnt") or [learnt_of(self, {}) for _ in range(self.finished_tasks)]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
         self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
@@ -198,11 +218,10 @@ class ResumableTrainer(ObservingTrainer):
 
     def settings(self) -> dict[str, Any]:
         """What must not change while a sequence is under way."""
-        results = self.results
-        settings = {**results.hyperparameters}
+        settings = settings_of(self)
         for name in ("threads", "device"):  # where it runs, not what
             settings.pop(name)
-        what = {name: getattr(results, name) for name in ("method", "base_model", "dataset", "scenario")}
+        what = facts_of(self)
         attention = self.tuner.encoder.base_layer.config._attn_implementation
         return {
             **what,
@@ -212,7 +231,15 @@ class ResumableTrainer(ObservingTrainer):
             "learnt_before": {"tasks": self.tasks_before, "classes": list(self.classes_before)},
             "backbone": {"weights": self._backbone, "attention": attention},
             "examples": {task.name: self._digest_of(task) for task in self.scenario},
+            # Those that are kept back are the rest of the examples.
+            **({"validation": self._digests_of_validation()} if self._validation_was_given() else {}),
         }
+
+    def _validation_was_given(self) -> bool:
+        return bool(self.validation) and self.args.validation_fraction is None
+
+    def _digests_of_validation(self) -> dict[str, str]:
+        return {task.name: digest_of_examples(self.scenario, task) for task in self.validation}
 
     def _digest_of(self, task: Task) -> str:
         if task.index not in self._examples:

@@ -21,10 +21,7 @@ def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, A
     learnt = scenario["task_names"][:finished]
     return {
         **{name: value for name, value in settings.items() if name not in NO_PART},
-        "scenario": {
-            **{name: value for name, value in scenario.items() if name != "content"},
-            **{name: scenario[name][:finished] for name in SIZES},
-        },
+        "scenario": {**scenario, **{name: scenario[name][:finished] for name in SIZES}},
         "examples": {name: digest for name, digest in examples.items() if name in learnt},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..disk import check_file, replacing
-from ..shown import shown
+from ..text import brief
 from .files import remove
 
 
@@ -95,7 +96,7 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(state).__name__}")
     except Exception as error:  # whatever torch and pickle make of bytes of others
         raise ValueError(
-            f"{path} is no snapshot of a run ({shown(str(error))}). Train anew without resume_from_checkpoint, in "
+            f"{path} is no snapshot of a run ({brief(str(error))}). Train anew without resume_from_checkpoint, in "
             "another output_dir."
         ) from error
     return state
@@ -127,14 +128,14 @@ def told_of_junk(folder: Path, state: Mapping[str, Any]) -> Iterator[None]:
     try:
         for name, kind in KINDS.items():
             if not isinstance(state[name], kind) or isinstance(state[name], bool):
-                raise TypeError(f"{name} is {shown(state[name])}")
+                raise TypeError(f"{name} is {brief(state[name])}")
         matrix, finished = state["accuracy_matrix"], state["finished_tasks"]
         if not 0 <= finished <= len(matrix) or [len(row) for row in matrix] != [len(matrix)] * len(matrix):
-            raise TypeError(f"{finished} tasks are finished, and the accuracies are {shown(matrix)}")
+            raise TypeError(f"{finished} tasks are finished, and the accuracies are {brief(matrix)}")
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"The state in {str(folder)!r} is not one that a run wrote ({type(error).__name__}: {shown(str(error))}). "
+            f"The state in {str(folder)!r} is not one that a run wrote ({type(error).__name__}: {brief(str(error))}). "
             "Train anew without resume_from_checkpoint, in another output_dir."
         ) from error
 
@@ -213,6 +214,17 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def on_cpu(state: Any) -> Any:
+    """A copy of a state, its tensors in the CPU's memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {name: on_cpu(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(on_cpu(value) for value in state)
+    return copy.deepcopy(state)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -87,10 +87,10 @@ class TaskTrainer(TaskData):
             **kwargs,
         )
         self.tuner.head.own_loss = loss  # of the last trainer, if it had one, no more
-        self.progress = SequenceProgress()
-        if self.pop_callback(ProgressCallback) is not None:
+        self.progress = SequenceProgress(bars=not args.disable_tqdm)
+        replaced = [self.pop_callback(each) for each in (ProgressCallback, PrinterCallback)]
+        if any(replaced):  # a notebook has a table of its own
             self.add_callback(self.progress)
-        self.pop_callback(PrinterCallback)
         self.add_callback(EpochDraws(self))
         plain = self._transforms[False]
         self.queries = QueryCache(
@@ -176,7 +176,7 @@ class TaskTrainer(TaskData):
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train", images=self._images_of_a_fit(tasks))
-        self._losses, self._losses_counted = {}, 0
+        self.forget_steps()
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         try:
@@ -193,6 +193,10 @@ class TaskTrainer(TaskData):
         if self.args.max_steps > 0:
             return self.args.max_steps * self.args.images_per_step
         return self.args.num_train_epochs * sum(len(task.train) for task in tasks)
+
+    def forget_steps(self) -> None:
+        """Let go of what steps left behind for those after them."""
+        self._losses, self._losses_counted, self._weights, self._weight = {}, 0, [], 1.0
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """After a checkpoint of the last step nothing is left to train; the Trainer would take one step more."""

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import ClassLabel
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from ..hub.card import write_model_card
-from ..metrics import RunResults, continual_metrics
-from ..metrics.predictions import evaluation_details
+from ..metrics import RunResults
 from ..metrics.results import FILE_NAME
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
+from ..text import percent
 from .arguments import ContinualTrainingArguments
 from .checks import check_callbacks, check_fit, check_functions, check_optimizer, check_replacements
-from .examples import row_counts
+from .choosing import check_choices, given_validation, keep_back, warn_of_test_images
+from .earlier import earlier_tasks
+from .extras import spared
 from .files import check_writable, explained_writes, written_aside
 from .loss import check_loss
-from .record import adapter_folder, record_of
-from .resuming import ResumableTrainer
+from .measuring import MeasuringTrainer
+from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .strategy import Combined, Strategy
 
 
-logger = logging.get_logger(__name__)
-
-
-class ContinualTrainer(ResumableTrainer):
+class ContinualTrainer(MeasuringTrainer):
     """A `transformers.Trainer` that learns the tasks of a scenario one after the other and measures as it goes.
 
     For each task the model's head and pool start the task, optimizer and schedule are new, and the arguments hold as
@@ -54,13 +49,22 @@ class ContinualTrainer(ResumableTrainer):
             method adds (the pull of keys, orthogonality, ...) is added to it as ever. Weighted, focal and smoothed
             losses are one line each: see the example.
         strategy: a comparison method, or a list of them; None trains the adapter as it is.
+        earlier_test: test images of tasks that a loaded adapter had learnt before, which are measured on then: one
+            split (`Dataset`) whose images are told apart by their classes, a dict of them by the task's name, or the
+            scenario that they were learnt from. None: these tasks are not measured, and the record says so.
+        validation: validation images of the tasks, in the same forms, by which is chosen within a task (early
+            stopping, the best checkpoint, ...); or set `validation_fraction` in the arguments.
         **kwargs: further arguments of `transformers.Trainer` (callbacks, ...).
 
     Attributes:
-        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on task j after task i; NaN if not measured.
+        accuracy_matrix: (tasks, tasks) array, R[i, j] = accuracy (0 to 1) on the scenario's task j after its task i;
+            NaN if not measured.
+        earlier: tasks that a loaded adapter had learnt before, with what the `results.json` beside it says of them.
+            They come first in `results`, whose matrix and metrics are of all tasks, and their names are not given
+            again (a scenario's `task_0` becomes `task_3` after three).
         metrics: average and overall accuracy, average incremental accuracy, forgetting, backward transfer, ..., as
             `continual_metrics` names them (fractions).
-        results: the record of the run, as saved in `results.json`.
+        results: the record of the adapter, as saved in `results.json`.
 
     Raises:
         ValueError: anything that cannot work, before training starts.
@@ -86,8 +90,14 @@ class ContinualTrainer(ResumableTrainer):
         batch_augmentation: Callable | None = None,
         loss: Callable | None = None,
         strategy: Strategy | Sequence[Strategy] | None = None,
+        earlier_test: Any = None,
+        validation: Any = None,
         **kwargs: Any,
     ):
+        self.earlier = earlier_tasks(model)
+        #: The tasks as they were given, before they got their names on record.
+        self._given: list[Task] = list(scenario) if isinstance(scenario, Scenario) else []
+        scenario = self.earlier.named_on(scenario) if self._given else scenario
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_fit(model, args, scenario, strategy)
         check_functions(processing_class, augmentation, batch_augmentation, args.augmentation_draws)
@@ -95,6 +105,13 @@ class ContinualTrainer(ResumableTrainer):
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
         check_replacements(kwargs)
+        self.earlier = self.earlier.with_tests(earlier_test, scenario)
+        # For each task one whose test images are to choose by within a task.
+        self.validation = [] if validation is None else given_validation(validation, scenario, args)
+        check_choices(args, kwargs.get("callbacks"), bool(self.validation or args.validation_fraction))
+        warn_of_test_images(args, bool(self.validation or args.validation_fraction))
+        if validation is None:
+            scenario, self.validation = keep_back(scenario, args)
         if args.process_index == 0:
             check_writable(Path(args.output_dir), model.peft_config)
         strategy.prepare(model)
@@ -107,10 +124,9 @@ class ContinualTrainer(ResumableTrainer):
             batch_augmentation,
             loss,
             strategy,
-            compute_metrics=self._accuracies,
             **kwargs,
         )
-        self._measured: list[Task] = []
+        self._asked_batch = args.train_batch_size
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
@@ -136,7 +152,7 @@ class ContinualTrainer(ResumableTrainer):
         if resume_from_checkpoint:
             self.resume(self.folder if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         output = None
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
+        if self.is_world_process_zero():
             self.progress.begin_sequence(len(self.scenario), self.finished_tasks)
         try:
             for task in self.scenario[self.finished_tasks :]:
@@ -146,7 +162,8 @@ class ContinualTrainer(ResumableTrainer):
         if self.args.pictures and self.finished_tasks:
             self.draw()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            with spared("The run is not pushed to the Hub"):
+                self.push_to_hub()
         return output
 
     def hyperparameter_search(self, *words: Any, **more: Any) -> None:
@@ -166,13 +183,18 @@ class ContinualTrainer(ResumableTrainer):
             **columns: for a data set, as `Scenario.with_task` has them (`name`, `label_column`, ...).
         """
         self.check_not_interrupted()
+        # Both may have been changed since.
+        check_choices(self.args, self.callback_handler.callbacks, bool(self.validation))
         if not isinstance(task, Task):
             task = self._add(task, **columns)
         elif columns:
             raise ValueError(
                 f"train_task() got {columns} with a Task, which has its name and columns. Leave them out."
             )
-        if self.finished_tasks >= len(self.scenario) or task is not self.scenario[self.finished_tasks]:
+        number = self.finished_tasks
+        if number < len(self.scenario) and task is self._given[number]:
+            task = self.scenario[number]
+        if number >= len(self.scenario) or task is not self.scenario[number]:
             raise ValueError(
                 f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
                 "are learnt in the scenario's order."
@@ -181,8 +203,7 @@ class ContinualTrainer(ResumableTrainer):
             self.forget_finished_run()
         self._begin(task)
         if self.args.measure_ahead and task.index == 0:
-            self.evaluate()
-            self.baseline, self.accuracy_matrix[0] = self.accuracy_matrix[0].tolist(), np.nan
+            self._measure_baseline()
         self.began = time.perf_counter()
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
@@ -190,14 +211,18 @@ class ContinualTrainer(ResumableTrainer):
         self.strategy.end_task(self, task)
         self.observe(task)
         self.train_seconds, self.began = self.seconds(), None
+        self.learnt.append(learnt_of(self, self._took))
         self.evaluate()
         self.finished_tasks, self.under_way = self.finished_tasks + 1, False
         with explained_writes(self.folder, self.finished_tasks - 1):
             self.save()
             self.save_snapshot()
+            # A trainer to come in this process goes on with it.
+            self.tuner.peft_config[self.tuner.active_adapters[0]].record = self.results
             if self.is_world_process_zero():
                 self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
-        self.progress.end_task(self._summary(task))
+        if self.is_world_process_zero():
+            self.progress.end_task(self._summary(task))
         return output
 
     def _add(self, data: Mapping[str, Any], **columns: Any) -> Task:
@@ -207,130 +232,51 @@ class ContinualTrainer(ResumableTrainer):
                 f"{self.finished_tasks} of {len(self.scenario)} tasks are learnt, and a task is added to the end. "
                 "Call train() first."
             )
-        longer = self.scenario.with_task(data, **columns)
+        given = self.scenario.with_task(data, **columns)
+        longer = self.earlier.named_on(given)
         check_fit(self.model, self.args, longer, self.strategy, self.finished_tasks)
+        if self.validation and self.args.validation_fraction is None:
+            raise ValueError(
+                "The trainer chooses by validation images that were given, and there are none of an added task. Make "
+                "a new trainer with the saved adapter, a scenario of this data, and validation images of it."
+            )
+        longer, kept = keep_back(longer, self.args, first=len(self.scenario))
+        self.validation += kept
+        self._given.append(given[-1])
         self.take_scenario(longer)
         with explained_writes(self.folder, self.finished_tasks):  # so that an interruption finds the task in it
             self.save_snapshot()
         return longer[-1]
 
     def _begin(self, task: Task) -> None:
-        self.task, self.under_way = task, True
-        self.progress.begin_task(task.name, task.index)
+        self.task, self.under_way, self._took = task, True, {"epochs": 0.0, "steps": 0}
+        number = self.tasks_before + task.index + 1
+        self.progress.begin_task(task.name, number, len(self.whole_matrix))
         self.look_before(task)
         self._start(task)
         self.strategy.begin_task(self, task)
         self.most_trainable = max(self.most_trainable, self.model.get_nb_trainable_parameters()[0])
 
-    # ----------------------------------------------------------------------------------------------- measuring
+    def fit(self, tasks: Sequence[Task]) -> TrainOutput | None:
+        """Train on the examples of `tasks`, and note what it took."""
+        if self.args.train_batch_size != self._asked_batch:  # which the Trainer reads but once
+            self._train_batch_size = self._asked_batch = self.args.train_batch_size
+        output = super().fit(tasks)
+        if output is not None:
+            batch = self.state.train_batch_size
+            self._took = {
+                "epochs": round(self._took["epochs"] + self.state.epoch, 3),
+                "steps": self._took["steps"] + self.state.global_step,
+                "images_per_step": batch * self.args.gradient_accumulation_steps * self.args.world_size,
+                "batch": batch,
+            }
+        return output
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ):
-        """Measure accuracy, by default on the test examples of each task seen, which fills a row of the matrix.
-
-        Args:
-            eval_dataset: a `Task`, for its test examples; other examples of the scenario's classes; None: the tasks
-                seen.
-
-        Returns:
-            dict with `eval_loss`, `eval_average_accuracy` (mean over tasks) and `eval_accuracy_<task name>`; for other
-            examples `eval_loss` and `eval_accuracy`.
-        """
-        if eval_dataset is None:
-            if self.task is None:
-                raise ValueError("No task has begun, so there is nothing to measure. Call train() first.")
-            ahead = self.args.measure_ahead and self.began is None  # between tasks
-            self._measured = list(self.scenario if ahead else self.scenario[: self.task.index + 1])
-            self.selected_rows = []
-            eval_dataset = self.examples(self._measured, "test")
-        else:
-            eval_dataset = self._own_examples(eval_dataset)
-        try:
-            with self.uncounted(), nullcontext() if self.began is None else self.head_as_if_finished():
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            if self.selected_rows:
-                sizes = [len(task.test) for task in self._measured]
-                rows = self.key_sets * self.tuner.pool.rows_in_use
-                self.prompt_usage = row_counts(self.selected_rows, sizes, rows)
-        finally:
-            measured, self._measured, self.selected_rows = self._measured, [], None
-        for task in measured:
-            self.accuracy_matrix[self.task.index, task.index] = metrics[f"{metric_key_prefix}_accuracy_{task.name}"]
-        return metrics
-
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
-        """The Trainer's `predict` for what `evaluate` takes as `eval_dataset`; `predictions` are rows of the head,
-        (examples,), whose names are `model.config.id2label`."""
-        return super().predict(self._own_examples(test_dataset), ignore_keys, metric_key_prefix)
-
-    def _own_examples(self, data: Any) -> Any:
-        """Examples with the labels that their task gives them, or that their own class names have."""
-        if isinstance(data, Task):
-            return self.examples([data], "test")
-        for task in self.scenario:
-            for split in ("train", "test"):
-                if data is getattr(task, split):
-                    return self.examples([task], split, measured=True)
-        if self.scenario.task_known or any(task.label_names is not None for task in self.scenario):
-            why = (
-                "The task of a test image is known in this scenario, but that of these examples is not."
-                if self.scenario.task_known
-                else "The tasks come from data sets that number their classes differently, so what the labels of "
-                "these examples mean is not known."
-            )
-            raise ValueError(f"{why} Give a Task, or a task's own train or test data.")
-        feature = getattr(data, "features", {}).get(self.scenario.label_column)
-        names = tuple(feature.names) if isinstance(feature, ClassLabel) else self.scenario.label_names
-        if names == self.scenario.label_names:
-            return data
-        task = Task(0, "given", (), data, data, names)
-        if (self.scenario.model_labels(task, "test", self.classes_before) < 0).any():
-            raise ValueError(
-                f"The examples have labels of {list(names)}, of which the scenario has {list(self.scenario.classes)}. "
-                "Remove examples of other classes by filter()."
-            )
-        return self.examples([task], "test")
-
-    def _accuracies(self, prediction: Any) -> dict[str, float]:
-        correct = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)
-        if not self._measured:
-            return {"accuracy": float(correct.mean())}
-        ends = np.cumsum([len(task.test) for task in self._measured])
-        if len(correct) != ends[-1]:
-            raise RuntimeError(f"{len(correct)} predictions came back for {ends[-1]} test examples")
-        accuracies = [part.mean() for part in np.split(correct, ends[:-1])]
-        seen = self.task.index + 1
-        if self.began is None:
-            self.details = self._details(prediction, np.diff(ends[:seen], prepend=0))
-        return {
-            "average_accuracy": float(np.mean(accuracies[:seen])),
-            **{f"accuracy_{task.name}": float(value) for task, value in zip(self._measured, accuracies, strict=True)},
-        }
-
-    def _details(self, prediction: Any, sizes: np.ndarray) -> dict[str, Any]:
-        """What is told by predictions for the tasks seen, of so many examples each, beside their accuracies."""
-        seen = self.scenario[: len(sizes)]
-        asked = self.scenario.boundaries and not self.scenario.task_known
-        disjoint = sum(len(task.classes) for task in seen) == len({name for task in seen for name in task.classes})
-        return evaluation_details(
-            np.asarray(prediction.predictions)[: sizes.sum()],
-            np.asarray(prediction.label_ids)[: sizes.sum()],
-            np.repeat(np.arange(len(sizes)), sizes),
-            list(dict.fromkeys([*self.classes_before, *self.scenario.classes])),
-            [task.classes for task in seen] if asked and disjoint else None,
-        )
+    # ----------------------------------------------------------------------------------------------- results
 
     @property
     def metrics(self) -> dict[str, float]:
-        if not self.finished_tasks:
-            return {}
-        sizes = [len(task.test) for task in self.scenario]
-        # A task that was added later has no accuracy from before the first one.
-        whole = self.baseline is not None and not np.isnan(self.baseline).any()
-        return continual_metrics(self.accuracy_matrix, test_sizes=sizes, baseline=self.baseline if whole else None)
-
-    # ----------------------------------------------------------------------------------------------- results
+        return metrics_of(self)
 
     def save(self) -> None:
         """Write adapter, processor, `results.json` and card into the output folder; whole files replace old ones."""
@@ -344,20 +290,18 @@ class ContinualTrainer(ResumableTrainer):
             self.create_model_card()
 
     def draw(self) -> None:
-        """Draw the run into its folder, on the first process; without matplotlib, say what to install."""
-        if not self.is_world_process_zero():
-            return
-        try:
-            write_pictures(self.folder, self.results)
-        except (ImportError, ValueError, OSError) as error:
-            logger.warning("No pictures of %s: %s", self.folder, error)
+        """Draw the run into its folder, on the first process; where that fails, say why and go on."""
+        if self.is_world_process_zero():
+            with spared(f"No pictures of {self.folder}"):
+                write_pictures(self.folder, self.results)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
         if self.is_world_process_zero():
-            record = self.folder / FILE_NAME
-            results = RunResults.load(record) if record.is_file() else self.results
-            write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
+            with spared(f"No model card of {self.folder}"):
+                record = self.folder / FILE_NAME
+                results = RunResults.load(record) if record.is_file() else self.results
+                write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
 
     @property
     def results(self) -> RunResults:
@@ -365,8 +309,14 @@ class ContinualTrainer(ResumableTrainer):
         return record_of(self)
 
     def _summary(self, task: Task) -> str:
+        """What came of a task, beside what guessing would reach."""
         metrics = self.metrics
-        return (
-            f"{task.name}: {task.index + 1} of {len(self.scenario)} tasks, {self.train_seconds:.0f} s of training, "
-            f"average accuracy {metrics['average_accuracy']:.2%}, forgetting {metrics['forgetting']:.2%}"
-        )
+        classes = len(task.classes if self.scenario.task_known else self.tuner.head.config.classes)
+        reached = self.accuracy_matrix[task.index, task.index]
+        parts = [f"accuracy {percent(reached, 2)}% (chance {percent(1 / classes, 2)}%)"]
+        if self.tasks_before + task.index:
+            for name in ("average_accuracy", "forgetting"):
+                value = metrics[name]
+                text = f"{percent(value, 2)}%" if value == value else "not measured"
+                parts.append(f"{name.replace('_', ' ')} {text}")
+        return ", ".join([*parts, f"{self.train_seconds:.0f} s of training"])

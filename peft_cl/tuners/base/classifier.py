@@ -67,6 +67,7 @@ class ClassifierHead(AdapterLayer):
         self.owner = (model,)
         self.base_names = _class_names(model, self.base_layer)
         self.base_labels = {name: dict(getattr(model.config, name)) for name in ("id2label", "label2id")}
+        self.base_problem_type = getattr(model.config, "problem_type", None)
         self.base_accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", None)
         self.hooks = [
             model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
@@ -79,7 +80,7 @@ class ClassifierHead(AdapterLayer):
         (model,) = self.owner
         for hook in self.hooks:
             hook.remove()
-        self._show(self.base_labels)
+        self._show(self.base_labels, self.base_problem_type)
         if self.base_accepts_loss_kwargs is None:
             del model.accepts_loss_kwargs
         else:
@@ -89,13 +90,17 @@ class ClassifierHead(AdapterLayer):
     def show_labels(self) -> None:
         """Keep the base config's labels in step with the head that answers, for pipelines and predictions."""
         if self.active is None:
-            self._show(self.base_labels)
+            self._show(self.base_labels, self.base_problem_type)
         else:
             names = self.config.classes
-            self._show({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
+            # Of several classes one is the answer, whatever the base model was for: pipelines choose softmax by it.
+            problem_type = self.base_problem_type and "single_label_classification"
+            labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+            self._show(labels, problem_type)
 
-    def _show(self, labels: dict[str, dict]) -> None:
+    def _show(self, labels: dict[str, dict], problem_type: str | None) -> None:
         (model,) = self.owner
+        model.config.problem_type = problem_type
         for name, value in labels.items():
             setattr(model.config, name, dict(value))
         model.num_labels = len(labels["id2label"])

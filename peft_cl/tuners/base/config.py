@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from peft import PeftConfig
 
+from ...assets.resolving import portable_name
 from ...heads.checks import check_count
-from ...shown import shown
+from ...text import brief
 from .facts import LARGEST_WEIGHT, check_facts
 from .head_config import HeadConfig
 from .saved import check_saved_files
@@ -93,7 +94,9 @@ class PromptPoolConfig(HeadConfig):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.format_version, bool) or not isinstance(self.format_version, int):
-            raise ValueError(f"format_version is {shown(self.format_version)}, but must be a whole number.")
+            raise ValueError(f"format_version is {brief(self.format_version)}, but must be a whole number.")
+        # Adapters of earlier versions name the folder on the machine where they were made.
+        self.base_model_name_or_path = portable_name(self.base_model_name_or_path)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version}, but this peft_cl reads formats up to {FORMAT_VERSION}: the "
@@ -102,7 +105,7 @@ class PromptPoolConfig(HeadConfig):
         for name, choices in _choices_of(type(self)).items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} is {shown(value)}, but must be one of {', '.join(map(repr, choices))}.")
+                raise ValueError(f"{name} is {brief(value)}, but must be one of {', '.join(map(repr, choices))}.")
         check_facts(self)
         self._check_not_negative("task_evidence")
         self._check_head()
@@ -141,6 +144,11 @@ class PromptPoolConfig(HeadConfig):
         config.source = str(pretrained_model_name_or_path), {"subfolder": subfolder, **kwargs}
         config._saved = config._sizes()
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it; the embedded backbone by its name, which holds on every machine."""
+        facts = super().to_dict()
+        return {**facts, "base_model_name_or_path": portable_name(facts["base_model_name_or_path"])}
 
     @property
     def is_as_saved(self) -> bool:
@@ -243,7 +251,7 @@ class PromptPoolConfig(HeadConfig):
         outside = [layer for layer in self.prompted_layers if layer >= num_layers]
         if outside:
             raise ValueError(
-                f"layers {shown(outside)} are out of range: the base model has {num_layers} layers, counted 0 to "
+                f"layers {brief(outside)} are out of range: the base model has {num_layers} layers, counted 0 to "
                 f"{num_layers - 1}. Set the layers of {type(self).__name__} within that range."
             )
 
@@ -258,7 +266,7 @@ class PromptPoolConfig(HeadConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_WEIGHT:
                 raise ValueError(
-                    f"{name} is {shown(value)}, but must be a number of at least 0 (0 switches the term off) and at "
+                    f"{name} is {brief(value)}, but must be a number of at least 0 (0 switches the term off) and at "
                     f"most {LARGEST_WEIGHT:,.0f}."
                 )
 
@@ -267,9 +275,9 @@ class PromptPoolConfig(HeadConfig):
         value = getattr(self, name)
         layers = list(value) if isinstance(value, (list, tuple, range, set)) else [None]
         if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-            raise ValueError(f"{name} is {shown(value)}, but must be a list of whole numbers, counted from 0.")
+            raise ValueError(f"{name} is {brief(value)}, but must be a list of whole numbers, counted from 0.")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"{name} is {shown(layers)}, but each layer may be named once.")
+            raise ValueError(f"{name} is {brief(layers)}, but each layer may be named once.")
         if not layers and not empty_allowed:
             raise ValueError(f"{name} is empty, but at least one layer must be prompted, for instance [0].")
         setattr(self, name, sorted(layers))

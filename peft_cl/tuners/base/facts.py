@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...shown import shown
+from ...text import brief
 
 
 if TYPE_CHECKING:
@@ -25,17 +25,17 @@ def check_facts(config: PromptPoolConfig) -> None:
     for name in ("head", "head_features", "base_model_name_or_path", "revision", "task_type"):
         value = getattr(config, name)
         if not isinstance(value, str) and (value is not None or name == "head"):
-            raise ValueError(f"{name} is {shown(value)}, but must be a text. {_REMEDY}")
+            raise ValueError(f"{name} is {brief(value)}, but must be a text. {_REMEDY}")
     if config.auto_mapping is not None and not isinstance(config.auto_mapping, dict):
-        raise ValueError(f"auto_mapping is {shown(config.auto_mapping)}, but must be a dict. {_REMEDY}")
+        raise ValueError(f"auto_mapping is {brief(config.auto_mapping)}, but must be a dict. {_REMEDY}")
     _check_digests(config.base_weights)
     classes, tasks = _checked_classes(config.classes, bool(config.tasks)), _checked_tasks(config.tasks)
     if tasks:
         _check_rows(tasks, len(classes))
     if config.stream and len(tasks) != 1:
-        raise ValueError(f"stream is True, but tasks are {shown(config.tasks)}, and a stream is one. {_REMEDY}")
+        raise ValueError(f"stream is True, but tasks are {brief(config.tasks)}, and a stream is one. {_REMEDY}")
     if config.rows_in_use is not None and not _is_count(config.rows_in_use):
-        raise ValueError(f"rows_in_use is {shown(config.rows_in_use)}, but must be a whole number from 0. {_REMEDY}")
+        raise ValueError(f"rows_in_use is {brief(config.rows_in_use)}, but must be a whole number from 0. {_REMEDY}")
 
 
 def check_rows_in_use(config: PromptPoolConfig, rows: int) -> None:
@@ -50,19 +50,19 @@ def check_rows_in_use(config: PromptPoolConfig, rows: int) -> None:
 def _check_digests(digests: Any) -> None:
     is_digests = isinstance(digests, dict) and all(isinstance(part, str) for pair in digests.items() for part in pair)
     if digests is not None and not is_digests:
-        raise ValueError(f"base_weights is {shown(digests)}, but must hold a text for each format. {_REMEDY}")
+        raise ValueError(f"base_weights is {brief(digests)}, but must hold a text for each format. {_REMEDY}")
 
 
 def _checked_classes(classes: Any, learnt: bool) -> list[str]:
     if classes is None and not learnt:
         return []
     if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"classes is {shown(classes)}, but must be a list of names. {_REMEDY}")
+        raise ValueError(f"classes is {brief(classes)}, but must be a list of names. {_REMEDY}")
     # Before the first task they are the base model's, in which names may come twice.
     if learnt and len(set(classes)) != len(classes):
         seen: set[str] = set()
         twice = next(name for name in classes if name in seen or seen.add(name))
-        raise ValueError(f"classes has {shown(twice)} twice, but each class has one row. {_REMEDY}")
+        raise ValueError(f"classes has {brief(twice)} twice, but each class has one row. {_REMEDY}")
     return list(classes)
 
 
@@ -74,7 +74,7 @@ def _checked_tasks(tasks: Any) -> list[list[int]]:
     )
     if not fits:
         raise ValueError(
-            f"tasks is {shown(tasks)}, but must be a list with the rows of each task's classes, whole numbers from 0. "
+            f"tasks is {brief(tasks)}, but must be a list with the rows of each task's classes, whole numbers from 0. "
             f"{_REMEDY}"
         )
     return [list(rows) for rows in tasks]
@@ -84,10 +84,10 @@ def _check_rows(tasks: list[list[int]], classes: int) -> None:
     """Each task has known rows and new ones behind all before, and all rows belong to a task."""
     repeated = next((index for index, rows in enumerate(tasks) if len(set(rows)) != len(rows)), None)
     if repeated is not None:
-        raise ValueError(f"Task {repeated} of tasks repeats a row: {shown(tasks[repeated])}. {_REMEDY}")
+        raise ValueError(f"Task {repeated} of tasks repeats a row: {brief(tasks[repeated])}. {_REMEDY}")
     if list(dict.fromkeys(row for rows in tasks for row in rows)) != list(range(classes)):
         raise ValueError(
-            f"tasks is {shown(tasks)}, but there are {classes} classes, and the rows of new ones follow each other "
+            f"tasks is {brief(tasks)}, but there are {classes} classes, and the rows of new ones follow each other "
             f"from task to task, 0 to {classes - 1}. {_REMEDY}"
         )
 

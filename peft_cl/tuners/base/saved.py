@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ...disk import check_file
-from ...shown import shown
+from ...text import brief
 
 
 #: Formats of numbers in a file, by their names there. Others (float8, 4 bits) are none that adapters are saved in.
@@ -121,7 +121,7 @@ def check_tensors(method: str, expected: Mapping[str, torch.Tensor], found: Mapp
     spoilt = sorted(name for name, value in found.items() if not value.isfinite().all())
     if spoilt:
         raise ValueError(
-            f"The {method} adapter has numbers that are not finite (NaN or infinite) in {shown(spoilt)}: its training "
+            f"The {method} adapter has numbers that are not finite (NaN or infinite) in {brief(spoilt)}: its training "
             "went wrong, or the file is damaged. Every prediction would be a guess: train it anew with a lower "
             "learning rate, or restore the file."
         )
@@ -155,7 +155,7 @@ def _check_shapes(method: str, expected: Mapping[str, torch.Tensor], found: Mapp
 
 def _incomplete(method: str, missing: Iterable[str], surplus: Iterable[str]) -> str:
     return (
-        f"The {method} adapter file lacks {shown(sorted(missing))} and has {shown(sorted(surplus))} that the adapter "
+        f"The {method} adapter file lacks {brief(sorted(missing))} and has {brief(sorted(surplus))} that the adapter "
         "does not know: it is incomplete, or of another method or other settings. Save the adapter again with "
         "save_pretrained, and keep its config and its weights together."
     )

@@ -1,0 +1,156 @@
+"""`peft-cl predict`: what a saved adapter takes images for, by name."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from ..predicting import Prediction, classify
+from ..text import percent, plain
+from .adapters import SavedAdapter
+from .errors import CommandError, explained
+from .evaluate import load_adapter
+from .output import complain, say
+from .sources import load_processor
+
+
+#: Exit status where an image could not be read; the others are predicted.
+SOME_UNREADABLE = 1
+#: What a file that cannot be read as an image raises, a bomb included.
+UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, MemoryError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter, or its name on the Hub")
+    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, or folders, with all below them")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name for each (default: 5)")
+    parser.add_argument("--csv", metavar="FILE", help="write a table in place of lines; - is the standard output")
+    parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+    parser.epilog = (
+        "The task is the one that brought the best class: the model is not told it. Files that are no readable images "
+        f"are named, passed over and counted; the exit status is {SOME_UNREADABLE} then, and 0 otherwise. In a folder "
+        "only files with the ending of an image are read."
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
+        if value < 1:
+            raise CommandError(f"{name} is {value}, but must be at least 1.")
+    files = find_images(arguments.images)
+    adapter = SavedAdapter.read(arguments.adapter)
+    if not adapter.config.tasks:
+        raise CommandError("The adapter has learnt no classes yet, so it takes images for nothing. Train it first.")
+    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(adapter.processor or model.get_base_model().config._name_or_path)
+    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    found, unreadable = [], []
+    shown = tqdm(total=len(files), desc="images", unit="image", leave=False, disable=None if len(files) > 1 else True)
+    with shown:
+        for batch in read_batches(files, arguments.batch_size, unreadable):
+            images = [image for _, image in batch]
+            found += zip([file for file, _ in batch], classify(model, images, processor, arguments.top_k), strict=True)
+            shown.update(len(found) + len(unreadable) - shown.n)
+    if arguments.csv:
+        write_table(arguments.csv, found, names)
+    else:
+        say("\n\n".join(described(file, prediction, names) for file, prediction in found))
+    for file, fault in unreadable:
+        complain(f"{file} is passed over, it cannot be read as an image: {plain(fault, 300)}")
+    counted = f"{len(found)} of {len(files)} images predicted"
+    if unreadable:
+        complain(f"{counted}, {len(unreadable)} passed over. Mend or remove the files named.")
+        return SOME_UNREADABLE
+    if arguments.csv not in (None, "-"):
+        say(f"{counted}; the table is in {arguments.csv}.")
+    return 0
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """The files given, and those below the folders given that have an image's ending, in order.
+
+    Raises:
+        CommandError: There is no such file or folder, or no image in a folder.
+    """
+    endings, files = Image.registered_extensions(), []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            if not below:
+                raise CommandError(
+                    f"The folder {str(path)!r} holds no image. Give a folder with files such as cat.jpg."
+                )
+            files += below
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise CommandError(f"There is no image or folder {name!r}. Correct the path.")
+    return files
+
+
+def read_batches(
+    files: Sequence[Path], size: int, unreadable: list[tuple[Path, Exception]]
+) -> Iterator[list[tuple[Path, Image.Image]]]:
+    """Images in batches, whole in memory; files that cannot be read are added to `unreadable`."""
+    batch: list[tuple[Path, Image.Image]] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.load()
+                batch.append((file, ImageOps.exif_transpose(image)))  # as data sets turn what they read
+        except UNREADABLE as error:
+            unreadable.append((file, error))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def task_name(prediction: Prediction, names: Sequence[str]) -> str:
+    return "" if prediction.task is None else names[prediction.task]
+
+
+def described(file: Path, prediction: Prediction, names: Sequence[str]) -> str:
+    """An image's file, the task it is taken for, and a line for each class."""
+    task = task_name(prediction, names)
+    classes = zip(prediction.names, prediction.probabilities, strict=True)
+    return "\n".join(
+        [
+            f"{file}" + (f"  (task {plain(task)})" if task else ""),
+            *(f"  {percent(probability):>5}%  {plain(name)}" for name, probability in classes),
+        ]
+    )
+
+
+def write_table(place: str, found: Sequence[tuple[Path, Prediction]], names: Sequence[str]) -> None:
+    """A line for each image: file, task, and name and probability of each class, the best first."""
+    most = max((len(prediction.names) for _, prediction in found), default=1)
+    header = ["file", "task", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))]
+    rows = [
+        [
+            str(file),
+            task_name(prediction, names),
+            *(cell for pair in zip(prediction.names, prediction.probabilities, strict=True) for cell in pair),
+        ]
+        for file, prediction in found
+    ]
+    if place == "-":
+        csv.writer(sys.stdout, lineterminator="\n").writerows([map(plain, row) for row in [header, *rows]])
+        return
+    path = Path(place).expanduser()
+    with explained(f"The table cannot be written to {place!r}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+            csv.writer(stream).writerows([header, *rows])
