@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 #: Bytes that a file of text (a configuration, a record, a card) may have: far more than any of ours, and what a
@@ -51,3 +53,16 @@ def check_file(path: Path, most: int = MOST_TEXT) -> None:
             f"{str(path)!r} has {size:,} bytes, but such a file has at most {most:,}: it was not read. It is damaged, "
             "or no file of ours; restore it."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values by name in a file of JSON.
+
+    Raises:
+        ValueError: it is no file, too large, or no JSON of that kind; the message names it.
+    """
+    check_file(path)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}). Restore it.") from error

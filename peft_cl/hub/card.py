@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..disk import check_file, replacing
+from ..disk import read_json, replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
 from ..metrics.same_rows import same_rows
 from ..text import code, in_markdown, percent, plain
@@ -81,20 +81,6 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _read_config(file: Path) -> dict[str, Any] | None:
-    """An adapter's configuration; None where it is damaged.
-
-    Warns:
-        UserWarning: It is damaged.
-    """
-    try:
-        check_file(file)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        warnings.warn(f"{file} is damaged ({error}): the card is made without it.", stacklevel=3)
-        return None
-
-
 def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
     """Write the model card of the adapter in `folder` to its `README.md`, in place of one that is there.
 
@@ -119,9 +105,10 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
     folder = Path(folder)
     config_file = folder / "adapter_config.json"
     if "config" not in options and config_file.is_file():
-        config = _read_config(config_file)
-        if config is not None:  # else the record says what the card needs
-            options["config"] = config
+        try:
+            options["config"] = read_json(config_file)
+        except ValueError as error:  # the record says what the card needs
+            warnings.warn(f"{error} The card is made without it.", stacklevel=2)
     processor_files = ("preprocessor_config.json", "processor_config.json")
     options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
     folder.mkdir(parents=True, exist_ok=True)

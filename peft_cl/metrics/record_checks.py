@@ -37,8 +37,29 @@ def check_record(results: RunResults) -> None:
         _check_names(name, getattr(results, name))
     for name in _list_of("task_names", results.task_names):
         _check_text("task_names", name)
+    _check_scenario(results.scenario)
+    for name in ("adapter", "data"):
+        _check_names(f"hyperparameters.{name}", results.hyperparameters.get(name) or {})
     _check_numbers(results)
     _check_accuracies(results)
+
+
+def _check_scenario(scenario: dict[str, Any]) -> None:
+    """What identifies the sequence, as far as it is on record."""
+    for name in ("class_order", "task_names"):
+        for each in _list_of(f"scenario.{name}", scenario.get(name) or []):
+            _check_text(f"scenario.{name}", each)
+    for name in ("classes_per_task", "train_sizes", "test_sizes"):
+        for each in _list_of(f"scenario.{name}", scenario.get(name) or []):
+            _check_count(f"scenario.{name}", each)
+    _check_text("scenario.name", scenario.get("name") or "")
+    _check_names("scenario.settings", scenario.get("settings") or {})
+    _check_count("scenario.num_tasks", scenario.get("num_tasks") or 0)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise ValueError(_wrong(name, value, "a whole number from 0"))
 
 
 def _check_numbers(results: RunResults) -> None:
@@ -47,8 +68,7 @@ def _check_numbers(results: RunResults) -> None:
     counts |= {name: getattr(results, name) or 0 for name in ("adapter_bytes", "sums_bytes")}
     sizes = [("test_sizes", size) for size in _list_of("test_sizes", results.test_sizes)]
     for name, value in [*counts.items(), *sizes]:
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-            raise ValueError(_wrong(name, value, "a whole number from 0"))
+        _check_count(name, value)
     if not isinstance(results.seed, Integral) or isinstance(results.seed, bool):
         raise ValueError(_wrong("seed", results.seed, "a whole number"))
     _check_number("train_seconds", results.train_seconds, 0, math.inf, or_none=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..disk import check_file
+from ..disk import read_json
 from ..metrics import RunResults
 from ..tuners.base.saved import read_header
 from .comparison import plot_comparison
@@ -108,11 +107,9 @@ def read_keys(folder: Path) -> Keys | None:
         return None
     try:
         config = folder / CONFIG_NAME
-        check_file(config)
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        layers = settings.get("layers")
+        layers = read_json(config).get("layers") if config.is_file() else None
         tensors = _tensors(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The keys of the adapter in {str(folder)!r} cannot be read: {error}") from error
     if "keys" not in tensors:
         return None
