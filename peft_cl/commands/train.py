@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import datasets
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
-from transformers.utils import logging
 
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
@@ -28,6 +25,7 @@ from ..trainer.extras import spared
 from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
+from .bars import no_bars_in_files
 from .earlier import load_earlier_test, load_validation
 from .errors import CommandError, explained
 from .given import FILE as GIVEN_FILE
@@ -95,13 +93,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         remember(Path(settings.output_dir), kept, overrides)
     again = ["peft-cl", "train", arguments.config, *as_words(overrides)]
     learn(trainer, lambda: finish(settings, trainer, command, again))
-
-
-def no_bars_in_files() -> None:
-    """In a file each state of a bar would be a line."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
 
 
 def learn(trainer: ContinualTrainer, finished: Callable[[], str]) -> None:
