@@ -28,7 +28,9 @@ def exported(model, example):
     return program.module()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES[1:])]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_any_number_of_images(name, family):
     model = prompted(name, family)

@@ -32,7 +32,7 @@ from peft_cl.cli import main
 
 MUTATIONS = 240
 #: One in so many runs with the fast tests.
-FAST = 7
+FAST = 14
 SECONDS, KIBIBYTES, LETTERS = 10, 2**20, 30_000
 #: What a reader of PEFT's or transformers' functions sees of a file that is refused.
 REFUSALS = (ValueError, TypeError, KeyError, OSError, RuntimeError, pickle.UnpicklingError)

@@ -89,6 +89,7 @@ def test_domains_of_real_images(tmp_path):
     assert usage[0, 0] > 0.6 and usage[1, 1] > 0.8
 
 
+@pytest.mark.slow
 def test_prompts_learn_real_classes_and_the_adapter_carries_them(tiny_imagenet, tmp_path):
     scenario = class_incremental(tiny_imagenet, num_tasks=2, class_order=list(range(8)))
     trainer = trainer_of(
