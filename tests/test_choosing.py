@@ -6,10 +6,10 @@ import logging
 
 import numpy as np
 import pytest
-from trainer_cases import CONFIGS, images
+from trainer_cases import CONFIGS, images, whole_and_resumed
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from peft_cl import ContinualTrainer, RunResults, class_incremental, domain_incremental, task_free
+from peft_cl import RunResults, class_incremental, domain_incremental, task_free
 from peft_cl.trainer.choosing import share_of_each_class
 
 
@@ -149,12 +149,7 @@ def test_a_resumed_run_draws_the_same_images(make_trainer):
             **words,
         )
 
-    whole = trainer(folder="whole")
-    whole.train()
-    first = trainer()
-    first.train_task(first.scenario[0])
-    again: ContinualTrainer = trainer()
-    again.train(resume_from_checkpoint=True)
+    whole, again = whole_and_resumed(trainer)
     np.testing.assert_array_equal(again.accuracy_matrix, whole.accuracy_matrix)
 
 

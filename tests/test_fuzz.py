@@ -22,7 +22,8 @@ import pytest
 import torch
 import yaml
 from cli_fixtures import COLOURS, pictures
-from fuzz_variants import KINDS, mutation
+from fuzz_mutations import mutation
+from fuzz_variants import KINDS
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from peft import PeftModel
-from trainer_cases import CONFIGS
+from trainer_cases import CONFIGS, whole_and_resumed
 
 from peft_cl import RunResults, class_incremental, domain_incremental
-from peft_cl.trainer import ContinualTrainer
 
 
 FIRST, SECOND = ["red", "green", "blue", "yellow"], ["cyan", "magenta"]
@@ -182,12 +181,7 @@ def test_an_interrupted_run_of_a_loaded_adapter_goes_on(learn_on, data):
         scenario = class_incremental(data, 2, class_order=SECOND)
         return learn_on(scenario=scenario, earlier_test=data["test"], num_train_epochs=1, **words)
 
-    whole = trainer(folder="whole")
-    whole.train()
-    part = trainer()
-    part.train_task(part.scenario[0])
-    again: ContinualTrainer = trainer()
-    again.train(resume_from_checkpoint=True)
+    whole, again = whole_and_resumed(trainer)
     np.testing.assert_array_equal(again.whole_matrix, whole.whole_matrix)
     assert again.results.learnt == whole.results.learnt
 

@@ -29,3 +29,14 @@ def images(per_class: int, seed: int) -> Dataset:
         {"image": pictures, "label": labels.tolist()},
         features=Features({"image": Image(), "label": ClassLabel(names=names)}),
     )
+
+
+def whole_and_resumed(make):
+    """A run, and one that was interrupted after its first task and went on; `make(**words)` makes a trainer of it."""
+    whole = make(folder="whole")
+    whole.train()
+    part = make()
+    part.train_task(part.scenario[0])
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    return whole, again

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..disk import read_json, replacing
 from .errors import CommandError
 from .options import parse_yaml, read_config
 
@@ -25,9 +25,8 @@ def remember(folder: Path, config: dict[str, Any], overrides: Sequence[Override]
         for name, value in config.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{FILE}.{os.getpid()}.tmp"
-    aside.write_text(json.dumps(kept, indent=2, default=str), encoding="utf-8")
-    os.replace(aside, folder / FILE)
+    with replacing(folder / FILE) as aside:
+        aside.write_text(json.dumps(kept, indent=2, default=str), encoding="utf-8")
 
 
 def recall(path: str, overrides: Sequence[Override], resume: bool) -> tuple[dict[str, Any], list[Override]]:
@@ -59,9 +58,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json(file)
         return {"config": dict(kept["config"]), "overrides": [(str(key), value) for key, value in kept["overrides"]]}
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise CommandError(f"{str(file)!r} is damaged ({error}). Remove it, and give all settings again.") from error
 
 

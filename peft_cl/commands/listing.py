@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..scenarios import Scenario
+from ..text import plain
 
 
 #: How many tasks, classes of a task and letters of a name are shown.
@@ -13,15 +14,9 @@ def list_tasks(scenario: Scenario) -> str:
     """Return a line for each of the first tasks: its number, name and the first of its classes."""
     lines = []
     for task in scenario[:TASKS]:
-        classes = ", ".join(map(_short, task.classes[:CLASSES]))
+        classes = ", ".join(plain(name, LETTERS) for name in task.classes[:CLASSES])
         more = f", ... ({len(task.classes):,} in all)" if len(task.classes) > CLASSES else ""
-        lines.append(f"{f'  {_short(task.name)}:':<15}{classes}{more}")
+        lines.append(f"{f'  {plain(task.name, LETTERS)}:':<15}{classes}{more}")
     if len(scenario) > TASKS:
         lines.append(f"  ... ({len(scenario):,} tasks in all)")
     return "\n".join([*lines, ""])
-
-
-def _short(name: str) -> str:
-    """A name as text that a terminal may show."""
-    name = name if len(name) <= LETTERS else f"{name[: LETTERS - 3]}..."
-    return name if name.isprintable() else repr(name)

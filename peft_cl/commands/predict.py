@@ -7,12 +7,14 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..predicting import Prediction, classify
+from ..scenarios import open_image
 from ..text import percent, plain
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     found, unreadable = [], []
     shown = tqdm(total=len(files), desc="images", unit="image", leave=False, disable=None if len(files) > 1 else True)
     with shown:
-        for batch in read_batches(files, arguments.batch_size, unreadable):
+        for batch in read_batches(files, arguments.batch_size, unreadable, processor):
             images = [image for _, image in batch]
             found += zip([file for file, _ in batch], classify(model, images, processor, arguments.top_k), strict=True)
             shown.update(len(found) + len(unreadable) - shown.n)
@@ -100,15 +102,13 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 
 def read_batches(
-    files: Sequence[Path], size: int, unreadable: list[tuple[Path, Exception]]
+    files: Sequence[Path], size: int, unreadable: list[tuple[Path, Exception]], processor: Any
 ) -> Iterator[list[tuple[Path, Image.Image]]]:
-    """Images in batches, whole in memory; files that cannot be read are added to `unreadable`."""
+    """Images in batches, as training sees them; files that cannot be read are added to `unreadable`."""
     batch: list[tuple[Path, Image.Image]] = []
     for file in files:
         try:
-            with Image.open(file) as image:
-                image.load()
-                batch.append((file, ImageOps.exif_transpose(image)))  # as data sets turn what they read
+            batch.append((file, open_image(file, processor)))
         except UNREADABLE as error:
             unreadable.append((file, error))
         if len(batch) == size:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.utils import logging
@@ -19,6 +17,7 @@ from ..metrics.results import FILE_NAME
 from ..scenarios import Scenario, Task
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
+from ..tuners.base.saved import file_beside
 from .images_of_tasks import images_of_tasks
 
 
@@ -194,9 +193,5 @@ def _files(source: tuple[str, Mapping[str, Any]] | None) -> list[Path]:
     if Path(name).is_dir():  # an adapter that is not named "default" lies one folder below its record
         places = [folder, *([] if (folder.parent / CONFIG_NAME).is_file() else [folder.parent])]
         return [place / FILE_NAME for place in places if (place / FILE_NAME).is_file()]
-    known = ("revision", "cache_dir", "token", "local_files_only")
-    given = {word: value for word, value in words.items() if word in known and value is not None}
-    try:
-        return [Path(hf_hub_download(name, FILE_NAME, **given))]
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        return []
+    found = file_beside((name, {**words, "subfolder": None}), FILE_NAME)  # of the run, above its adapters
+    return [] if found is None else [found]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..disk import check_file, replacing
+from ..disk import read_json, replacing
 from ..text import brief
 from .files import remove
 
@@ -175,8 +175,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     try:
-        check_file(checkpoint / SEAL)
-        files = dict(json.loads((checkpoint / SEAL).read_text()))
+        files = read_json(checkpoint / SEAL)
         # Files of its own, and not what a path leads to.
         if not files:
             return "was not written to its end"
