@@ -91,7 +91,9 @@ def main() -> None:
     options = parser.parse_args()
     classes, size = 10 * options.tasks, backbone_and_size(options.backbone, torch.float32)[1]
     counts = options.images, max(1, options.images // 5)
-    data = tuple(photographs(count * classes, size, classes, distinct=2000) for count in counts)
+    data = tuple(
+        photographs(count * classes, size, classes, distinct=2000, seed=seed) for seed, count in enumerate(counts)
+    )
     rows: list[dict[str, Any]] = []
     print("| Method | Device | Images | Epochs | Training | Whole sequence |")
     print("|---|---|---:|---:|---:|---:|")

@@ -33,12 +33,12 @@ from peft_cl import CodaPromptConfig, ContinualTrainer, ContinualTrainingArgumen
 from peft_cl.assets import default_backbone
 
 
-def photographs(count: int, size: int, classes: int = 2, distinct: int | None = None) -> Dataset:
-    """Smooth random images of `size` pixels, as JPEG files in memory, equally many of each class.
+def photographs(count: int, size: int, classes: int = 2, distinct: int | None = None, seed: int = 0) -> Dataset:
+    """Smooth random images of `size` pixels drawn from `seed`, as JPEG files in memory, equally many of each class.
 
     Of thousands of images only some need be `distinct`: the others are the same files again, which take as long.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     files = []
     for _ in range(min(count, distinct or count)):
         coarse = PILImage.fromarray(rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, image_cache: bool) -> dict[str, Any]:
     set_seed(0)
     model, size = backbone_and_size(options.backbone, getattr(torch, options.dtype))
     data = photographs(options.batch_size * options.steps, size)
-    scenario = class_incremental((data, data.select(range(options.batch_size))), 1)
+    scenario = class_incremental((data, photographs(options.batch_size, size, seed=1)), 1)
     watch = Watch(options.device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContinualTrainer(
