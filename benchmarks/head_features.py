@@ -152,8 +152,10 @@ def reordered(found: dict, scenario: Scenario) -> dict:
     for place, split in enumerate(("train", "test")):
         rows = torch.cat([task["rows"][place] for task in found["tasks"]])
         features = torch.cat([task[split] for task in found["tasks"]])
-        features = torch.empty_like(features).index_copy_(0, rows, features)
-        found[f"{split}_features"] = features
+        # A scenario leaves out training images that are test images too, so rows may be missing.
+        found[f"{split}_features"] = features.new_zeros(int(rows.max()) + 1, features.shape[1]).index_copy_(
+            0, rows, features
+        )
     tasks = []
     for task in scenario:
         rows = [torch.tensor(getattr(task, split)["row"][:]) for split in ("train", "test")]

@@ -246,7 +246,7 @@ def tables(options: argparse.Namespace) -> str:
             lines.append(f"| {row.title} | {fmean(each['seconds'] for each in found):.1f} | {' | '.join(sizes)} |")
     lines += [
         "",
-        "| Prompts | Training (CPU s) | One pass over the training images (CPU s) | Prompts |",
+        "| Prompts | Training (CPU s) | Features of the training images (CPU s) | Prompts |",
         "|---|---:|---:|---:|",
     ]
     for method in methods:
