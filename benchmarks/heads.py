@@ -238,6 +238,10 @@ def tables(options: argparse.Namespace) -> str:
         ]
         if set(cells) != {NOTHING}:
             lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    joint = [json.loads(path.read_text())["accuracy"] for path in sorted(options.output.glob("joint-seed*.json"))]
+    if joint:  # of `joint.py`
+        cells = [spread([100 * value for value in joint]), *[NOTHING] * (len(methods) - 1)]
+        lines.append(f"| fine-tuning of the whole backbone, all tasks at once | {' | '.join(cells)} |")
     lines += ["", "| Head (what it sees) | CPU seconds, all tasks | Head | Sums |", "|---|---:|---:|---:|"]
     for row in options.rows:
         found = [each["rows"][row.title] for each in records[methods[0]] if row.title in each["rows"]]
