@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ FAMILIES: dict[str, Family] = {
         Family("deit", ("DeiTForImageClassification",), encoder="deit", special_tokens=2),
     )
 }
+
+
+def loader_of(config: PreTrainedConfig) -> type:
+    """The class whose `from_pretrained` loads a backbone with the one head that prompts need.
+
+    `AutoModelForImageClassification`, but for a distilled DeiT, of which it makes the model with two heads.
+    """
+    family, made = FAMILIES.get(config.model_type), (config.architectures or [""])[0]
+    if family is None or "ForImageClassification" not in made or made in family.model_classes:
+        return transformers.AutoModelForImageClassification
+    return getattr(transformers, family.model_classes[0], transformers.AutoModelForImageClassification)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from cli_fixtures import pictures
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessorPil
 
 from peft_cl import RunResults
 from peft_cl.cli import main
@@ -129,3 +130,29 @@ def test_forward_transfer_comes_from_a_configuration(train, domains, tmp_path, c
     assert f"- Forward transfer: {100 * expected:.2f} %" in (tmp_path / "out" / "README.md").read_text()
     assert train(*words, "--scenario", "{num_tasks: 2}", "--output_dir", str(tmp_path / "new")) == 2
     assert "measure_ahead is True, but task 'task_1' brings new classes" in capsys.readouterr().err
+
+
+def test_a_distilled_deit_is_learnt_on_with_its_one_head(place, tmp_path, capsys):
+    """Of its checkpoint the Auto class makes a model with two heads, which cannot be prompted."""
+    size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 3}
+    width = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
+    DeiTForImageClassificationWithTeacher(DeiTConfig(**size, **width)).save_pretrained(tmp_path / "deit")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "deit")
+    out, model = str(tmp_path / "out"), str(tmp_path / "deit")
+    words = ["--output_dir", out, "--model.name", model, "--training.num_train_epochs", "1"]
+    assert main(["train", str(place / "config.yaml"), *words]) == 0
+    assert main(["evaluate", out, "--dataset", str(place / "data")]) == 0
+    assert "20 images" in capsys.readouterr().out
+
+
+def test_what_is_measured_is_chosen_as_in_a_configuration(trained, place, capsys):
+    """`--data-files` are those measured on; messages name the options of this command, not settings of a file."""
+    files = str(place / "data" / "test*.parquet")
+    assert main(["evaluate", str(trained), "--dataset", "parquet", "--data-files", files]) == 0
+    assert "20 images" in capsys.readouterr().out
+    command = ["evaluate", str(trained), "--dataset", str(place / "data")]
+    assert main([*command, "--split", "dev"]) == 2
+    assert "Set --split, or --test-fraction, for instance to 0.2" in capsys.readouterr().err
+    assert main([*command, "--test-fraction", "0.2", "--train-split", "fit"]) == 2
+    assert "Set --train-split." in capsys.readouterr().err
+    assert main([*command, "--test-fraction", "0.2", "--train-split", "train"]) == 0

@@ -16,7 +16,7 @@ from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .options import fill
 from .sections import ONLY, DatasetSettings
-from .sources import load_data
+from .sources import load_data, split_of
 
 
 def make_earlier_test(values: Any, earlier: SavedAdapter | None) -> dict[str, DatasetSettings] | None:
@@ -112,15 +112,9 @@ def _by_domain(images: Dataset, column: str, tasks: Sequence[str], what: str) ->
 def _load(settings: DatasetSettings, scenario: Scenario, setting: str = "test_split") -> Dataset:
     """The split that `setting` names, its labels in the scenario's column."""
     section = "earlier_test" if setting == "test_split" else "dataset"
-    name = getattr(settings, setting)
     if setting == "validation_split":  # beside the test split, of which a fraction may be made
         settings = replace(settings, test_fraction=None)
-    splits = load_data(settings)
-    if name not in splits:
-        raise CommandError(
-            f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. Set {section}.{setting}."
-        )
-    images = splits[name]
+    images = split_of(load_data(settings), settings, setting, section)
     if settings.label_column not in images.column_names:
         raise CommandError(
             f"The data set {settings.path!r} has no column {settings.label_column!r}; its columns are "

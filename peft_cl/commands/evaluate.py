@@ -20,29 +20,29 @@ from ..text import percent, plain
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
+from .data_options import add_data_options, data_settings, said_as_options
 from .errors import CommandError, explained, some
 from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
-from .sources import load_data, load_processor
+from .sources import load_data, load_processor, split_of
 from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    data = {name: field.metadata["help"] for name, field in DatasetSettings.__dataclass_fields__.items()}
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter, or its name on the Hub")
-    parser.add_argument("--dataset", required=True, metavar="D", help=data["path"])
-    parser.add_argument("--dataset-name", metavar="NAME", help=data["name"])
-    parser.add_argument("--split", default="test", help="split to measure on (default: test)")
-    parser.add_argument("--label-column", default="label", metavar="NAME", help=data["label_column"])
-    parser.add_argument("--image-column", metavar="NAME", help="column of the images, if there are several")
+    add_data_options(parser)
     parser.add_argument(
         "--domain-column", metavar="NAME", help="column of the domains, where tasks share their classes"
     )
     parser.add_argument(
         "--task", metavar="NAME", help="task that the data set was in a dataset-sequence, whose classes bear its name"
     )
-    parser.add_argument("--test-fraction", type=float, metavar="F", help="measure on the share held back in training")
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that share (default: 0)")
+    add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what the adapter is put on, which `load_adapter` takes."""
     parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=ModelSettings.__dataclass_fields__["trust_remote_code"].metadata["help"],
     )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise CommandError(f"--batch-size is {arguments.batch_size}, but must be at least 1.")
     adapter = SavedAdapter.read(arguments.adapter)
-    with explained("The options of the data are wrong"):
-        settings = DatasetSettings(
-            path=arguments.dataset,
-            name=arguments.dataset_name,
-            label_column=arguments.label_column,
-            image_column=arguments.image_column,
-            test_split=arguments.split,
-            test_fraction=arguments.test_fraction,
-            split_seed=arguments.split_seed,
-        )
-    examples = load_split(settings)
+    settings = data_settings(arguments)
+    with said_as_options():
+        examples = split_of(load_data(settings), settings, "test_split")
     trust = arguments.trust_remote_code
     model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
     evaluation = evaluate(
@@ -117,16 +108,6 @@ def run(arguments: argparse.Namespace) -> None:
         say_json(vars(evaluation))
     else:
         say(evaluation)
-
-
-def load_split(settings: DatasetSettings) -> Dataset:
-    splits = load_data(settings)
-    if settings.test_split not in splits:
-        raise CommandError(
-            f"The data set {settings.path!r} has no split {settings.test_split!r}; it has {list(splits)}. Give one of "
-            "them by --split."
-        )
-    return splits[settings.test_split]
 
 
 def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str, trust_remote_code: bool = False) -> PeftModel:

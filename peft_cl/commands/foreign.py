@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from ..backbones import FAMILIES
 from ..disk import check_file
 from ..text import brief
 from .errors import CommandError
@@ -47,12 +48,13 @@ def no_code_of(what: str, name: str) -> Iterator[None]:
         raise CommandError(
             f"The {what} {name!r} needs code of its own (auto_map), which is not run on this machine unless you say "
             "so; nothing was run. Take one that transformers knows; or, if you have read the code and trust it, set "
-            "model.trust_remote_code to true in the configuration (peft-cl evaluate: --trust-remote-code)."
+            "model.trust_remote_code to true in the configuration (peft-cl evaluate and predict: "
+            "--trust-remote-code)."
         ) from error
 
 
-def check_config(path: str, trust_remote_code: bool) -> None:
-    """Refuse a model's configuration whose sizes no weights have, before anything of these sizes is made.
+def check_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Refuse a model's configuration whose sizes no weights have, before anything of these sizes is made; return it.
 
     Raises:
         ValueError: it names the setting, its value and the rule.
@@ -70,8 +72,8 @@ def check_config(path: str, trust_remote_code: bool) -> None:
                     "file is damaged: restore it, or give another model."
                 )
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
-    if not held or config.model_type not in ("vit", "deit"):
-        return
+    if not held or config.model_type not in FAMILIES:
+        return config
     with torch.device("meta"):
         asked = sum(value.numel() for value in AutoModelForImageClassification.from_config(config).parameters())
     if asked > 2 * held + SLACK:  # a number has half a byte at least
@@ -79,6 +81,7 @@ def check_config(path: str, trust_remote_code: bool) -> None:
             f"its config.json asks for {asked:,} numbers, but its weights have {held:,} bytes. The files do not "
             "belong together: restore them, or give another model."
         )
+    return config
 
 
 def check_weights(model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from ..scenarios import open_image
 from ..text import percent, plain
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
-from .evaluate import load_adapter
+from .evaluate import add_model_options, load_adapter
 from .output import complain, say
 from .sources import load_processor
 
@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, or folders, with all below them")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name for each (default: 5)")
     parser.add_argument("--csv", metavar="FILE", help="write a table in place of lines; - is the standard output")
-    parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+    add_model_options(parser)
     parser.epilog = (
         "The task is the one that brought the best class: the model is not told it. Files that are no readable images "
         f"are named, passed over and counted; the exit status is {SOME_UNREADABLE} then, and 0 otherwise. In a folder "
@@ -52,9 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = SavedAdapter.read(arguments.adapter)
     if not adapter.config.tasks:
         raise CommandError("The adapter has learnt no classes yet, so it takes images for nothing. Train it first.")
-    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype)
+    trust = arguments.trust_remote_code
+    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(adapter.processor or model.get_base_model().config._name_or_path)
+    processor = load_processor(
+        adapter.processor or model.get_base_model().config._name_or_path, trust_remote_code=trust
+    )
     names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
     found, unreadable = [], []
     shown = tqdm(total=len(files), desc="images", unit="image", leave=False, disable=None if len(files) > 1 else True)

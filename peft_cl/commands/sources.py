@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..backbones import loader_of
 from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
@@ -29,6 +31,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 RESULTS_FILE = "results.json"
 #: Settings of a data set that `load_dataset` has too.
 FROM_LOAD_DATASET = ("name", "revision", "data_dir", "data_files")
+#: Names that `load_dataset` reads files by which data_files or data_dir name.
+READERS = ("imagefolder", "parquet", "arrow", "webdataset")
 WRITTEN_BY_SAVE_TO_DISK = ("dataset_dict.json", "state.json")
 
 
@@ -47,8 +51,8 @@ def load_backbone(
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     _require_folder("model", name)
     with explained(f"The model {name!r} cannot be loaded"), no_code_of("model", name):
-        check_config(backbone_path(name), trust_remote_code)
-        model, info = AutoModelForImageClassification.from_pretrained(backbone_path(name), dtype=dtype, **options)
+        loader = loader_of(check_config(backbone_path(name), trust_remote_code))
+        model, info = loader.from_pretrained(backbone_path(name), dtype=dtype, **options)
         check_weights(model, info["missing_keys"])
     return model
 
@@ -110,20 +114,31 @@ def load_data(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
 def load_pair(settings: DatasetSettings) -> tuple[Dataset, Dataset]:
     """Load the split to train on and the one to measure on."""
     splits = load_data(settings)
-    for setting in ("train_split", "test_split"):
-        name = getattr(settings, setting)
-        if name not in splits:
-            raise CommandError(
-                f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. Set dataset.{setting}, "
-                "or dataset.test_fraction, for instance to 0.2, to divide one split."
-            )
-    return splits[settings.train_split], splits[settings.test_split]
+    return split_of(splits, settings, "train_split"), split_of(splits, settings, "test_split")
+
+
+def split_of(
+    splits: Mapping[str, Dataset], settings: DatasetSettings, setting: str, section: str = "dataset"
+) -> Dataset:
+    """The split of a data set that one of its settings names.
+
+    Raises:
+        CommandError: there is none of that name.
+    """
+    name = getattr(settings, setting)
+    if name in splits:
+        return splits[name]
+    remedy = f"Set {section}.{setting}"
+    if setting != "validation_split":
+        remedy += f", or {section}.test_fraction, for instance to 0.2, to divide one split"
+    raise CommandError(f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. {remedy}.")
 
 
 def load_splits(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     """Load all splits of a Hub data set, a local folder, or a folder that `save_to_disk` wrote."""
-    _require_folder("data set", settings.path)
     options = {name: value for name in FROM_LOAD_DATASET if (value := getattr(settings, name)) is not None}
+    if settings.path not in READERS or not {"data_files", "data_dir"} & set(options):
+        _require_folder("data set", settings.path)
     folder = Path(settings.path).expanduser()
     if any((folder / name).is_file() for name in WRITTEN_BY_SAVE_TO_DISK):
         return _load_from_disk(settings, folder, options)
