@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 from peft import PeftConfig, get_peft_model
+from refused_cases import BAD_SETTINGS
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -99,89 +100,7 @@ def test_layers_are_sorted_and_none_means_all():
     assert model.peft_config["default"].layers == [0, 1, 2] and shared.layers is None
 
 
-@pytest.mark.parametrize(
-    ("config_class", "settings", "message"),
-    [
-        (L2PConfig, {"top_k": 11}, "top_k is 11, but the pool holds only pool_size 10.*Lower top_k or enlarge"),
-        (L2PConfig, {"pool_size": 0}, "pool_size is 0, but must be a whole number of at least 1"),
-        (L2PConfig, {"prompt_length": 2.5}, "prompt_length is 2.5, but must be a whole number"),
-        (L2PConfig, {"pool_size": True}, "pool_size is True, but must be a whole number"),
-        (L2PConfig, {"pull_coefficient": -1}, "pull_coefficient is -1, but must be a number of at least 0"),
-        (L2PConfig, {"pull_coefficient": float("nan")}, "pull_coefficient is nan"),
-        (L2PConfig, {"pull_form": "dot"}, "pull_form is 'dot', but must be one of 'cosine', 'cosine_distance'"),
-        (L2PConfig, {"init": "zeros"}, "init is 'zeros', but must be one of 'uniform', 'wide_uniform'"),
-        (L2PConfig, {"head_init": "random"}, "head_init is 'random', but must be one of 'default', 'zeros'"),
-        (
-            L2PConfig,
-            {"query_projection": "cnn"},
-            "query_projection is 'cnn', but must be one of 'linear', 'mlp', None",
-        ),
-        (L2PConfig, {"batchwise_prompt": "false"}, "batchwise_prompt is 'false', but must be one of True, False"),
-        (L2PConfig, {"layers": [1]}, r"layers is \[1\].*tokens enter once, at layer 0.*prompt_type='prefix'"),
-        (L2PConfig, {"keys_per_layer": True}, "keys_per_layer True, but tokens enter once"),
-        (L2PConfig, {"prompt_type": "prefix", "head_type": "cls"}, "prompt_length is 5.*even.*Set it to 6"),
-        (L2PConfig, {"prompt_type": "prefix", "prompt_length": 4}, "head_type is 'prompt'.*set head_type to 'cls'"),
-        (
-            L2PConfig,
-            {"prompt_type": "prefix", "prompt_length": 4, "head_type": "cls", "prompt_positions": "cls"},
-            "prompt_positions is 'cls', but only tokens have positions",
-        ),
-        (DualPromptConfig, {"pool_size": 0}, "pool_size is 0"),
-        (DualPromptConfig, {"layers": []}, "layers is empty, but at least one layer must be prompted"),
-        (DualPromptConfig, {"layers": [2, 2]}, r"layers is \[2, 2\], but each layer may be named once"),
-        (DualPromptConfig, {"g_layers": [-1]}, r"g_layers is \[-1\], but must be a list of whole numbers"),
-        (DualPromptConfig, {"layers": 3}, "layers is 3, but must be a list of whole numbers"),
-        (DualPromptConfig, {"layers": "all"}, "layers is 'all', but must be a list of whole numbers"),
-        (DualPromptConfig, {"prompt_type": "tokens"}, r"layers is \[2, 3, 4\] and g_layers \[0, 1\].*Set both to"),
-        (
-            DualPromptConfig,
-            {"separation_coefficient": 0.1, "g_layers": []},
-            "separation_coefficient is 0.1, but g_layers is empty.*set the coefficient to 0",
-        ),
-        (CodaPromptConfig, {"prompt_length": 7}, "prompt_length is 7, but a prefix needs an even number.*Set it to 8"),
-        (CodaPromptConfig, {"selection": "top2"}, "selection is 'top2', but must be one of 'weighted', 'top1'"),
-        (CodaPromptConfig, {"pool_size": 5}, "pool_size is 5, but task 1 needs 10 components"),
-        (
-            CodaPromptConfig,
-            {"query_source": "layer_cls", "query_projection": "mlp"},
-            "query_projection is 'mlp'.*query_source is 'layer_cls'",
-        ),
-        (LinearProbeConfig, {"query_projection": "mlp"}, "query_projection is 'mlp', but a linear probe has no query"),
-        (LinearProbeConfig, {"head": "svm"}, "head is 'svm', but must be one of .*'lda'"),
-        (
-            L2PConfig,
-            {"head": "lda", "head_options": {"shrinkage": 2}},
-            "shrinkage is 2, but must be a number at least 0",
-        ),
-        (L2PConfig, {"head": "lda", "head_options": 0.1}, "head_options is 0.1, but must be a dict"),
-        (L2PConfig, {"head_features": "clss"}, "head_features is 'clss', but must name parts joined by"),
-        (L2PConfig, {"head_features": "cls+cls"}, "head_features is 'cls.cls'"),
-        (L2PConfig, {"head_features": "query"}, "head_features is 'query'"),
-        (L2PConfig, {"head_features": ""}, "head_features is ''"),
-        (
-            L2PConfig,
-            {"head_features": "cls", "head_layers": 0},
-            "head_layers is 0, but must be a whole number of at least 1, or None",
-        ),
-        (L2PConfig, {"head_layers": 3}, "head_layers is 3, but head_features is None.*'cls.mean'"),
-        (LinearProbeConfig, {"head": "fusion"}, "head is 'fusion', which reads the frozen model's features beside"),
-        (LinearProbeConfig, {"head_features": "cls+query"}, "head_features is 'cls.query', which reads the frozen"),
-        (
-            CodaPromptConfig,
-            {"query_source": "layer_cls", "head": "fusion"},
-            "head is 'fusion', which reads the frozen.*no pass of the frozen model besides",
-        ),
-        (L2PConfig, {"drift_compensation": "map"}, "drift_compensation is 'map', but head='linear'.*no sums"),
-        (
-            L2PConfig,
-            {"head": "lda", "train_prompts": "first_task", "drift_compensation": "map"},
-            "drift_compensation is 'map'.*train_prompts='first_task'",
-        ),
-        (L2PConfig, {"train_prompts": "never"}, "train_prompts is 'never', but must be one of 'every_task'"),
-        (L2PConfig, {"head": "lda", "task_evidence": 6}, "task_evidence is 6, but head='lda' compares classes"),
-        (LinearProbeConfig, {"format_version": 3}, "format_version is 3.*newer peft_cl.*Upgrade"),
-    ],
-)
+@pytest.mark.parametrize(("config_class", "settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_refused(config_class, settings, message):
     with pytest.raises(ValueError, match=message):
         config_class(**settings)

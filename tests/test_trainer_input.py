@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Image
 from peft import get_peft_model
+from refused_cases import BAD_ARGUMENTS
 from trainer_cases import CONFIGS
 from transformers import EarlyStoppingCallback, TrainingArguments
 
@@ -86,40 +87,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{name} is True.*Leave it at False"):
             ContinualTrainingArguments(str(tmp_path), **{name: True})
 
-    @pytest.mark.parametrize(
-        ("name", "value", "rule"),
-        [
-            ("per_device_train_batch_size", 0, "a whole number of at least 1"),
-            ("gradient_accumulation_steps", 0, "a whole number of at least 1"),
-            ("seed", -1, "a whole number of at least 0"),
-            ("label_names", "label", "None: the column of the labels is the scenario's label_column"),
-            ("num_train_epochs", 0, "a number above 0"),
-            ("max_steps", 0, "a whole number of at least 1, or -1 for epochs"),
-            ("learning_rate", -1, "a number of at least 0"),
-            ("learning_rate", float("nan"), "a number of at least 0"),
-            ("weight_decay", -0.1, "a number of at least 0"),
-            ("adam_beta1", 2, "at least 0 and below 1"),
-            ("train_sampling_strategy", "group_by_length", "'random' or 'sequential'"),
-            ("neftune_noise_alpha", 5.0, "None: its noise is for embeddings of text"),
-            ("eval_do_concat_batches", False, "True: accuracies are counted"),
-            ("metric_for_best_model", "f1", "'loss', 'average_accuracy'"),
-            ("metric_for_best_model", "losses", "'loss', 'average_accuracy'"),
-            ("query_cache_dir", 5, "a folder, or None"),
-            ("logging_steps", 0, "a whole number of at least 1, or a part"),
-            ("save_steps", 1.5, "a whole number of at least 1, or a part"),
-            ("eval_steps", -1, "a whole number of at least 1, a part"),
-            ("eval_accumulation_steps", 0, "a whole number of at least 1, or None"),
-            ("learning_rate_per_256", True, "a number above 0, such as 0.03"),
-            ("learning_rate_per_256", "0.03", "a number above 0, such as 0.03"),
-            ("cache_queries", "yes", "True or False"),
-            ("load_best_model_at_end", "false", "True or False"),
-            ("greater_is_better", "no", "True, False or None"),
-            ("torch_compile_backend", "gpu", "one of no, eager, "),
-            ("torch_compile_mode", "reduce-overhead", "None, 'default' or 'max-autotune-no-cudagraphs'"),
-            ("use_liger_kernel", True, "False: its kernels are for language models"),
-            ("optim_target_modules", "all-linear", "None: it names linear layers"),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "value", "rule"), BAD_ARGUMENTS)
     def test_values_that_the_trainer_would_take(self, name, value, rule, tmp_path):
         with pytest.raises(ValueError, match=rf"{name} is {value!r}, but must be {rule}"):
             ContinualTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})

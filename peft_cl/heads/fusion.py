@@ -57,7 +57,10 @@ class FusionHead(CompositeHead):
         if self.training:
             return logits
         if query is None:
-            raise ValueError("The head 'fusion' needs the frozen model's features beside the prompted ones.")
+            raise ValueError(
+                "The head 'fusion' needs the frozen model's features beside the prompted ones. Give both: "
+                "forward(features, query)."
+            )
         with torch.autocast(features.device.type, enabled=False):
             return logits.float().log_softmax(-1) + self.weight * self.query(query.to(self.query.dtype))
 
@@ -70,6 +73,8 @@ class FusionHead(CompositeHead):
 
     def add(self, other: Head, rows: Sequence[int]) -> None:
         if not isinstance(other, FusionHead):
-            raise ValueError(f"A {self.title} head cannot take in the sums of a {other.title} head.")
+            raise ValueError(
+                f"A {self.title} head cannot take in the sums of a {other.title} head. Join heads of one kind."
+            )
         self.prompted.add(other.prompted, rows)
         self.query.add(other.query, rows)

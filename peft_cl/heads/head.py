@@ -66,7 +66,7 @@ class Head(nn.Module):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Have these rows, in this order, and forget the others: nothing of them may be left."""
-        raise NotImplementedError(f"{type(self).__name__} cannot forget classes")
+        raise NotImplementedError(f"{type(self).__name__} cannot forget classes: define forget(kept)")
 
     def check_classes(self, classes: int) -> None:
         """Raise a `ValueError` if it cannot tell so many classes apart."""
@@ -154,10 +154,8 @@ def make_head(name: str, sizes: Sizes, classes: int, options: Mapping[str, Any],
     known = option_names(kind)
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise ValueError(
-            f"head_options has {', '.join(map(repr, unknown))}, but the head {name!r} has "
-            f"{'the options ' + ', '.join(known) if known else 'no options'}."
-        )
+        rule = f"has the options {', '.join(known)}. Give some of these" if known else "has no options. Leave it out"
+        raise ValueError(f"head_options has {', '.join(map(repr, unknown))}, but the head {name!r} {rule}.")
     # How a class's row begins is a matter of heads whose rows are trained.
     begin = {"init": init} if "init" in _parameters(kind) else {}
     return kind(sizes, classes, **begin, **options)

@@ -126,7 +126,9 @@ def _checked(**columns: ArrayLike) -> list[np.ndarray]:
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(array.ndim != 1 or not array.size for array in arrays.values()):
-        raise ValueError(f"One number per example is needed in each, but the shapes are {shapes}.")
+        raise ValueError(
+            f"One number per example is needed in each, but the shapes are {shapes}. Give as many of each."
+        )
     return [_whole(name, array) for name, array in arrays.items()]
 
 

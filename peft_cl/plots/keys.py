@@ -113,7 +113,7 @@ def _cosines(keys: Sequence[Any] | np.ndarray) -> np.ndarray:
     array = np.asarray(keys, dtype=float)
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(
-            f"Keys have the shape {array.shape}, but need (rows, D) or (sets, rows, D), at least one of each."
+            f"Keys have the shape {array.shape}, but must have (rows, D) or (sets, rows, D), at least one of each."
         )
     array = array.reshape(-1, *array.shape[-2:])
     array = np.where(np.isfinite(array).all(axis=-1, keepdims=True), array, np.nan)

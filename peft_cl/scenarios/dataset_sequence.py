@@ -61,7 +61,7 @@ def dataset_sequence(
     for argument, columns in (("label_columns", label_columns), ("image_columns", image_columns)):
         unknown = sorted(set(columns) - set(datasets)) if isinstance(columns, Mapping) else []
         if unknown:
-            raise ValueError(f"{argument} names {unknown}, but the data sets are {list(datasets)}.")
+            raise ValueError(f"{argument} names {unknown}, but the data sets are {list(datasets)}. Name these.")
     tasks = []
     for index, (name, dataset) in enumerate(datasets.items()):
         label, image = (

@@ -114,7 +114,7 @@ class Scenario(Sequence[Task]):
         self.settings = dict(settings or {})
         self.data = None if data is None else tuple(data)
         if not self._tasks:
-            raise ValueError(f"The scenario {name!r} has no tasks; a sequence needs at least one.")
+            raise ValueError(f"The scenario {name!r} has no tasks; give at least one.")
         indices = [task.index for task in self._tasks]
         if indices != list(range(len(indices))):
             raise ValueError(f"Task indices must be 0, 1, 2, ... in order, got {indices}; number the tasks anew.")
@@ -237,7 +237,10 @@ class Scenario(Sequence[Task]):
             ValueError, TypeError: As `class_incremental` does for such data.
         """
         if not self.boundaries:
-            raise ValueError(f"The scenario {self.name!r} is one stream, to which no task can be added.")
+            raise ValueError(
+                f"The scenario {self.name!r} is one stream, to which no task can be added. Make a class_incremental "
+                "scenario of the data, or a new stream with all images."
+            )
         labels, train, test = whole_data(
             dataset,
             label_column or self.label_column,

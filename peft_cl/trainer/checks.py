@@ -172,7 +172,7 @@ def check_functions(processing_class: Any, augmentation: Any, batch_augmentation
         )
     if not callable(processing_class) or not hasattr(processing_class, "to_json_string"):
         raise ValueError(
-            f"processing_class is {processing_class!r}, but images need the backbone's processor: "
+            f"processing_class is {processing_class!r}, but must be the backbone's processor: "
             "AutoImageProcessor.from_pretrained(...)."
         )
     options_of(processing_class)  # refuses a background or white that is none

@@ -18,9 +18,11 @@ def check_rates(rates: dict[str, float] | None) -> None:
         raise ValueError(f"learning_rates is {rates!r}, but must be rates by part, such as {{'prompts': 0.005}}.")
     for name, rate in (rates or {}).items():
         if name not in PARTS:
-            raise ValueError(f"learning_rates names {name!r}, but the parts are {', '.join(PARTS)}.")
+            raise ValueError(f"learning_rates names {name!r}, but the parts are {', '.join(PARTS)}. Name these.")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise ValueError(f"learning_rates gives {name!r} the rate {rate!r}, but a rate is a number of at least 0.")
+            raise ValueError(
+                f"learning_rates gives {name!r} the rate {rate!r}, but a rate must be a number of at least 0."
+            )
 
 
 def check_parts(rates: dict[str, float], model: nn.Module) -> None:

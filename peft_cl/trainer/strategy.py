@@ -121,7 +121,7 @@ class Combined(Strategy):
         strategies = [each for each in strategies if type(each) is not Strategy]
         kinds = [type(each).__name__ for each in strategies]
         if len(set(kinds)) < len(kinds):
-            raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once.")
+            raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once. Take the others out.")
         # What stands for the whole method comes first, in names and in what is done.
         self.strategies = sorted(strategies, key=lambda each: each.title("") != each.name)
         self.name = " + ".join(each.name for each in self.strategies if each.name) or None

@@ -204,8 +204,8 @@ class ContinualTrainer(MeasuringTrainer):
             task = self.scenario[number]
         if number >= len(self.scenario) or task is not self.scenario[number]:
             raise ValueError(
-                f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Tasks "
-                "are learnt in the scenario's order."
+                f"{task.name} is not the next task: {self.finished_tasks} of {len(self.scenario)} are learnt. Give "
+                "the tasks in the scenario's order."
             )
         if self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
             self.forget_finished_run()

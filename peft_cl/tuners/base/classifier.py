@@ -202,7 +202,10 @@ class ClassifierHead(AdapterLayer):
             return output
         if self.active is None:
             if call.task_ids is not None:
-                raise ValueError("task_ids were given, but no adapter is active: the base model has no tasks.")
+                raise ValueError(
+                    "task_ids were given, but no adapter is active: the base model has no tasks. Leave them out, or "
+                    "activate one by set_adapter(name)."
+                )
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.weigh_evidence(logits, call, training=model.training)
@@ -262,8 +265,8 @@ class ClassifierHead(AdapterLayer):
             unknown = sorted({task for task in numbers if not 0 <= task < config.num_tasks})
             if unknown:
                 raise ValueError(
-                    f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks, which "
-                    "count from 0."
+                    f"task_ids holds {unknown[:5]}, but the active adapter has begun {config.num_tasks} tasks: they "
+                    f"must be from 0 to {config.num_tasks - 1}."
                 )
             allowed = self.rows_of_tasks(logits.device)[task_ids.to(logits.device)]
         elif training and config.train_mask and config.stream and labels is not None:

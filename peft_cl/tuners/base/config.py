@@ -182,13 +182,13 @@ class PromptPoolConfig(HeadConfig):
             raise ValueError(f"class_names is the string {class_names!r}, but must be a list of names, one per class.")
         names = list(class_names)
         if not names:
-            raise ValueError("class_names is empty, but a task has at least one class.")
+            raise ValueError("class_names is empty, but a task has at least one class. Name it.")
         wrong = [name for name in names if not isinstance(name, str)]
         if wrong:
             raise ValueError(f"class_names holds {wrong[:5]}, but names are strings. Convert them with str().")
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
-            raise ValueError(f"class_names repeats {repeated}: each class of a task is named once.")
+            raise ValueError(f"class_names repeats {repeated}: name each class of a task once.")
         if self.stream:
             raise ValueError(
                 "The adapter is learnt from a stream, which has no tasks: another cannot begin. Start with a new "
@@ -277,7 +277,7 @@ class PromptPoolConfig(HeadConfig):
         if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
             raise ValueError(f"{name} is {brief(value)}, but must be a list of whole numbers, counted from 0.")
         if len(set(layers)) != len(layers):
-            raise ValueError(f"{name} is {brief(layers)}, but each layer may be named once.")
+            raise ValueError(f"{name} is {brief(layers)}, but each layer may be named once. Leave the others out.")
         if not layers and not empty_allowed:
             raise ValueError(f"{name} is empty, but at least one layer must be prompted, for instance [0].")
         setattr(self, name, sorted(layers))

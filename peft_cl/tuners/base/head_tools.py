@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...heads.files import SUMS_FILE, load_sums, save_sums
+from ...text import brief
 from .digests import digest_of_tensors, digest_of_weights, plain_tensors
 from .encoder import evaluation_mode
 from .saved import file_beside
@@ -87,7 +88,10 @@ class HeadTools:
         """
         path = Path(folder) / SUMS_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"There is no {SUMS_FILE} in {str(folder)!r}.")
+            raise FileNotFoundError(
+                f"There is no {SUMS_FILE} in {str(folder)!r}. Give the folder that the trainer or "
+                "model.save_sums(folder) wrote it to."
+            )
         self.head.active.go_on(load_sums(path, self._facts_of_sums()))
 
     def need_sums(self) -> None:
@@ -149,7 +153,10 @@ class HeadTools:
         names = [class_names] if isinstance(class_names, str) else list(class_names)
         unknown = [name for name in names if name not in config.classes]
         if unknown or not config.tasks:
-            raise ValueError(f"{unknown or names} are no classes that this adapter has learnt: {config.classes}.")
+            raise ValueError(
+                f"{brief(unknown or names)} are no classes that this adapter has learnt. Name some of "
+                f"{brief(config.classes)}."
+            )
         kept = [row for row, name in enumerate(config.classes) if name not in names]
         if not kept:
             raise ValueError("All classes would be forgotten. Make a new adapter instead.")
@@ -189,7 +196,10 @@ class HeadTools:
         """
         adapter, config = self._learning_config()
         if adapter_name not in self.peft_config or adapter_name == adapter:
-            raise ValueError(f"{adapter_name!r} is no other adapter of this model: {list(self.peft_config)}.")
+            raise ValueError(
+                f"{adapter_name!r} is no other adapter of this model, which has {list(self.peft_config)}. Load it "
+                "first: load_adapter(folder, adapter_name)."
+            )
         other, theirs = self.peft_config[adapter_name], self.head.entries[adapter_name]
         own, others = (digest_of_weights(self.encoder.entries[name]) for name in (adapter, adapter_name))
         if own != others:
@@ -205,14 +215,16 @@ class HeadTools:
             self.set_adapter(adapter)
         head, known = self.head.entries[adapter], len(config.classes)
         if not theirs.classes or not head.classes:
-            raise ValueError("One of the adapters has learnt no task yet, so there is nothing to join.")
+            raise ValueError(
+                "One of the adapters has learnt no task yet, so there is nothing to join. Train it first."
+            )
         classes = list(dict.fromkeys([*config.classes, *other.classes]))
         row = {name: index for index, name in enumerate(classes)}
         head.check_classes(len(classes))
         if (config.head, config.head_options, config.features) != (other.head, other.head_options, other.features):
             raise ValueError(
                 f"The heads differ ({config.head!r} and {other.head!r}, or their options or features), so their sums "
-                "cannot be added."
+                "cannot be added. Join adapters of one configuration."
             )
         head.grow(len(classes), keep=known)
         head.add(theirs, [row[name] for name in other.classes])
