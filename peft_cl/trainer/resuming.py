@@ -21,7 +21,7 @@ from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .record import facts_of, learnt_of, settings_of, usage_of_finished_tasks
-from .same_run import alike, has_same_images, of_finished_tasks
+from .same_run import alike, has_same_images, is_longer, of_finished_tasks, without_length
 from .snapshot import (
     STATE_FOLDER,
     differences,
@@ -32,6 +32,7 @@ from .snapshot import (
     save_snapshot,
     seal_checkpoint,
     set_random_state,
+    snapshot_before,
     told_of_junk,
     whole_checkpoint,
 )
@@ -72,6 +73,7 @@ class ResumableTrainer(ObservingTrainer):
         self.most_trainable = 0
         self.under_way = False
         self._resumed_from: Path | None = None
+        self._longer = False  # a finished run whose last task goes on
 
     @property
     def folder(self) -> Path:
@@ -174,7 +176,29 @@ class ResumableTrainer(ObservingTrainer):
                 )
             return
         with told_of_junk(folder, state):
-            self._take_up(state, folder)
+            if self._goes_longer(state, folder):
+                state = snapshot_before(folder / STATE_FOLDER)
+            if state is not None:
+                self._take_up(state, folder)
+
+    def _goes_longer(self, state: Mapping[str, Any], folder: Path) -> bool:
+        """Whether the run is finished, and its last task is to have more epochs: it goes on from its last checkpoint
+        then, as after an interruption."""
+        finished = state["finished_tasks"]
+        if finished < len(self.scenario) or not is_longer(state["settings"], self.settings()):
+            return False
+        before, last = snapshot_before(folder / STATE_FOLDER), self.scenario[-1]
+        has_start = before["finished_tasks"] == finished - 1 if before else finished == 1
+        if not has_start or whole_checkpoint(checkpoint_folder(folder, last)) is None:
+            trained = state["learnt"][-1]["took"].get("steps", 0) if state.get("learnt") else True
+            why = "there is no checkpoint at its end" if trained else "no step was trained in it: its head is computed"
+            raise ValueError(
+                f"The run in {str(folder)!r} is finished, and {last.name} cannot have more epochs, as {why}. Put "
+                "num_train_epochs back, or train anew without resume_from_checkpoint; where steps are trained, "
+                "save_strategy='epoch' keeps the checkpoints of the last task."
+            )
+        self._longer = True
+        return True
 
     def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)
@@ -249,6 +273,8 @@ class ResumableTrainer(ObservingTrainer):
     def _check_settings(self, state: Mapping[str, Any], folder: Path) -> None:
         finished = state["finished_tasks"]
         before, now = alike(*(of_finished_tasks(each, finished) for each in (state["settings"], self.settings())))
+        if self._longer:
+            before, now = without_length(before), without_length(now)
         # Runs of earlier versions do not say when they measured.
         changed = differences(before, {name: now[name] for name in now if name in before or name not in MEASURING})
         added = before["scenario"]["task_names"][len(self.scenario) :]

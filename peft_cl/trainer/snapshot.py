@@ -83,6 +83,15 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def snapshot_before(folder: Path) -> dict[str, Any] | None:
+    """The snapshot before the last one, None if there is none or it is damaged."""
+    path = folder / PREVIOUS
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        return None
+    return _unpacked(content[32:], path)
+
+
 def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
     """The state in a whole file. A right digest says that it is as it was written, not that a run wrote it."""
     try:

@@ -209,7 +209,8 @@ class TaskTrainer(TaskData):
         """The Trainer forgets that a callback had stopped the training when the checkpoint was written."""
         super()._load_callback_state()
         control = self.state.stateful_callbacks.get("TrainerControl", {})
-        self._was_stopped = control.get("args", {}).get("should_training_stop", False)
+        stopped = control.get("args", {}).get("should_training_stop", False)
+        self._was_stopped = stopped and self.state.global_step < self.state.max_steps  # not by the end of the epochs
 
     def _checkpoint(self) -> str | None:
         """The checkpoint that this task goes on from, if it was interrupted."""
