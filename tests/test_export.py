@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import torch
 from peft import get_peft_model
@@ -22,19 +23,21 @@ class Logits(nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
-def exported(model, example):
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(Logits(model).eval(), (example,), dynamic_shapes={"pixel_values": {0: batch}})
-    return program.module()
+ANY_NUMBER = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+
+
+def exported(model, example, strict=False):
+    return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=ANY_NUMBER, strict=strict).module()
 
 
 @pytest.mark.parametrize(
     "family", [FAMILIES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES[1:])]
 )
 @pytest.mark.parametrize("name", METHODS)
-def test_any_number_of_images(name, family):
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "strict"])
+def test_any_number_of_images(strict, name, family):
     model = prompted(name, family)
-    program = exported(model, images())
+    program = exported(model, images(), strict)
     for count in (1, 7):
         batch = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
         torch.testing.assert_close(program(batch), model(batch).logits, atol=1e-5, rtol=1e-4)
@@ -51,3 +54,17 @@ def test_computed_heads_export_too(kind):
     model.eval()
     program = exported(model, batch[:4])
     torch.testing.assert_close(program(batch[:7]), model(batch[:7]).logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["coda", *(pytest.param(each, marks=pytest.mark.slow) for each in ("l2p", "dualprompt"))]
+)
+def test_onnx_of_any_number_of_images(name, tmp_path):
+    model = prompted(name, FAMILIES[0]).eval()
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(Logits(model), (images(),), dynamo=True, dynamic_shapes=ANY_NUMBER, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file)
+    for count in (1, 7):
+        batch = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
+        (logits,) = session.run(None, {"pixel_values": batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(batch).logits, atol=1e-4, rtol=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +22,7 @@ class Call:
     task_ids: torch.Tensor | None = None
     query: torch.Tensor | None = None
     features: Features | None = None
-    prompts: Prompts = field(default_factory=Prompts)
+    prompts: Prompts | None = None  # until the encoder has run
 
     def check(self, batch: int, width: int | None = None) -> None:
         """Refuse `task_ids` and `query` that are not of `batch` images, which would be broadcast in silence, and a
