@@ -39,6 +39,19 @@ def test_the_card_and_the_last_lines_compare_with_guessing() -> None:
     assert judged(run(scenario={})) == []
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "compared"),
+    [([0.5, 0.6, 0.7], "60.0 %: the run is 5.0 points above"), ([0.7] * 3, "70.0 %: the run is 5.0 points below")],
+)
+def test_the_row_without_prompts_is_told(accuracies, compared) -> None:
+    results = run(without_prompts={"head": "LDA", "accuracies": accuracies})
+    sentence = f"Without prompts, LDA of the frozen model's features gives {compared}."
+    assert judged(results)[1] == sentence
+    assert sentence in model_card(results)
+    level = run(without_prompts={"head": "LDA", "accuracies": [0.65] * 3})
+    assert judged(level)[1].endswith("gives 65.0 %: the run is level with it.")
+
+
 def test_the_next_commands_work_when_followed(train, photos_of, tmp_path, capsys) -> None:
     assert train("--training.max_steps", "1") == 0
     lines = capsys.readouterr().out.splitlines()

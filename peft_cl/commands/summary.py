@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..metrics import RunResults, results_table
-from ..metrics.chance import chance_level, standard_error
+from ..metrics.chance import chance_level, compared_without_prompts, standard_error
 from ..text import percent, plain
 from ..trainer import ContinualTrainer
 from ..trainer.resuming import checkpoint_folder
@@ -37,7 +37,7 @@ def judged(results: RunResults) -> list[str]:
     )
     if accuracy - chance < 2 * error:
         line += ": no better than guessing, as far as these images tell. Train longer, or try another learning rate"
-    return [f"{line}."]
+    return [f"{line}.", *filter(None, [compared_without_prompts(results)])]
 
 
 def next_commands(

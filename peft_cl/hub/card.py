@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..disk import read_json, replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
+from ..metrics.chance import compared_without_prompts
 from ..metrics.same_rows import same_rows
 from ..text import code, in_markdown, percent, plain
 from .additions import evidence_added, head_added
@@ -272,6 +273,7 @@ def _compared(results: RunResults) -> str | None:
     return (
         f"Guessing among the classes gives {percent(chance)} %. The standard error of the final average accuracy, "
         f"from the number of test images alone, is {percent(error)} points."
+        + (f" {in_markdown(row)}" if (row := compared_without_prompts(results)) else "")
     )
 
 

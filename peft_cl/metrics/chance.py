@@ -1,4 +1,4 @@
-"""What an accuracy has to be compared with: guessing, and the chance of the test images."""
+"""What an accuracy is compared with: guessing, the same tasks without prompts, the chance of the test images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from ..text import percent
 from .matrix import finished_tasks
 from .results import RunResults
 
@@ -51,3 +52,23 @@ def standard_error(results: RunResults) -> float | None:
         return None
     accuracies, sizes = np.array(results.accuracy_matrix[done - 1][:done]), np.array(results.test_sizes[:done])
     return math.sqrt(np.sum(accuracies * (1 - accuracies) / sizes)) / done
+
+
+def compared_without_prompts(results: RunResults) -> str | None:
+    """A sentence that compares the run with its row without prompts; `None` where that was not measured.
+
+    Example:
+        >>> compared_without_prompts(RunResults.load("out"))
+        "Without prompts, LDA of the frozen model's features gives 69.4 %: the run is 2.8 points above."
+    """
+    row, accuracy = results.without_prompts, results.metrics.get("average_accuracy")
+    if not row or not row["accuracies"] or accuracy is None or math.isnan(accuracy):
+        return None
+    alone = float(np.mean(row["accuracies"]))
+    points = percent(abs(accuracy - alone))
+    where = f"{points} points {'above' if accuracy > alone else 'below'}"
+    if float(points) == 0:
+        where = "level with it"
+    return (
+        f"Without prompts, {row['head']} of the frozen model's features gives {percent(alone)} %: the run is {where}."
+    )

@@ -80,6 +80,11 @@ def _check_accuracies(results: RunResults) -> None:
     _check_fractions("baseline", _list_of("baseline", results.baseline or []))
     _check_names("per_class_accuracy", results.per_class_accuracy or {})
     _check_fractions("per_class_accuracy", (results.per_class_accuracy or {}).values())
+    _check_names("without_prompts", results.without_prompts or {})
+    if results.without_prompts is not None:
+        _check_text("without_prompts.head", results.without_prompts.get("head"))
+        accuracies = _list_of("without_prompts.accuracies", results.without_prompts.get("accuracies"))
+        _check_fractions("without_prompts.accuracies", accuracies)
     for name, value in results.metrics.items():  # differences of accuracies among them
         _check_number(f"metrics[{brief(name)}]", value, -1, 1)
 

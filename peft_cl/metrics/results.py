@@ -30,6 +30,7 @@ ADDED_LATER = {
     "sums_bytes",
     "query_seconds",
     "learnt",
+    "without_prompts",
 }
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
@@ -75,6 +76,8 @@ class RunResults:
             in records of earlier versions, whose `train_seconds` hold it.
         learnt: For each finished task what it took: `epochs`, `steps` of the optimizer and `images_per_step`, each
             `None` where it is not known; `None` in records of earlier versions.
+        without_prompts: What the frozen model's features give on the same tasks after the last finished one, where
+            they are at hand: the name of the `head` on them, and `accuracies`, one for each task; `None` where not.
 
     A setting in `hyperparameters` that was another in some of the tasks is a list there, one value for each finished
     task. An adapter that learnt on in a later run has one record for all of its tasks.
@@ -109,6 +112,7 @@ class RunResults:
     sums_bytes: int | None = None
     query_seconds: float | None = None
     learnt: list[dict[str, Any]] | None = None
+    without_prompts: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]

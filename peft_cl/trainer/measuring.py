@@ -194,10 +194,11 @@ class MeasuringTrainer(RestartingTrainer):
         whole = sum(task.index < 0 for task in seen) == len(self.earlier)
         asked = whole and self.scenario.boundaries and not self.scenario.task_known
         disjoint = sum(len(task.classes) for task in seen) == len({name for task in seen for name in task.classes})
-        return evaluation_details(
+        details = evaluation_details(
             np.asarray(prediction.predictions)[: sizes.sum()],
             np.asarray(prediction.label_ids)[: sizes.sum()],
             np.repeat(np.arange(len(sizes)), sizes),
             self._classes(),
             [task.classes for task in seen] if asked and disjoint else None,
         )
+        return {**details, "without_prompts": self.without_prompts.measure(self, seen) if whole else None}

@@ -84,7 +84,7 @@ class ObservingTrainer(TaskTrainer):
         """What the head reads of the task's training images, if it is the frozen model's features, which are kept."""
         if not self.args.cache_queries or not self.tuner.pool.query_is_feature:
             return None
-        return self._kept_queries([task], "train")
+        return self.kept_queries([task], "train")
 
     def _each_batch(self, task: Task, rows: range) -> Iterator[dict[str, torch.Tensor]]:
         batches = self.plain_batches(task, rows=rows, with_queries=self.args.cache_queries)

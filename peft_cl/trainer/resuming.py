@@ -17,11 +17,12 @@ from transformers.utils import logging
 from ..scenarios import Scenario, Task
 from ..tuners.base.digests import digest_of_weights
 from .files import explained_writes, finish_writing
+from .longer import is_longer, start_of_last_task, without_length
 from .observing import ObservingTrainer
 from .processes import kept_counts
 from .provenance import MEASURING, digest_of_examples, measuring
 from .record import facts_of, learnt_of, settings_of, usage_of_finished_tasks
-from .same_run import alike, has_same_images, is_longer, of_finished_tasks, without_length
+from .same_run import alike, has_same_images, of_finished_tasks
 from .snapshot import (
     STATE_FOLDER,
     differences,
@@ -32,10 +33,10 @@ from .snapshot import (
     save_snapshot,
     seal_checkpoint,
     set_random_state,
-    snapshot_before,
     told_of_junk,
     whole_checkpoint,
 )
+from .without_prompts import WithoutPrompts
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +51,7 @@ class ResumableTrainer(ObservingTrainer):
         finished_tasks: tasks of the scenario learnt and measured.
         learnt: for each of these, the settings that it was learnt with (`settings`) and what it took (`took`).
         prompt_usage: (tasks seen, rows) counts of the last measurement, None where no rows are chosen.
+        without_prompts: what the frozen model's features give on the same tasks.
         details: what the last measurement between tasks tells beside accuracies of tasks, by its field in the record.
         baseline: accuracy on each task before the first is learnt, with `measure_ahead`.
         train_seconds: of the finished tasks, without evaluations.
@@ -68,6 +70,7 @@ class ResumableTrainer(ObservingTrainer):
         self.prompt_usage: np.ndarray | None = None
         self.details: dict[str, Any] = {}
         self.baseline: list[float] | None = None
+        self.without_prompts = WithoutPrompts()
         self.learnt: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.most_trainable = 0
@@ -142,6 +145,7 @@ class ResumableTrainer(ObservingTrainer):
             "query_seconds": self.query_seconds,
             "most_trainable": self.most_trainable,
             "steps": self.steps_before + self.state.global_step,
+            "without_prompts": self.without_prompts.state(),
             **self.learnt_state(),
         }
 
@@ -176,29 +180,12 @@ class ResumableTrainer(ObservingTrainer):
                 )
             return
         with told_of_junk(folder, state):
-            if self._goes_longer(state, folder):
-                state = snapshot_before(folder / STATE_FOLDER)
+            finished = state["finished_tasks"] == len(self.scenario)
+            if finished and is_longer(state["settings"], self.settings()):
+                self._longer = True
+                state = start_of_last_task(folder, state, checkpoint_folder(folder, self.scenario[-1]))
             if state is not None:
                 self._take_up(state, folder)
-
-    def _goes_longer(self, state: Mapping[str, Any], folder: Path) -> bool:
-        """Whether the run is finished, and its last task is to have more epochs: it goes on from its last checkpoint
-        then, as after an interruption."""
-        finished = state["finished_tasks"]
-        if finished < len(self.scenario) or not is_longer(state["settings"], self.settings()):
-            return False
-        before, last = snapshot_before(folder / STATE_FOLDER), self.scenario[-1]
-        has_start = before["finished_tasks"] == finished - 1 if before else finished == 1
-        if not has_start or whole_checkpoint(checkpoint_folder(folder, last)) is None:
-            trained = state["learnt"][-1]["took"].get("steps", 0) if state.get("learnt") else True
-            why = "there is no checkpoint at its end" if trained else "no step was trained in it: its head is computed"
-            raise ValueError(
-                f"The run in {str(folder)!r} is finished, and {last.name} cannot have more epochs, as {why}. Put "
-                "num_train_epochs back, or train anew without resume_from_checkpoint; where steps are trained, "
-                "save_strategy='epoch' keeps the checkpoints of the last task."
-            )
-        self._longer = True
-        return True
 
     def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)
@@ -211,6 +198,7 @@ class ResumableTrainer(ObservingTrainer):
         self.learnt = state.get("learnt") or [learnt_of(self, {}) for _ in range(self.finished_tasks)]
         self.prompt_usage = None if state["prompt_usage"] is None else np.array(state["prompt_usage"])
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
+        self.without_prompts.take(state.get("without_prompts", {}))
         self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
         # Runs of earlier versions do not say.
         self.steps_before, self.most_trainable = state.get("steps", 0), state.get("most_trainable", 0)

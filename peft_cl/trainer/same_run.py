@@ -13,8 +13,6 @@ NO_PART = ("bad_images", "passed_over", "dataset")
 
 #: Images of a step on a device: so many at once, so often.
 STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
-#: How long a task is learnt: the last one of a finished run may go on.
-LENGTH = ("num_train_epochs", "max_steps")
 
 
 def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, Any]:
@@ -29,16 +27,6 @@ def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, A
         "scenario": {**scenario, **{name: scenario[name][:finished] for name in SIZES}},
         "examples": {name: digest for name, digest in examples.items() if name in learnt},
     }
-
-
-def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a run is asked for more epochs or steps than it had."""
-    more = [now[name] - before[name] for name in LENGTH if name in before]
-    return any(each > 0 for each in more) and all(each >= 0 for each in more)
-
-
-def without_length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in LENGTH}
 
 
 def alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,7 +35,7 @@ class TaskData(Trainer):
         # For fewer images than there are, the queries of all would take longer than they save, unless files keep them.
         count = sum(len(getattr(task, split)) for task in tasks)
         if self.args.cache_queries and (images is None or images >= count or self.args.query_cache_dir):
-            tensors["query"] = self._kept_queries(tasks, split)
+            tensors["query"] = self.kept_queries(tasks, split)
         if (split == "test" or measured) and self.scenario.task_known:
             numbers = torch.tensor([self.tasks_before + task.index for task in tasks])
             sizes = torch.tensor([len(getattr(task, split)) for task in tasks])
@@ -54,7 +54,7 @@ class TaskData(Trainer):
             examples.drawn["query"] = torch.stack([self._queries_of_draw(examples, draw) for draw in range(draws)])
         return examples
 
-    def _kept_queries(self, tasks: Sequence[Task], split: str) -> torch.Tensor | None:
+    def kept_queries(self, tasks: Sequence[Task], split: str) -> torch.Tensor | None:
         """Queries of the tasks' examples, (examples, D), where they are kept; they are computed once, with a bar."""
 
         def batches(task: Task, split: str) -> Iterable[dict[str, torch.Tensor]]:
@@ -111,7 +111,7 @@ class TaskData(Trainer):
         """Un-augmented batches of all of a task's examples (or of `rows`), in order, on this process alone."""
         tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
         if with_queries:
-            tensors["query"] = self._kept_queries([task], split)
+            tensors["query"] = self.kept_queries([task], split)
         parts, names = [getattr(task, split)], [(task.name, split)]
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         images = self._image_bytes(parts, names)

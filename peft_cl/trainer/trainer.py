@@ -271,6 +271,7 @@ class ContinualTrainer(MeasuringTrainer):
             self._train_batch_size = self._asked_batch = self.args.train_batch_size
         output = super().fit(tasks)
         if output is not None:
+            self.without_prompts.learn(self, tasks, self.train_dataset)
             batch = self.state.train_batch_size
             self._took = {
                 "epochs": round(self._took["epochs"] + self.state.epoch, 3),

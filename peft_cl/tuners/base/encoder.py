@@ -80,6 +80,7 @@ class PromptedEncoder(AdapterLayer):
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
             attentions=[] if self._wanted("output_attentions", kwargs) else None,
         )
+        call.prompts = NO_PROMPTS  # until the pool has chosen
         if pool.query_is_feature and call.query is not None and not trace.wanted:
             return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
         first = self._first_layer(pool, call.features)
