@@ -93,6 +93,21 @@ def test_a_bad_image_is_named(fault, split, row, trainer, photos):
     assert made.finished_tasks == 1
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_bad_image_of_other_data_is_named(labelled, trainer, photos):
+    """Of data that is given to `predict` and is no task's own."""
+    made = trainer()
+    made.train()
+    other = in_memory(photos)["test"]
+    path = photos / "test" / "green" / "1.png"
+    truncate(path)
+    data = other if labelled else other.remove_columns("label")
+    with pytest.raises(BadImageError, match=rf"given split, row 5 \({path}\): .*truncated.*Mend the file or remove"):
+        made.predict(data)
+    kept = [row for row in range(len(other)) if row != 5]
+    assert len(made.predict(data.select(kept)).names) == len(kept)
+
+
 @pytest.mark.parametrize(
     "words", [{"dataloader_num_workers": 1}, {"image_cache_dir": "cache"}, {"config": CONFIGS["l2p"]()}]
 )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel
+from datasets import ClassLabel, Dataset
 
 from ..metrics.predictions import evaluation_details
 from ..scenarios import Task
 from .earlier import EarlierTasks
-from .examples import row_counts
+from .examples import TaskExamples, row_counts
 from .predictions import NamedPredictions
 from .restarting import RestartingTrainer
 
@@ -145,7 +146,7 @@ class MeasuringTrainer(RestartingTrainer):
                     return self.examples([task], split, measured=True)
         unlabelled = self._is_unlabelled(data)
         if unlabelled and not self.scenario.task_known:
-            return data
+            return self._read_by_name(data)
         if self.scenario.task_known or any(task.label_names is not None for task in self.scenario):
             why = (
                 "The task of a test image is known in this scenario, but that of these examples is not."
@@ -158,7 +159,7 @@ class MeasuringTrainer(RestartingTrainer):
         feature = getattr(data, "features", {}).get(self.scenario.label_column)
         names = tuple(feature.names) if isinstance(feature, ClassLabel) else self.scenario.label_names
         if names == self.scenario.label_names:
-            return data
+            return self._read_by_name(data)
         task = Task(0, "given", (), data, data, names)
         if (self.scenario.model_labels(task, "test", self.classes_before) < 0).any():
             raise ValueError(
@@ -166,6 +167,13 @@ class MeasuringTrainer(RestartingTrainer):
                 "examples of other classes by filter()."
             )
         return self.examples([task], "test")
+
+    def _read_by_name(self, data: Any) -> Any:
+        """Examples of the user's own, of which an image that cannot be read is named."""
+        if not isinstance(data, Dataset):
+            return data
+        reader = replace(self.reader, remedy="Mend the file or remove it from the data.")
+        return TaskExamples([data], {}, reader=reader, names=[(None, "given")])
 
     def _classes(self) -> list[str]:
         """Names of the model's classes, those to come included."""
