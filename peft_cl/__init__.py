@@ -4,9 +4,87 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__  # noqa: F401
+
+if TYPE_CHECKING:
+    from .heads import Head, SolvedHead, Sums, register_head
+    from .metrics import RunResults, continual_metrics, results_table
+    from .predicting import Prediction, classify
+    from .scenarios import (
+        RandomResizedCropFlip,
+        Scenario,
+        Task,
+        class_incremental,
+        dataset_sequence,
+        domain_incremental,
+        open_image,
+        task_free,
+        task_incremental,
+        to_rgb,
+    )
+    from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
+    from .tuners import (
+        CodaPromptConfig,
+        CodaPromptModel,
+        DualPromptConfig,
+        DualPromptModel,
+        L2PConfig,
+        L2PModel,
+        LinearProbeConfig,
+        LinearProbeModel,
+    )
+
+#: Module -> its public names. It is imported when one of them is first asked for: `datasets`, which scenarios and the
+#: trainer need, takes longer to import than all else here, and who loads an adapter needs none of it.
+NAMES = {
+    "heads": ("Head", "SolvedHead", "Sums", "register_head"),
+    "metrics": ("RunResults", "continual_metrics", "results_table"),
+    "predicting": ("Prediction", "classify"),
+    "scenarios": (
+        "RandomResizedCropFlip",
+        "Scenario",
+        "Task",
+        "class_incremental",
+        "dataset_sequence",
+        "domain_incremental",
+        "open_image",
+        "task_free",
+        "task_incremental",
+        "to_rgb",
+    ),
+    "trainer": ("ContinualTrainer", "ContinualTrainingArguments", "Strategy"),
+    "tuners": (
+        "CodaPromptConfig",
+        "CodaPromptModel",
+        "DualPromptConfig",
+        "DualPromptModel",
+        "L2PConfig",
+        "L2PModel",
+        "LinearProbeConfig",
+        "LinearProbeModel",
+    ),
+    "version": ("__version__",),
+}
+MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
+#: Parts of the package that are found as its attributes.
+PARTS = ("assets", "heads", "hub", "metrics", "plots", "predicting", "scenarios", "strategies", "trainer", "tuners")
+
+__all__ = [*MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in PARTS:
+        return import_module(f".{name}", __name__)
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *PARTS})
 
 
 def _is_command() -> bool:
@@ -15,14 +93,5 @@ def _is_command() -> bool:
     return started in ("peft-cl", "peft-cl.exe") or (started == "-m" and "peft_cl.cli" in sys.orig_argv)
 
 
-if TYPE_CHECKING or not _is_command():
-    from .api import *  # noqa: F403
-    from .api import __all__  # noqa: F401
-else:
-
-    def __getattr__(name: str) -> Any:
-        if name.startswith("__") and name != "__all__":
-            raise AttributeError(name)
-        from . import api
-
-        return getattr(api, name)
+if not _is_command():
+    from . import tuners  # noqa: F401  makes the methods known to PEFT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import datetime
 import logging
@@ -13,12 +14,14 @@ import sys
 import unicodedata
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
 from datasets import ClassLabel
 from test_card import run
 
+import peft_cl
 from peft_cl import CodaPromptConfig, ContinualTrainingArguments, RandomResizedCropFlip, class_incremental
 from peft_cl.cli import WORDS, main
 from peft_cl.commands.errors import CommandError, explained
@@ -298,6 +301,31 @@ def test_version_and_help_import_no_torch(word) -> None:
     )
     assert ended.returncode == 0 and ended.stdout.endswith("[]\n"), ended.stderr
     assert ("peft-cl 0" in ended.stdout) if word == "--version" else all(name in ended.stdout for name in WORDS)
+
+
+def test_importing_the_package_imports_no_more_than_a_loader_needs() -> None:
+    """`import peft_cl` makes the methods known to PEFT; what reads data waits until it is asked for."""
+    code = "import sys, peft_cl\nfrom peft import PeftType\n"
+    code += "print('datasets' in sys.modules, 'L2P' in PeftType.__members__)"
+    code += "\nprint(peft_cl.class_incremental.__name__, peft_cl.metrics.RunResults is peft_cl.RunResults)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert ended.stdout == "False True\nclass_incremental True\n", ended.stderr
+
+
+def test_the_names_that_type_checkers_see_are_those_there_are() -> None:
+    tree = ast.parse(Path(peft_cl.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {name.name: line.module for line in block.body for name in line.names}
+    assert seen == {name: module for name, module in peft_cl.MODULE_OF.items() if name != "__version__"}
+    assert all(getattr(peft_cl, name) is not None for name in peft_cl.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        peft_cl.no_such_name  # noqa: B018
 
 
 def test_a_command_without_a_word_is_a_fault() -> None:
