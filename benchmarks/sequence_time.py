@@ -2,14 +2,17 @@
 
     python benchmarks/sequence_time.py --batch-size 128 --workers 8          # ViT-B/16, on a GPU where there is one
     python benchmarks/sequence_time.py --backbone vit-tiny-64 --images 20    # a trial
+    python benchmarks/sequence_time.py --pixels 32 --methods coda --epochs 20    # CODA-Prompt's published epochs
 
 The images are random photographs, the weights of ViT-B/16 random too: time does not depend on them. Images are kept
-decoded, for all methods by the first one, and queries kept, so later epochs and evaluations pay for neither.
+decoded, for all methods by the first one, and queries kept, so later epochs and evaluations pay for neither. With
+`--pixels` they are as small as CIFAR's, and are scaled to the backbone's size on the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -17,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
 from trainer_share import backbone_and_size, photographs
-from transformers import ViTImageProcessorPil, set_seed
+from transformers import ViTForImageClassification, ViTImageProcessorPil, set_seed
 
 from peft_cl import (
     CodaPromptConfig,
@@ -32,17 +36,38 @@ from peft_cl import (
 )
 
 
-METHODS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "coda": CodaPromptConfig}
+METHODS = {
+    "best": CodaPromptConfig.from_preset("best"),
+    "l2p": L2PConfig.from_preset("paper"),
+    "dualprompt": DualPromptConfig.from_preset("paper"),
+    "coda": CodaPromptConfig.from_preset("paper"),
+}
+
+
+def scale_on_device(model: ViTForImageClassification, size: int) -> None:
+    """Scale the images to what the backbone reads before anything else."""
+
+    def scaled(module: torch.nn.Module, args: tuple, words: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        images = words.pop("pixel_values", None)
+        images, args = (args[0], args[1:]) if images is None else (images, args)
+        images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        return (images, *args), words
+
+    model.vit.embeddings.register_forward_pre_hook(scaled, with_kwargs=True)
 
 
 def measure(name: str, data: tuple[Dataset, Dataset], images: str, options: argparse.Namespace) -> dict[str, Any]:
     """Learn and measure all tasks by one method; `images` is the folder of decoded images."""
     set_seed(0)
     model, size = backbone_and_size(options.backbone, getattr(torch, options.dtype))
+    config, pixels = copy.deepcopy(METHODS[name]), options.pixels or size
+    if pixels != size:
+        scale_on_device(model, size)
+        config.interpolate_pos_encoding = True  # or the trainer would refuse the images for their size
     train, test = data
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContinualTrainer(
-            get_peft_model(model, METHODS[name].from_preset("paper")),
+            get_peft_model(model, config),
             ContinualTrainingArguments(
                 f"{folder}/run",
                 num_train_epochs=options.epochs,
@@ -54,14 +79,15 @@ def measure(name: str, data: tuple[Dataset, Dataset], images: str, options: argp
                 logging_steps=100,
             ),
             class_incremental((train, test), options.tasks),
-            processing_class=ViTImageProcessorPil(size={"height": size, "width": size}),
+            processing_class=ViTImageProcessorPil(size={"height": pixels, "width": pixels}),
         )
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
     device = trainer.args.device
     return {
-        "method": METHODS[name].method,
+        "method": config.title,
+        "pixels": pixels,
         "backbone": options.backbone,
         "dtype": options.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -83,6 +109,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--tasks", type=int, default=10, help="of 10 classes each")
     parser.add_argument("--images", type=int, default=500, help="training images of a class; a fifth of them for test")
+    parser.add_argument("--pixels", type=int, help="of a side of the images; None: those of the backbone")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="processes that fetch images")
@@ -92,7 +119,8 @@ def main() -> None:
     classes, size = 10 * options.tasks, backbone_and_size(options.backbone, torch.float32)[1]
     counts = options.images, max(1, options.images // 5)
     data = tuple(
-        photographs(count * classes, size, classes, distinct=2000, seed=seed) for seed, count in enumerate(counts)
+        photographs(count * classes, options.pixels or size, classes, distinct=2000, seed=seed)
+        for seed, count in enumerate(counts)
     )
     rows: list[dict[str, Any]] = []
     print("| Method | Device | Images | Epochs | Training | Whole sequence |")

@@ -75,3 +75,27 @@ def test_heads_on_shared_features_are_those_of_the_trainer(method, tmp_path, mon
     if method == "none":
         more = record["more_tasks"]["10"]["lda (cls+mean of 6 layers)"]["accuracy"]
         assert more == pytest.approx(found["accuracy"], abs=0.03)  # sizes of tasks differ, images do not
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_at_tiny_sizes(tmp_path):
+    """All steps but the tests of the GPU: each leaves its record, and the table names it."""
+    environment = {**os.environ, "TRIAL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    script = BENCHMARKS / "on_gpu.sh"
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=480, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    steps = ("sequence_best", "step_cost", "latency", "trainer_share", "sequence_coda_20")
+    for step in steps:
+        assert f"| {step} |" in run.stdout and json.loads((tmp_path / f"{step}.json").read_text())
+    assert run.stdout.count("| done |") == len(steps) + 1
+    # A step that fails is named, and the others run all the same.
+    broken = {**environment, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "broken")}
+    wrapper = (
+        f'#!/bin/sh\ncase "$1" in *latency.py) echo no such device >&2; exit 3;; esac\nexec {sys.executable} "$@"\n'
+    )
+    (tmp_path / "python").write_text(wrapper)
+    (tmp_path / "python").chmod(0o755)
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=480, env=broken)
+    assert (
+        run.returncode == 1 and "failed: no such device" in run.stdout and run.stdout.count("| done |") == len(steps)
+    )
