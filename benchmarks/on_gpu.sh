@@ -5,7 +5,8 @@
 #     bash benchmarks/on_gpu.sh                   # records in benchmarks/results/gpu/
 #     TRIAL=1 OUT=/tmp/gpu bash benchmarks/on_gpu.sh    # tiny sizes on the CPU: whether the commands still work
 #
-# PYTHON is the interpreter (python), OUT the folder of the records, WORKERS the processes that fetch images (8).
+# PYTHON is the interpreter (python), OUT the folder of the records, WORKERS the processes that fetch images (8), STEPS
+# the names of the steps to take (all).
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} OUT=${OUT:-benchmarks/results/gpu} WORKERS=${WORKERS:-8} TRIAL=${TRIAL:-}
@@ -31,6 +32,7 @@ SUMMARY=()
 step() {  # NAME LIMIT_IN_SECONDS COMMAND...
     local name=$1 limit=$2 began=$SECONDS state
     shift 2
+    [[ -z "${STEPS:-}" || " $STEPS " == *" $name "* ]] || return 0
     echo "== $name (at most $limit s)"
     timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
     case $? in

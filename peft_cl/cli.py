@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             return _run(words)
+        except KeyboardInterrupt:  # while the program is loaded
+            print("peft-cl: interrupted.", file=sys.stderr)
+            return 130
         finally:
             sys.stdout and sys.stdout.flush()
     except BrokenPipeError:
@@ -81,6 +84,7 @@ def _run(words: list[str]) -> int:
     parser = make_parser(word)
     if word is None:
         parser.parse_args(words)  # help, version, or a fault: it ends the process
+    from .commands.bars import no_bars_in_files
     from .commands.errors import CommandError
     from .commands.options import split_overrides
 
@@ -88,6 +92,7 @@ def _run(words: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     try:
         with plain_warnings():
+            no_bars_in_files()
             if word != "train":
                 return module_of(word).run(parser.parse_args(words)) or 0
             rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
@@ -95,7 +100,9 @@ def _run(words: list[str]) -> int:
             module_of("train").run(arguments, overrides, command=shlex.join(["peft-cl", *words]))
         return 0
     except CommandError as error:
-        complain(error)
+        from .commands.wording import for_the_command_line
+
+        complain(for_the_command_line(str(error), word))
         return 2
     except KeyboardInterrupt:
         advice = " The tasks finished are saved; --resume goes on with them." if word == "train" else ""

@@ -39,6 +39,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
 
 
+def local_path(name: str | Path) -> Path:
+    """The path of a name; `~` is the user's folder. A name that begins with `~` and is no user's stays as it is."""
+    return Path(os.path.expanduser(name))
+
+
 def check_file(path: Path, most: int = MOST_TEXT) -> None:
     """Refuse to read what would not end: a pipe, a device, or more bytes than a file of its kind has.
 

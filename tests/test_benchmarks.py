@@ -82,20 +82,23 @@ def test_the_script_for_a_gpu_runs_at_tiny_sizes(tmp_path):
     """All steps but the tests of the GPU: each leaves its record, and the table names it."""
     environment = {**os.environ, "TRIAL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     script = BENCHMARKS / "on_gpu.sh"
-    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=480, env=environment)
+    run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=900, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     steps = ("sequence_best", "step_cost", "latency", "trainer_share", "sequence_coda_20")
     for step in steps:
         assert f"| {step} |" in run.stdout and json.loads((tmp_path / f"{step}.json").read_text())
     assert run.stdout.count("| done |") == len(steps) + 1
     # A step that fails is named, and the others run all the same.
-    broken = {**environment, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "broken")}
+    broken = {
+        **environment,
+        "PYTHON": str(tmp_path / "python"),
+        "OUT": str(tmp_path / "broken"),
+        "STEPS": "tests latency",
+    }
     wrapper = (
         f'#!/bin/sh\ncase "$1" in *latency.py) echo no such device >&2; exit 3;; esac\nexec {sys.executable} "$@"\n'
     )
     (tmp_path / "python").write_text(wrapper)
     (tmp_path / "python").chmod(0o755)
     run = subprocess.run(["bash", script], capture_output=True, text=True, timeout=480, env=broken)
-    assert (
-        run.returncode == 1 and "failed: no such device" in run.stdout and run.stdout.count("| done |") == len(steps)
-    )
+    assert run.returncode == 1 and "failed: no such device" in run.stdout and run.stdout.count("| done |") == 1

@@ -9,17 +9,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..disk import local_path
 from ..hub.sources import find_source
 from ..metrics import RunResults
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..text import brief
 from ..tuners.base.config import PromptPoolConfig
 from .errors import CommandError
-from .sources import RESULTS_FILE, adapter_folder, backbone_path, load_backbone, load_config, load_results
+from .sources import (
+    PROCESSOR_FILES,
+    RESULTS_FILE,
+    adapter_folder,
+    backbone_path,
+    load_backbone,
+    load_config,
+    load_results,
+)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -139,4 +147,4 @@ def _fits(config: PromptPoolConfig, results: RunResults) -> bool:
 
 def _place(name: str) -> Path:
     """Where a model lies, if its name is that of a folder; a name on the Hub stays different from all others."""
-    return Path(backbone_path(name)).expanduser().resolve()
+    return local_path(backbone_path(name)).resolve()

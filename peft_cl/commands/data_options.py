@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any
 
-from .errors import CommandError, explained
+from .errors import explained
 from .sections import DatasetSettings
 
 
@@ -55,13 +52,3 @@ def data_settings(arguments: argparse.Namespace) -> DatasetSettings:
         values["data_files"] = {values[split]: values["data_files"]}
     with explained("The options of the data are wrong"):
         return DatasetSettings(**values)
-
-
-@contextmanager
-def said_as_options() -> Iterator[None]:
-    """Where a message says `dataset.test_split`, say `--split`: here there is no configuration to set it in."""
-    try:
-        yield
-    except CommandError as error:
-        message = re.sub(r"\bdataset\.([a-z_]+)", lambda found: option_of(found[1]), str(error))
-        raise CommandError(message) from error

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from safetensors import SafetensorError
 
 from ..text import MOST, brief, plain
@@ -57,6 +57,8 @@ def explained(what: str) -> Iterator[None]:
         raise
     except INPUT_FAULTS as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # which says nothing itself
+            text = f"{text}: {error.__cause__}"
         text = " ".join(text.split())
         raise CommandError(f"{what}: {text or type(error).__name__}") from error
 

@@ -20,7 +20,7 @@ from ..text import percent, plain
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
-from .data_options import add_data_options, data_settings, said_as_options
+from .data_options import add_data_options, data_settings
 from .errors import CommandError, explained, some
 from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
@@ -97,8 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"--batch-size is {arguments.batch_size}, but must be at least 1.")
     adapter = SavedAdapter.read(arguments.adapter)
     settings = data_settings(arguments)
-    with said_as_options():
-        examples = split_of(load_data(settings), settings, "test_split")
+    examples = split_of(load_data(settings), settings, "test_split")
     trust = arguments.trust_remote_code
     model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
     evaluation = evaluate(
@@ -201,7 +200,7 @@ def predict(model: PeftModel, batches: DataLoader, tasks: np.ndarray | None) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     parts = itertools.repeat(None) if tasks is None else torch.from_numpy(tasks).split(batches.batch_size)
-    shown = tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True)
+    shown = tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True, disable=None)
     rows = [
         model(batch["pixel_values"].to(device), task_ids=task_ids).logits.argmax(-1).cpu()
         for batch, task_ids in zip(shown, parts, strict=False)  # the repetition has no end

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +22,23 @@ from .errors import CommandError, some
 
 #: Name of a folder -> the split that `datasets` takes it for.
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+#: Endings of files that lie beside images without being meant as some.
+NO_SLIP = (
+    "",
+    ".txt",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".py",
+    ".db",
+    ".ini",
+)
 METADATA = tuple(ImageFolder.METADATA_FILENAMES)
 
 
@@ -38,6 +57,30 @@ def image_files(folder: Path) -> list[str]:
     return found
 
 
+def other_files(folder: Path) -> list[str]:
+    """Files in folders of classes that `datasets` takes for no images; texts, tables and pages are no slip."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(files) if not name.startswith((".", "__"))}
+        found += [
+            os.path.relpath(os.path.join(place, name), folder)
+            for name, kind in kinds.items()
+            if Path(place) != folder and kind not in ImageFolder.EXTENSIONS and kind not in NO_SLIP
+        ]
+    return found
+
+
+def lost_zeros(folder: Path, label_column: str) -> str | None:
+    """A label of a metadata.csv that would be read as another: `0062` becomes the number 62. `None`: there is none."""
+    for file in sorted(folder.rglob("metadata.csv")):
+        with open(file, encoding="utf-8", errors="replace", newline="") as text:
+            for row in csv.DictReader(text):
+                if re.fullmatch(r"0\d+", (row.get(label_column) or "").strip()):
+                    return f"{row[label_column]!r} in {str(file)!r}"
+    return None
+
+
 def split_patterns(folder: Path, label_column: str) -> dict[str, list[str]] | None:
     """Which files each split of a folder of images has, as `data_files` of `load_dataset`; `None`: as that says.
 
@@ -51,7 +94,14 @@ def split_patterns(folder: Path, label_column: str) -> dict[str, list[str]] | No
     has_configuration = (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text(
         encoding="utf-8", errors="replace"
     )
-    files = [Path(name).parts for name in image_files(folder)]
+    names = image_files(folder)
+    odd = next((name for name in names if os.path.expandvars(name) != name), None)
+    if odd is not None:
+        raise CommandError(
+            f"{odd!r} in {str(folder)!r} has a '$' with the name of a variable of the shell, whose value would take "
+            "its place. Rename it."
+        )
+    files = [Path(name).parts for name in names]
     if not files or has_configuration or others - set(ImageFolder.EXTENSIONS) - {"", ".txt", ".md", ".py", ".html"}:
         return None
     top = sorted({parts[0] for parts in files if len(parts) > 1})
@@ -92,7 +142,22 @@ def warn_of_left_out(folder: Path, splits: Mapping[str, Dataset]) -> None:
             stored = StoredImages.of(data, column) if type(feature).__name__ == "Image" else None
             if stored is not None:
                 taken.update(os.path.realpath(stored.file(row) or "") for row in range(len(data)))
-    left = [name for name in image_files(folder) if os.path.realpath(folder / name) not in taken]
+    names = image_files(folder)
+    dangling = [name for name in names if not os.path.exists(folder / name)]
+    if dangling:
+        warnings.warn(
+            f"{len(dangling):,} files of {str(folder)!r} are links to nothing and are left out: {some(dangling)}. "
+            "Restore what they link to.",
+            stacklevel=2,
+        )
+    others = other_files(folder) if names else []
+    if others:
+        warnings.warn(
+            f"{len(others):,} files of {str(folder)!r} are of kinds that are not read as images, and are left out: "
+            f"{some(others)}. Convert them to JPEG or PNG.",
+            stacklevel=2,
+        )
+    left = [name for name in names if name not in dangling and os.path.realpath(folder / name) not in taken]
     if left and taken != {os.path.realpath("")}:
         places = Counter(str(Path(name).parent) for name in left)
         listed = some([f"{place} ({count:,})" for place, count in places.items()])

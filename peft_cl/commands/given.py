@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..disk import read_json, replacing
+from ..disk import local_path, read_json, replacing
 from .errors import CommandError
 from .options import parse_yaml, read_config
 
@@ -33,7 +33,7 @@ def recall(path: str, overrides: Sequence[Override], resume: bool) -> tuple[dict
     """Return the configuration and the changes to it that a run goes by.
 
     Args:
-        path: A configuration file; to resume, the folder of the run will do.
+        path: A configuration file, or the folder of a run.
         overrides: The changes that the command names.
         resume: Whether a run is to be resumed: then the changes that it was started with hold too, and those named
             now come after them.
@@ -42,14 +42,14 @@ def recall(path: str, overrides: Sequence[Override], resume: bool) -> tuple[dict
         CommandError: There is no such file, or what is kept in the folder is damaged.
     """
     overrides = list(overrides)
-    if resume and Path(path).is_dir():
+    if Path(path).is_dir():
         kept = _read(Path(path))
         if kept is None:
             raise CommandError(f"The folder {path!r} does not say how its run was started. Give the CONFIG.yaml.")
         return kept["config"], [*kept["overrides"], *overrides]
     config = read_config(path)
     output = dict(overrides).get("output_dir", config.get("output_dir"))
-    kept = _read(Path(output).expanduser()) if resume and isinstance(output, str) else None
+    kept = _read(local_path(output)) if resume and isinstance(output, str) else None
     return config, [*(kept["overrides"] if kept else ()), *overrides]
 
 

@@ -36,11 +36,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        repeated = sorted(key for key, count in counts.items() if count > 1)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        counts = Counter(key.value for key in keys)
+        repeated = [key for key in keys if counts[key.value] > 1]
         if repeated:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{', '.join(repeated)} stands there more than once", node.start_mark
+                None, None, f"{repeated[-1].value} stands there more than once. Take one out", repeated[-1].start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -80,7 +81,9 @@ def parse_yaml(text: str, source: str) -> Any:
             f"{source} has {len(text):,} characters, but at most {LARGEST_TEXT:,} are read. Shorten it."
         )
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        loader = _Loader(text)
+        loader.name = source
+        return loader.get_single_data()
     except RecursionError:
         raise CommandError(f"{source} is nested too deeply. Take brackets out.") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # a number of 5,000 digits, a list as a key

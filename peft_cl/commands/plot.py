@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..disk import local_path
 from ..metrics import RunResults, finished_tasks
 from ..metrics.table import group_of
 from ..plots.run import COMPARISON_CURVES_FILE, COMPARISON_FILE, PICTURE_FILES, write_comparison, write_pictures
@@ -36,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    folders = [Path(name).expanduser() for name in arguments.runs]
+    folders = [local_path(name) for name in arguments.runs]
     repeated = [name for name, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if repeated:
         raise CommandError(f"The run {str(repeated[0])!r} is given more than once. Give each run once.")
     list_of_results = [read_run(folder) for folder in folders]
     told = told_against(arguments.reference, folders, list_of_results) if arguments.reference else []
     default = folders[0] if len(folders) == 1 else Path()
-    output = Path(arguments.output).expanduser() if arguments.output else default
+    output = local_path(arguments.output) if arguments.output else default
     try:
         output.mkdir(parents=True, exist_ok=True)
         if len(folders) == 1:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def told_against(reference: str, folders: Sequence[Path], list_of_results: Sequence[RunResults]) -> list[str]:
     """A line for each run: how much it lacks, on tasks just learnt, of what the reference reaches."""
-    joint = read_run(Path(reference).expanduser())
+    joint = read_run(local_path(reference))
     lines = []
     for folder, results in zip(folders, list_of_results, strict=True):
         with explained(f"The run in {str(folder)!r} has no intransigence against {reference!r}"):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from ..disk import local_path
 from ..predicting import Prediction, classify
 from ..scenarios import open_image
 from ..text import percent, plain
@@ -20,7 +21,7 @@ from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .evaluate import add_model_options, load_adapter
 from .output import complain, say
-from .sources import load_processor
+from .sources import CONFIG_FILE, load_processor
 
 
 #: Exit status where an image could not be read; the others are predicted.
@@ -46,6 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
         if value < 1:
             raise CommandError(f"{name} is {value}, but must be at least 1.")
+    if local_path(arguments.adapter).is_file() and any(
+        (local_path(name) / CONFIG_FILE).is_file() for name in arguments.images
+    ):
+        raise CommandError(f"The adapter comes first, but {arguments.adapter!r} is a file. Write ADAPTER IMAGE.")
+    check_table(arguments.csv, arguments.images)
     files = find_images(arguments.images)
     adapter = SavedAdapter.read(arguments.adapter)
     if not adapter.config.tasks:
@@ -79,6 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_table(place: str | None, images: Sequence[str]) -> None:
+    """Refuse to write a table over something else."""
+    if place in (None, "-") or not local_path(place).is_file():
+        return
+    if local_path(place).suffix.lower() not in (".csv", ".tsv") or place in images:
+        raise CommandError(
+            f"--csv is {place!r}, a file that is there and is no table. Give another name, such as predictions.csv."
+        )
+
+
 def find_images(names: Sequence[str]) -> list[Path]:
     """The files given, and those below the folders given that have an image's ending, in order.
 
@@ -87,7 +103,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     """
     endings, files = Image.registered_extensions(), []
     for name in names:
-        path = Path(name).expanduser()
+        path = local_path(name)
         if path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
             if not below:
@@ -150,7 +166,7 @@ def write_table(place: str, found: Sequence[tuple[Path, Prediction]], names: Seq
     if place == "-":
         csv.writer(sys.stdout, lineterminator="\n").writerows([map(plain, row) for row in [header, *rows]])
         return
-    path = Path(place).expanduser()
+    path = local_path(place)
     with explained(f"The table cannot be written to {place!r}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:

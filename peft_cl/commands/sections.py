@@ -85,6 +85,8 @@ class DatasetSettings:
     def __post_init__(self) -> None:
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction is {self.test_fraction}, but must lie between 0 and 1, such as 0.2.")
+        if self.test_fraction is not None and self.test_split == self.train_split:  # the part held back has its name
+            object.__setattr__(self, "test_split", f"{self.test_split}, held back")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -145,7 +148,18 @@ def _make_datasets(values: Any, kind: str) -> dict[str, DatasetSettings]:
             f"dataset is {brief(values)}, but a {SEQUENCE} has several: a mapping such as `{{mnist: ylecun/mnist, "
             "svhn: {path: ufldl-stanford/svhn, name: cropped_digits}}`."
         )
-    return {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
+    if values and set(values) <= set(DatasetSettings.__dataclass_fields__):
+        raise CommandError(
+            f"dataset has the settings {', '.join(values)} of one data set, but a {SEQUENCE} has several, each by a "
+            "name of your own: a mapping such as `{mnist: ylecun/mnist, svhn: {path: ufldl-stanford/svhn, name: "
+            "cropped_digits}}`. For one data set set scenario.kind to another."
+        )
+    found = {name: fill(f"dataset.{name}", DatasetSettings, _expand(each, "path")) for name, each in values.items()}
+    for name, each in found.items():
+        same = next((other for other in found if other != name and found[other] == each), None)
+        if same is not None:
+            raise CommandError(f"dataset.{name} and dataset.{same} are the same data, {each.path!r}. Take one out.")
+    return found
 
 
 def _make_adapter(config: dict[str, Any]) -> tuple[str, Method, str | None, PromptPoolConfig]:
@@ -183,8 +197,8 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
     name = config.get("method") or (fitting[0] if len(fitting) == 1 else None)
     if name not in fitting:
         raise CommandError(
-            f"The adapter is one of {', '.join(fitting)}, and method is {brief(name)}. Set method to how "
-            "it is to learn on."
+            f"method is {brief(name)}, but the adapter to continue from is one of {', '.join(fitting)}. "
+            + ("Leave method out." if len(fitting) == 1 else "Set method to one of these: how it is to learn on.")
         )
     return name, METHODS[name], None, earlier
 
@@ -215,13 +229,28 @@ def _make_arguments(values: Any, output_dir: str) -> tuple[ContinualTrainingArgu
             f"training has both learning_rate ({values['learning_rate']}) and {SCALED_RATE} ({values[SCALED_RATE]}). "
             f"Keep one; on the command line `--training.{SCALED_RATE} null` takes the other out."
         )
-    arguments = fill("training", ContinualTrainingArguments, values, output_dir=output_dir)
+    with _named(values):
+        arguments = fill("training", ContinualTrainingArguments, values, output_dir=output_dir)
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns of it
+        arguments.accelerator_config.non_blocking = False
     note = f"{arguments.learning_rate:g}"
     if arguments.learning_rate_per_256 is not None:
         note += f" = {arguments.learning_rate_per_256:g} x {arguments.images_per_step} images in a step / 256"
     return arguments, note
+
+
+@contextmanager
+def _named(values: Mapping[str, Any]) -> Iterator[None]:
+    """Of a value that a library refuses, name the setting: `epoh is not a valid IntervalStrategy` does not."""
+    try:
+        yield
+    except CommandError as error:
+        text = str(error)
+        found = [name for name, value in values.items() if re.search(rf"(?<!\w){re.escape(str(value))}\b", text)]
+        if len(found) != 1 or found[0] in text:
+            raise
+        raise CommandError(f"training.{found[0]} is {brief(values[found[0]])}, which does not do. {text}") from error
 
 
 def _settable_arguments() -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from huggingface_hub import snapshot_download
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftConfig
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..backbones import loader_of
+from ..disk import local_path, read_json
 from ..hub.sources import EMBEDDED, find_source
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
@@ -22,7 +25,7 @@ from ..trainer.choosing import share_of_each_class
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.saved import check_saved_files
 from .errors import CommandError, explained
-from .folders import split_patterns, warn_of_left_out, without_labels
+from .folders import lost_zeros, split_patterns, warn_of_left_out, without_labels
 from .foreign import check_config, check_pixels, check_weights, no_code_of
 from .sections import DatasetSettings
 
@@ -33,6 +36,7 @@ RESULTS_FILE = "results.json"
 FROM_LOAD_DATASET = ("name", "revision", "data_dir", "data_files")
 #: Names that `load_dataset` reads files by which data_files or data_dir name.
 READERS = ("imagefolder", "parquet", "arrow", "webdataset")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 WRITTEN_BY_SAVE_TO_DISK = ("dataset_dict.json", "state.json")
 
 
@@ -49,7 +53,7 @@ def load_backbone(
     where the user says so."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
-    _require_folder("model", name)
+    _require_model(name)
     with explained(f"The model {name!r} cannot be loaded"), no_code_of("model", name):
         loader = loader_of(check_config(backbone_path(name), trust_remote_code))
         model, info = loader.from_pretrained(backbone_path(name), dtype=dtype, **options)
@@ -59,7 +63,7 @@ def load_backbone(
 
 def load_processor(name: str, overrides: dict[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
     """Load an image processor, with some of its settings changed; code of its own is run as `load_backbone` has it."""
-    _require_folder("model", name)
+    _require_model(name, (*PROCESSOR_FILES, "config.json"))
     with explained(f"The image processor of {name!r} cannot be loaded"), no_code_of("image processor of", name):
         options = {"trust_remote_code": trust_remote_code, **(overrides or {})}
         processor = AutoImageProcessor.from_pretrained(backbone_path(name), **options)
@@ -78,6 +82,7 @@ def load_config(folder: Path) -> PromptPoolConfig:
     """
     with explained(f"The adapter in {str(folder)!r} cannot be read"):
         check_saved_files(folder)
+        read_json(folder / CONFIG_FILE)  # names the file if it is damaged
         config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, PromptPoolConfig):
         raise CommandError(
@@ -129,7 +134,11 @@ def split_of(
     if name in splits:
         return splits[name]
     remedy = f"Set {section}.{setting}"
-    if setting != "validation_split":
+    if setting == "validation_split":
+        remedy += " to one of these"
+    elif setting == "train_split" and len(splits) == 1:
+        remedy = f"Set {section}.test_fraction, for instance to 0.2, to divide the one split"
+    else:
         remedy += f", or {section}.test_fraction, for instance to 0.2, to divide one split"
     raise CommandError(f"The data set {settings.path!r} has no split {name!r}; it has {list(splits)}. {remedy}.")
 
@@ -139,19 +148,58 @@ def load_splits(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     options = {name: value for name in FROM_LOAD_DATASET if (value := getattr(settings, name)) is not None}
     if settings.path not in READERS or not {"data_files", "data_dir"} & set(options):
         _require_folder("data set", settings.path)
-    folder = Path(settings.path).expanduser()
+    folder = local_path(settings.path)
+    _check_place(settings, folder)
     if any((folder / name).is_file() for name in WRITTEN_BY_SAVE_TO_DISK):
         return _load_from_disk(settings, folder, options)
     whole = folder.is_dir() and not options
     if whole and (patterns := split_patterns(folder, settings.label_column)):
         options = {"data_files": patterns}
-    with explained(f"The data set {settings.path!r} cannot be loaded"):
+    with explained(f"The data set {settings.path!r} cannot be loaded"), _told_where(options):
         splits = load_dataset(str(folder) if folder.exists() else settings.path, **options)
     if whole:
         warn_of_left_out(folder, splits)
+        if any(Value("int64") == each.features.get(settings.label_column) for each in splits.values()) and (
+            lost := lost_zeros(folder, settings.label_column)
+        ):
+            raise CommandError(
+                f"The label {lost} would be read as a number, without its zeros. Write labels that do not look like "
+                "numbers, such as class_0062, or make a folder for each class."
+            )
     if folder.is_dir() and (fault := without_labels(settings, splits)):
         raise CommandError(fault)
     return splits
+
+
+def _check_place(settings: DatasetSettings, folder: Path) -> None:
+    """Refuse what `datasets` would look for elsewhere, or read as a pattern."""
+    if folder.is_file():
+        raise CommandError(
+            f"dataset.path is {settings.path!r}, but that is a file. Give the folder that it is in; or its kind, one "
+            f"of {', '.join(READERS)}, and the file by dataset.data_files."
+        )
+    if folder.is_dir() and (set("*?[") & set(settings.path) or "::" in settings.path):
+        raise CommandError(
+            f"dataset.path is {settings.path!r}, but '*', '?', '[' and '::' have meanings of their own in such a path."
+            " Rename the folder, or give a link to it without them."
+        )
+    if folder.is_dir() and settings.revision is not None:
+        raise CommandError(
+            f"dataset.revision is {settings.revision!r}, but {settings.path!r} is a folder here, which has none. "
+            "Leave it out."
+        )
+
+
+@contextmanager
+def _told_where(options: Mapping[str, Any]) -> Iterator[None]:
+    """Say of files that were not found by which settings they were looked for."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        named = " and ".join(f"dataset.{name}" for name in options if name != "revision") or "dataset.path"
+        given = f" (with {', '.join(f'{name} {value!r}' for name, value in options.items())})" if options else ""
+        hint = " HF_HUB_OFFLINE is set, so nothing is looked for on the Hub." if HF_HUB_OFFLINE else ""
+        raise ValueError(f"{error}{given}. Correct {named}.{hint}") from error
 
 
 def _load_from_disk(settings: DatasetSettings, folder: Path, options: dict[str, Any]) -> dict[str, Dataset]:
@@ -181,11 +229,13 @@ def adapter_folder(name: str) -> Path:
     Raises:
         CommandError: There is no such folder or repository, or no adapter in it.
     """
-    path = Path(name).expanduser()
-    if not path.is_dir():
+    path = local_path(name)
+    if not path.exists():
         _require_folder("adapter", name)
         with explained(f"There is no folder {name!r}, and the Hub gives no adapter of that name"):
             path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if path.is_file():
+        raise CommandError(f"The adapter is {name!r}, but that is a file. Give the folder that the adapter is in.")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (path / file).is_file()]
     if missing:
         raise CommandError(
@@ -198,8 +248,30 @@ def adapter_folder(name: str) -> Path:
 def _require_folder(what: str, name: str) -> None:
     """Refuse a name that can only be a folder, but is none; the libraries' own messages speak of the Hub then."""
     source = find_source(name)
-    if source.is_local and not source.is_embedded and not Path(name).expanduser().exists():
+    if source.is_local and not source.is_embedded and not local_path(name).exists():
         raise CommandError(
             f"There is no {what} {name!r}: no such folder here, and a name on the Hub has the form owner/name. "
             "Correct the path."
+        )
+
+
+def _require_model(name: str, files: Sequence[str] = ("config.json",)) -> None:
+    """Refuse what is no model, or is not here while nothing is fetched: libraries would speak of another part."""
+    _require_folder("model", name)
+    place = local_path(backbone_path(name))
+    if place.is_file() or (place.is_dir() and not any((place / file).is_file() for file in files)):
+        what = "a file" if place.is_file() else f"a folder without a {files[-1]}"
+        raise CommandError(
+            f"The model is {name!r}, but that is {what}. Give the folder of a model, or its name on the Hub."
+        )
+    if HF_HUB_OFFLINE and not place.exists():
+        _require_cached(name)
+
+
+def _require_cached(name: str) -> None:
+    """Without the Hub, a model must have been downloaded before."""
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise CommandError(
+            f"The model {name!r} is not among those downloaded, and HF_HUB_OFFLINE is set, so it cannot be fetched "
+            "from the Hub. Unset HF_HUB_OFFLINE, or give the folder of a model."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def summary(results: RunResults) -> str:
 def judged(results: RunResults) -> list[str]:
     """A line that compares the average accuracy with guessing, and says what the test images leave open."""
     accuracy, chance, error = results.metrics.get("average_accuracy"), chance_level(results), standard_error(results)
-    if accuracy is None or chance is None or error is None:
+    if accuracy is None or math.isnan(accuracy) or chance is None or error is None:
         return []
     images = sum(results.test_sizes[: results.finished_tasks])
     line = (
@@ -99,4 +100,6 @@ def going_on(trainer: ContinualTrainer) -> str:
     task = trainer.scenario[done]
     checkpoint = whole_checkpoint(checkpoint_folder(trainer.folder, task))
     where = f", after step {checkpoint.name.rpartition('-')[2]}" if checkpoint else ""
+    if not done and not checkpoint:
+        return f"There is nothing to go on from in {plain(str(trainer.folder))}: it begins with {plain(task.name)}.\n"
     return f"Goes on with {plain(task.name)}{where}: {done} of {tasks} tasks are finished.\n"

@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from ..disk import local_path
 from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.terms import NOT_SETTINGS
@@ -25,9 +26,8 @@ from ..trainer.extras import spared
 from ..trainer.files import remove
 from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
-from .bars import no_bars_in_files
 from .earlier import load_earlier_test, load_validation
-from .errors import CommandError, explained
+from .errors import CommandError, explained, some
 from .given import FILE as GIVEN_FILE
 from .given import as_words, recall, remember
 from .listing import list_tasks
@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
     """Check everything, then train, then write results, card and pictures."""
-    no_bars_in_files()
     overrides = [("continue_from" if key == "continue-from" else key, value) for key, value in overrides]
     config, overrides = recall(arguments.config, overrides, arguments.resume)
     kept = deepcopy(config)
@@ -85,13 +84,15 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
-        with explained("The run cannot be resumed"):
+        refuse_without_state(Path(settings.output_dir))
+        with explained("--resume does not work"):
             trainer.resume(Path(settings.output_dir))
         if trainer.is_world_process_zero():
             say(going_on(trainer), flush=True)
     if trainer.is_world_process_zero():
         remember(Path(settings.output_dir), kept, overrides)
-    again = ["peft-cl", "train", arguments.config, *as_words(overrides)]
+    changes = [(name, value) for name, value in dict(overrides).items() if name != "output_dir"]
+    again = ["peft-cl", "train", arguments.config, *as_words(changes)]
     learn(trainer, lambda: finish(settings, trainer, command, again))
 
 
@@ -115,11 +116,31 @@ def refuse_own_source(settings: RunSettings) -> None:
     output = Path(settings.output_dir).resolve()
     if settings.continue_from and settings.continue_from.folder.resolve() == output:
         what = "the adapter to continue from"
-    elif Path(settings.model.name).expanduser().resolve() == output / BACKBONE_FOLDER:
+    elif local_path(settings.model.name).resolve() == output / BACKBONE_FOLDER:
         what = "the backbone to train on"
+    elif any(local_path(each.path).resolve() in (output, *output.parents) for each in local_data(settings)):
+        raise CommandError(
+            f"output_dir is {settings.output_dir!r}, which lies in the data: the run's pictures would be taken for "
+            "images of it. Give another output_dir."
+        )
     else:
         return
     raise CommandError(f"output_dir is {settings.output_dir!r}, which holds {what}. Give another output_dir.")
+
+
+def local_data(settings: RunSettings) -> list[DatasetSettings]:
+    return [each for each in settings.datasets.values() if local_path(each.path).is_dir()]
+
+
+def refuse_without_state(folder: Path) -> None:
+    """Refuse to begin anew, in the name of going on, over a run whose state is lost."""
+    found = [name for name in (RESULTS_FILE, WEIGHTS_FILE) if (folder / name).exists()]
+    if found and not (folder / STATE_FOLDER).is_dir():
+        raise CommandError(
+            f"The output folder {str(folder)!r} holds a run ({', '.join(found)}), but --resume goes on from its state "
+            f"({STATE_FOLDER}), and that is gone. Give another output_dir, or --overwrite in the place of --resume to "
+            "begin anew."
+        )
 
 
 def refuse_existing(folder: Path) -> None:
@@ -179,6 +200,7 @@ def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings) -> PeftMode
     if settings.continue_from is None:
         return get_peft_model(backbone, settings.adapter)
     model = PeftModel.from_pretrained(backbone, str(settings.continue_from.folder), is_trainable=True)
+    model.base_model.need_sums()  # now, and not when the first task begins
     # Where its base model lies now, which may be another folder than at the time.
     model.peft_config[model.active_adapter].base_model_name_or_path = backbone.name_or_path
     return model
@@ -203,6 +225,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         if name not in NOT_SETTINGS and value != defaults[name]
     }
     learnt = settings.adapter.num_tasks
+    known = [name for name in scenario.classes if learnt and name in settings.adapter.classes]
     epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
     measured = [task.name for task in trainer.earlier.tests]
@@ -219,6 +242,7 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
         "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
         f"{', '.join(map(str, facts['classes_per_task']))}, "
         + ("in the order given" if settings.scenario.class_order or settings.scenario.domain_order else order),
+        **({"known classes": f"{some(known)}: they are learnt on"} if known else {}),
         **({"tasks before": _of_tasks_before(trainer.earlier.names, measured)} if learnt else {}),
         "augmentation": str(settings.augmentation or "none"),
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "

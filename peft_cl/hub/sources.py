@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..disk import local_path
 from ..text import code
 
 
@@ -91,7 +92,7 @@ def find_source(name: str) -> Source:
 def _find(name: str) -> Source:
     if (EMBEDDED / name).is_dir() and "/" not in name:
         return Source(name, is_local=True, is_embedded=True)
-    path = Path(name).expanduser()
+    path = local_path(name)
     is_local = path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1 or "\\" in name
     if not is_local:
         return Source(name, is_local=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from ..heads import HEADS
 from ..scenarios import ImageTransform, Scenario
 from ..scenarios.pixels import options_of
+from ..text import brief
 from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
@@ -331,3 +333,16 @@ def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> N
         raise ValueError(
             f"{given}whole patches of {sides[0]} x {sides[1]}. Set the processor's size to multiples of these."
         )
+
+
+def warn_of_empty_classes(scenario: Scenario) -> None:
+    """Say which classes have no image to learn from, or none to measure on, in any task."""
+    for split, what in (("train", "training"), ("test", "test")):
+        seen = np.unique(np.concatenate([scenario.model_labels(task, split) for task in scenario]))
+        empty = [name for row, name in enumerate(scenario.classes) if row not in set(seen.tolist())]
+        if empty:
+            means = "they are in no accuracy" if split == "test" else "nothing can be learnt of them"
+            logger.warning(
+                "%d classes have no %s images, so %s: %s. Add some, or leave these classes out.",
+                *(len(empty), what, means, brief(empty)),
+            )

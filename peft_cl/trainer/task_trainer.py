@@ -18,7 +18,7 @@ from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .bad_images import ImageReader, check_range, mended
 from .batch_augmentation import check_batch_augmentation, of_that_shape
-from .checks import check_augmentation, check_image_size
+from .checks import check_augmentation, check_image_size, warn_of_empty_classes
 from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
@@ -70,6 +70,8 @@ class TaskTrainer(TaskData):
         self.reader = ImageReader(scenario.image_column, self._transforms[False].to_rgb)
         scenario, self.passed_over = mended(scenario, self.reader, args.bad_images)
         self.scenario = scenario
+        if args.process_index == 0:
+            warn_of_empty_classes(scenario)
         check_range(scenario, self.reader, options_of(processing_class)["white"])
         check_augmentation(self._transforms[True], scenario, args.augmentation_draws)
         size = self._transforms[False].output_size or (64, 64)
