@@ -62,8 +62,6 @@ class DualPromptConfig(KeyPoolConfig):
             **BEST,
             "prompt_length": 10,
             "layers": [2, 3, 4, 5],
-            "train_prompts": "every_task",
-            "drift_compensation": "map",
             "pool_size": None,
             "head_init": "zeros",
         },
