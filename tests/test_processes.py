@@ -55,20 +55,20 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
 @pytest.mark.parametrize(
     "method",
     [
-        "l2p",
-        "dualprompt",
-        "coda+cached",
         "probe+finetuning+ewc",
-        "l2p+augmented",
         "l2p+uneven",
-        "l2p+er+uneven",
         "coda+uneven+accumulated",
-        "probe+er",
         "dualprompt+stream+unmasked",
         "probe+lda+uneven",
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
+                "l2p",
+                "dualprompt",
+                "coda+cached",
+                "l2p+augmented",
+                "l2p+er+uneven",
+                "probe+er",
                 "probe+ridge+stream+uneven",
                 "coda+lda+drift+uneven",
                 "dualprompt+fusion+stream+unmasked+uneven",
@@ -88,7 +88,7 @@ def test_two_processes_equal_one(method, tmp_path):
     check_same(tmp_path / "two", tmp_path / "one", 1e-4, 1e-3)
 
 
-@pytest.mark.parametrize("method", ["l2p+checkpoints", "l2p+checkpoints+uneven"])
+@pytest.mark.parametrize("method", [pytest.param("l2p+checkpoints", marks=pytest.mark.slow), "l2p+checkpoints+uneven"])
 def test_two_processes_go_on_from_a_checkpoint_with_the_counts_of_both(method, tmp_path):
     """L2P counts the rows it chose, task evidence averages queries, each process for itself until a task's end."""
     run(2, tmp_path / "whole", method)
@@ -108,6 +108,7 @@ def test_accelerate_launches_two_processes(tmp_path):
     check_same(tmp_path / "two", tmp_path / "one", 1e-4, 1e-3)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_the_counts_of_both_processes_once(tmp_path):
     for processes, folder in ((1, "one"), (2, "two")):
         run(processes, tmp_path / folder, "l2p+checkpoints+best", PLAIN="1")
