@@ -170,7 +170,7 @@ def test_a_comparison_method_is_added(strategy, name, train, tmp_path):
         (["--strategy", "{er: {memory: 3}}"], ["strategy.er.memory", "memory_size"]),
         (["--strategy", "{er: {memory_size: 0}}"], ["memory_size is 0"]),
         (["--strategy", "{ewc: 10}"], ["strategy.ewc is 10", "a mapping"]),
-        (["--strategy", "joint"], ["train_mask is True", "Set train_mask=False"]),
+        (["--strategy", "joint"], ["train_mask is True", "Set --adapter.train_mask False"]),
         (["--scenario.blur", "0.5"], ["blur does not go with the kind class-incremental"]),
         (["--scenario", "{kind: task-free, num_tasks: 2, blur: -1}"], ["blur is -1"]),
     ],

@@ -197,7 +197,7 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
     name = config.get("method") or (fitting[0] if len(fitting) == 1 else None)
     if name not in fitting:
         raise CommandError(
-            f"method is {brief(name)}, but the adapter to continue from is one of {', '.join(fitting)}. "
+            f"The adapter is one of {', '.join(fitting)}, and method is {brief(name)}. "
             + ("Leave method out." if len(fitting) == 1 else "Set method to one of these: how it is to learn on.")
         )
     return name, METHODS[name], None, earlier
@@ -250,7 +250,8 @@ def _named(values: Mapping[str, Any]) -> Iterator[None]:
         found = [name for name, value in values.items() if re.search(rf"(?<!\w){re.escape(str(value))}\b", text)]
         if len(found) != 1 or found[0] in text:
             raise
-        raise CommandError(f"training.{found[0]} is {brief(values[found[0]])}, which does not do. {text}") from error
+        own = f"training.{found[0]} is {brief(values[found[0]])}"
+        raise CommandError(f"{own}. {text}. Give another value.") from error
 
 
 def _settable_arguments() -> list[str]:

@@ -152,6 +152,11 @@ def load_splits(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
     _check_place(settings, folder)
     if any((folder / name).is_file() for name in WRITTEN_BY_SAVE_TO_DISK):
         return _load_from_disk(settings, folder, options)
+    if folder.is_dir() and settings.revision is not None:
+        raise CommandError(
+            f"dataset.revision is {settings.revision!r}, but {settings.path!r} is a folder here, which has none. "
+            "Leave it out."
+        )
     whole = folder.is_dir() and not options
     if whole and (patterns := split_patterns(folder, settings.label_column)):
         options = {"data_files": patterns}
@@ -182,11 +187,6 @@ def _check_place(settings: DatasetSettings, folder: Path) -> None:
         raise CommandError(
             f"dataset.path is {settings.path!r}, but '*', '?', '[' and '::' have meanings of their own in such a path."
             " Rename the folder, or give a link to it without them."
-        )
-    if folder.is_dir() and settings.revision is not None:
-        raise CommandError(
-            f"dataset.revision is {settings.revision!r}, but {settings.path!r} is a folder here, which has none. "
-            "Leave it out."
         )
 
 

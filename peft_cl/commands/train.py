@@ -28,6 +28,7 @@ from ..trainer.snapshot import STATE_FOLDER, forget_state
 from .adapters import SavedAdapter
 from .earlier import load_earlier_test, load_validation
 from .errors import CommandError, explained, some
+from .folders import image_files
 from .given import FILE as GIVEN_FILE
 from .given import as_words, recall, remember
 from .listing import list_tasks
@@ -129,7 +130,9 @@ def refuse_own_source(settings: RunSettings) -> None:
 
 
 def local_data(settings: RunSettings) -> list[DatasetSettings]:
-    return [each for each in settings.datasets.values() if local_path(each.path).is_dir()]
+    """The data sets that are folders of images."""
+    folders = [(each, local_path(each.path)) for each in settings.datasets.values()]
+    return [each for each, folder in folders if folder.is_dir() and image_files(folder)]
 
 
 def refuse_without_state(folder: Path) -> None:
