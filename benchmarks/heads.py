@@ -266,7 +266,8 @@ def tables(options: argparse.Namespace) -> str:
         lines.append(f"|---|{'---:|' * (len(counts) + 1)}")
         for row in CLOSED:
             cells = [[each["rows"][row.title] for each in records["none"] if row.title in each["rows"]]]
-            cells += [[each["more_tasks"][str(count)][row.title] for each in records["none"]] for count in counts]
+            divided = [each["more_tasks"] for each in records["none"] if each["more_tasks"]]
+            cells += [[each[str(count)][row.title] for each in divided] for count in counts]
             shown = [spread([100 * each["accuracy"] for each in cell]) for cell in cells]
             lines.append(f"| {row.title} | {' | '.join(shown)} |")
     return "\n".join(lines)
