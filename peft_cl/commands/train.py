@@ -41,6 +41,8 @@ from .summary import going_on, next_commands, summary
 
 
 CARD_FILE = "README.md"
+#: Sections that the row without prompts has of its own.
+OF_THE_METHOD = ("method", "preset", "adapter", "strategy", "augmentation", "output_dir")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
             say(going_on(trainer), flush=True)
     if trainer.is_world_process_zero():
         remember(Path(settings.output_dir), kept, overrides)
-    changes = [(name, value) for name, value in dict(overrides).items() if name != "output_dir"]
+    changes = [(name, value) for name, value in dict(overrides).items() if name.split(".")[0] not in OF_THE_METHOD]
     again = ["peft-cl", "train", arguments.config, *as_words(changes)]
     learn(trainer, lambda: finish(settings, trainer, command, again))
 
