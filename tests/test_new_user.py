@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from peft_cl import cli
 from peft_cl.cli import main
 from peft_cl.commands.errors import CommandError
+from peft_cl.commands.output import plain_warnings
 from peft_cl.commands.sections import DatasetSettings
 from peft_cl.commands.sources import load_data
 from peft_cl.commands.wording import for_the_command_line
@@ -228,3 +229,9 @@ def test_good_photos_are_told_nothing(photos):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_data(DatasetSettings(str(photos)))
+
+
+def test_warnings_speak_of_the_command_line_too():
+    with plain_warnings():
+        text = warnings.formatwarning("Name the classes to use by class_order=.", UserWarning, "file", 1)
+    assert text == "UserWarning: Name the classes to use by --scenario.class_order.\n"

@@ -57,13 +57,23 @@ def plain_warnings() -> Iterator[None]:
     usual, seen = warnings.formatwarning, _Plain()
     for handler in handlers:
         handler.addFilter(seen)
-    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {plain(message, LONGEST)}\n"
+    warnings.formatwarning = lambda message, category, *_, **__: (
+        f"{category.__name__}: {plain(_for_the_command_line(message), LONGEST)}\n"
+    )
     try:
         yield
     finally:
         warnings.formatwarning = usual
         for handler in handlers:
             handler.removeFilter(seen)
+
+
+def _for_the_command_line(message: object) -> str:
+    try:
+        from .wording import for_the_command_line
+    except ImportError:  # while these modules are loaded
+        return str(message)
+    return for_the_command_line(str(message))
 
 
 def leave_pipe() -> int:
