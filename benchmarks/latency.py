@@ -11,6 +11,7 @@ frozen features take one pass.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -22,29 +23,18 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from steps import build_backbone, build_method, finish_work
+from steps import CONFIGS, NUM_CLASSES, build_backbone, build_method, finish_work
 from transformers import ImageClassificationPipeline, ViTImageProcessorPil
 
 from peft_cl import LinearProbeConfig
 
 
-METHODS = ("l2p", "dualprompt", "coda-prompt")
-CLASSES = 100
-
-
 def models_of(backbone: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """What is compared with the bare backbone, by its name in the table."""
-    found = {name: build_method(name, backbone) for name in METHODS}
-    frozen = get_peft_model(build_like(backbone), LinearProbeConfig.from_preset("best"))
-    frozen.begin_task([str(row) for row in range(CLASSES)])
+    found = {name: build_method(name, backbone) for name in CONFIGS}
+    frozen = get_peft_model(copy.deepcopy(backbone), LinearProbeConfig.from_preset("best"))
+    frozen.begin_task([str(row) for row in range(NUM_CLASSES)])
     return {**found, "frozen features, best": frozen}
-
-
-def build_like(backbone: torch.nn.Module) -> torch.nn.Module:
-    """A copy: an adapter changes the model it is put on."""
-    copy = type(backbone)(backbone.config).to(backbone.device, backbone.dtype)
-    copy.load_state_dict(backbone.state_dict())
-    return copy.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -70,7 +60,7 @@ def row_of(model: str, what: str, images: int, bare: list[float], own: list[floa
         "milliseconds": 1e3 * median(own),
         "bare_milliseconds": 1e3 * median(bare),
         "images_per_second": images / median(own),
-        "ratio": median(own) / median(bare),
+        "ratio": median(ratios),
         "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
     }
     shown = f"{found['ratio']:.2f} ({found['quartiles'][0]:.2f}–{found['quartiles'][1]:.2f})"

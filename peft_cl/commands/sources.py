@@ -157,10 +157,10 @@ def load_splits(settings: DatasetSettings) -> DatasetDict | dict[str, Dataset]:
             f"dataset.revision is {settings.revision!r}, but {settings.path!r} is a folder here, which has none. "
             "Leave it out."
         )
-    whole = folder.is_dir() and not options
+    whole, given = folder.is_dir() and not options, options
     if whole and (patterns := split_patterns(folder, settings.label_column)):
         options = {"data_files": patterns}
-    with explained(f"The data set {settings.path!r} cannot be loaded"), _told_where(options):
+    with explained(f"The data set {settings.path!r} cannot be loaded"), _told_where(given):
         splits = load_dataset(str(folder) if folder.exists() else settings.path, **options)
     if whole:
         warn_of_left_out(folder, splits)

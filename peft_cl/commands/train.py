@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     if settings.training.hub_token:  # the record and the card name the command, and are shared
         command = command.replace(settings.training.hub_token, "***")
     refuse_own_source(settings)
-    if not (arguments.overwrite or arguments.resume):
+    if arguments.resume:
+        refuse_without_state(Path(settings.output_dir))
+    elif not arguments.overwrite:
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
@@ -87,7 +89,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
-        refuse_without_state(Path(settings.output_dir))
         with explained("--resume does not work"):
             trainer.resume(Path(settings.output_dir))
         if trainer.is_world_process_zero():
@@ -121,7 +122,7 @@ def refuse_own_source(settings: RunSettings) -> None:
         what = "the adapter to continue from"
     elif local_path(settings.model.name).resolve() == output / BACKBONE_FOLDER:
         what = "the backbone to train on"
-    elif any(local_path(each.path).resolve() in (output, *output.parents) for each in local_data(settings)):
+    elif any(lies_in_images(output, each) for each in settings.datasets.values()):
         raise CommandError(
             f"output_dir is {settings.output_dir!r}, which lies in the data: the run's pictures would be taken for "
             "images of it. Give another output_dir."
@@ -131,10 +132,10 @@ def refuse_own_source(settings: RunSettings) -> None:
     raise CommandError(f"output_dir is {settings.output_dir!r}, which holds {what}. Give another output_dir.")
 
 
-def local_data(settings: RunSettings) -> list[DatasetSettings]:
-    """The data sets that are folders of images."""
-    folders = [(each, local_path(each.path)) for each in settings.datasets.values()]
-    return [each for each, folder in folders if folder.is_dir() and image_files(folder)]
+def lies_in_images(output: Path, data: DatasetSettings) -> bool:
+    """Whether a folder lies in one of images that the data set is."""
+    folder = local_path(data.path).resolve()
+    return folder in (output, *output.parents) and folder.is_dir() and bool(image_files(folder))
 
 
 def refuse_without_state(folder: Path) -> None:

@@ -66,7 +66,7 @@ class Head(nn.Module):
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Have these rows, in this order, and forget the others: nothing of them may be left."""
-        raise NotImplementedError(f"{type(self).__name__} cannot forget classes: define forget(kept)")
+        raise NotImplementedError(f"{type(self).__name__} cannot forget classes: define keep_rows(rows)")
 
     def check_classes(self, classes: int) -> None:
         """Raise a `ValueError` if it cannot tell so many classes apart."""

@@ -338,8 +338,8 @@ def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> N
 def warn_of_empty_classes(scenario: Scenario) -> None:
     """Say which classes have no image to learn from, or none to measure on, in any task."""
     for split, what in (("train", "training"), ("test", "test")):
-        seen = np.unique(np.concatenate([scenario.model_labels(task, split) for task in scenario]))
-        empty = [name for row, name in enumerate(scenario.classes) if row not in set(seen.tolist())]
+        seen = np.concatenate([scenario.model_labels(task, split) for task in scenario])
+        empty = [scenario.classes[row] for row in np.setdiff1d(np.arange(len(scenario.classes)), seen)]
         if empty:
             means = "they are in no accuracy" if split == "test" else "nothing can be learnt of them"
             logger.warning(

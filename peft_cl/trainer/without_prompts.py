@@ -57,14 +57,13 @@ class WithoutPrompts:
         fused = isinstance(own, FusionHead)
         if not tasks or not (fused or self.learnt.issuperset(task.index for task in tasks)):
             return None
-        head = own.query if fused else self.head
-        found = []
-        for task in tasks:
-            queries = trainer.kept_queries([task], "test") if trainer.args.cache_queries else None
-            if queries is None:
-                return None
-            found.append(self._accuracy(trainer, head, task, queries))
-        return {"head": head.title, "accuracies": found}
+        # Of all tasks at once: each time the backbone is looked at, whether it is still the same.
+        queries = trainer.kept_queries(tasks, "test") if trainer.args.cache_queries else None
+        if queries is None:
+            return None
+        head, of_tasks = own.query if fused else self.head, queries.split([len(task.test) for task in tasks])
+        accuracies = [self._accuracy(trainer, head, *each) for each in zip(tasks, of_tasks, strict=True)]
+        return {"head": head.title, "accuracies": accuracies}
 
     @staticmethod
     @torch.no_grad()
