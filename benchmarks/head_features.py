@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ METHODS = {
     "dualprompt-every": Method("DualPrompt, every task", DualPromptConfig, 2e-2, EVERY, 4),
     "coda-every": Method("CODA-Prompt, every task", CodaPromptConfig, 5e-3, EVERY, 4),
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the measurements of a table have in common."""
+    parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
+    parser.add_argument("--output", type=Path, required=True, help="the records go there")
+    parser.add_argument("--scenario", default="class-incremental", choices=["class-incremental", "domain-incremental"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the class order and the training")
+    parser.add_argument("--num-tasks", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def make_scenario(data: Any, seed: int, options: argparse.Namespace, num_tasks: int | None = None) -> Scenario:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
-from head_features import METHODS, features_under, make_scenario, reordered
+from head_features import METHODS, add_options, features_under, make_scenario, reordered
 from transformers import set_seed
 
 from peft_cl import continual_metrics
@@ -285,13 +285,9 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
-    parser.add_argument("--output", type=Path, required=True, help="the records go there")
+    add_options(parser)
     parser.add_argument("--work", type=Path, default=Path("out/heads"), help="features and adapters go there")
-    parser.add_argument("--scenario", default="class-incremental", choices=["class-incremental", "domain-incremental"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="columns of the table")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the class order and the training")
-    parser.add_argument("--num-tasks", type=int, default=10)
     parser.add_argument(
         "--more-tasks", nargs="*", type=int, default=[], help="numbers of tasks to divide the data into"
     )
@@ -302,8 +298,6 @@ def main() -> None:
         help="choose settings: keep back this share of the training images and measure on it",
     )
     parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--table", action="store_true", help="only print the tables of what was measured")
     options = parser.parse_args()
     options.rows = CHOICES if options.holdout else ROWS

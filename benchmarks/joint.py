@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets, load_dataset
-from head_features import labels_of, make_scenario
+from head_features import add_options, labels_of, make_scenario
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -87,15 +87,9 @@ def run(seed: int, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
-    parser.add_argument("--output", type=Path, required=True, help="the records go there")
+    add_options(parser)
     parser.add_argument("--work", type=Path, default=Path("out/joint"), help="the trainer's own folder")
-    parser.add_argument("--scenario", default="class-incremental", choices=["class-incremental", "domain-incremental"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--num-tasks", type=int, default=10)
     parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def messages() -> Iterator[tuple[str, str, str]]:
 MESSAGES = list(messages())
 
 
+def unknown(pattern: str, known: Callable[..., bool]) -> set[tuple[Any, str]]:
+    """What messages name in the form of `pattern`, and where, without what is `known`."""
+    return {(name, where) for where, text, _ in MESSAGES for name in re.findall(pattern, text) if not known(name)}
+
+
 def known_settings() -> set[str]:
     """Everything that takes a value by name: fields, and parameters of what users call."""
     holders = (CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, ContinualTrainingArguments)
@@ -96,13 +101,7 @@ def known_settings() -> set[str]:
 
 def test_settings_that_messages_name_exist():
     known = known_settings()
-    strange = {
-        (name, where)
-        for where, text, _ in MESSAGES
-        for name in re.findall(r"\b([a-z]\w+)=(?![=\s])", text)
-        if name not in known
-    }
-    assert not strange
+    assert not unknown(r"\b([a-z]\w+)=(?![=\s])", known.__contains__)
 
 
 def test_options_that_messages_name_exist():
@@ -110,13 +109,7 @@ def test_options_that_messages_name_exist():
     for word in WORDS:
         parser = make_parser(word)._subparsers._group_actions[0].choices[word]
         known |= {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    strange = {
-        (name, where)
-        for where, text, _ in MESSAGES
-        for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)(?![\w.-])", text)
-        if name not in known
-    }
-    assert not strange
+    assert not unknown(r"(?<![\w-])--([a-z][\w-]*)(?![\w.-])", known.__contains__)
 
 
 def test_settings_of_sections_that_messages_name_exist():
@@ -127,17 +120,16 @@ def test_settings_of_sections_that_messages_name_exist():
         "training": ContinualTrainingArguments,
     }
     models = (PromptPoolModel, peft.PeftModel, transformers.ViTForImageClassification)
-    strange = {
-        (f"{section}.{name}", where)
-        for where, text, _ in MESSAGES
-        for section, name in re.findall(r"\b(model|dataset|scenario|training)\.([a-z_]\w*)", text)
-        if name not in {field.name for field in fields(holders[section])}
-        # In Python, `model` is a model, `scenario` a scenario.
-        and not (section == "model" and any(hasattr(model, name) for model in (*models, peft_cl)))
-        and not (section == "model" and name in ("config", "base_model"))
-        and not (section == "scenario" and name == "label_names")
-    }
-    assert not strange
+
+    def is_known(found: tuple[str, str]) -> bool:
+        section, name = found
+        if name in {field.name for field in fields(holders[section])}:
+            return True
+        if section == "model":  # in Python, a model
+            return name in ("config", "base_model") or any(hasattr(model, name) for model in (*models, peft_cl))
+        return section == "scenario" and name == "label_names"
+
+    assert not unknown(r"\b(model|dataset|scenario|training)\.([a-z_]\w*)", is_known)
 
 
 def test_calls_that_messages_name_exist():
@@ -163,13 +155,7 @@ def test_calls_that_messages_name_exist():
     ]
     places += [{"str": str}, __builtins__ if isinstance(__builtins__, dict) else vars(__builtins__)]
     has = lambda place, name: name in place if isinstance(place, dict) else hasattr(place, name)  # noqa: E731
-    strange = {
-        (name, where)
-        for where, text, _ in MESSAGES
-        for name in re.findall(r"\b([A-Za-z_]\w+)\((?!s\))", text)
-        if not any(has(place, name) for place in places)
-    }
-    assert not strange
+    assert not unknown(r"\b([A-Za-z_]\w+)\((?!s\))", lambda name: any(has(place, name) for place in places))
 
 
 #: Words that begin a remedy.

@@ -22,7 +22,6 @@ from ..scenarios import Scenario, class_incremental
 from ..text import percent
 from ..trainer import ContinualTrainer, ContinualTrainingArguments
 from ..tuners.base.config import PromptPoolConfig
-from .bars import no_bars_in_files
 from .digits import load_digits_dataset
 from .errors import CommandError, explained
 from .methods import METHODS
@@ -70,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
-    no_bars_in_files()
     output = Path(arguments.output)
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output is {str(output)!r}, but that is a file. Give a folder.")

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +42,38 @@ NO_SLIP = (
 METADATA = tuple(ImageFolder.METADATA_FILENAMES)
 
 
-def image_files(folder: Path) -> list[str]:
-    """The images in a folder as paths within it; hidden files and folders are none."""
-    found = []
+def visible_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(place within the folder, sorted names of files) of each folder below it, without hidden files and folders."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        yield os.path.relpath(place, folder), sorted(name for name in files if not name.startswith((".", "__")))
+
+
+def kind_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def image_files(folder: Path) -> list[str]:
+    """The images in a folder as paths within it."""
+    found = []
+    for place, files in visible_files(folder):
         if any(name in METADATA for name in files):
             return []  # what belongs together, and where, the file of metadata says
         found += [
-            os.path.relpath(os.path.join(place, name), folder)
-            for name in sorted(files)
-            if os.path.splitext(name)[1].lower() in ImageFolder.EXTENSIONS and not name.startswith((".", "__"))
+            os.path.normpath(os.path.join(place, name)) for name in files if kind_of(name) in ImageFolder.EXTENSIONS
         ]
     return found
 
 
 def other_files(folder: Path) -> list[str]:
     """Files in folders of classes that `datasets` takes for no images; texts, tables and pages are no slip."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        kinds = {name: os.path.splitext(name)[1].lower() for name in sorted(files) if not name.startswith((".", "__"))}
-        found += [
-            os.path.relpath(os.path.join(place, name), folder)
-            for name, kind in kinds.items()
-            if Path(place) != folder and kind not in ImageFolder.EXTENSIONS and kind not in NO_SLIP
-        ]
-    return found
+    no_slip = {*ImageFolder.EXTENSIONS, *NO_SLIP}
+    return [
+        os.path.join(place, name)
+        for place, files in visible_files(folder)
+        for name in files
+        if place != os.curdir and kind_of(name) not in no_slip
+    ]
 
 
 def lost_zeros(folder: Path, label_column: str) -> str | None:

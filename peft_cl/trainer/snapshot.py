@@ -68,9 +68,8 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
     for path in (folder / FILE, folder / PREVIOUS):
         if not path.is_file():
             continue
-        content = path.read_bytes()
-        digest, content = content[:32], content[32:]
-        if hashlib.sha256(content).digest() == digest:
+        content = _whole_content(path)
+        if content is not None:
             if damaged:
                 warnings.warn(f"{damaged[0]} is damaged; {path.name}, one task before it, is used.", stacklevel=2)
             return _unpacked(content, path)
@@ -86,10 +85,15 @@ def load_snapshot(folder: Path) -> dict[str, Any] | None:
 def snapshot_before(folder: Path) -> dict[str, Any] | None:
     """The snapshot before the last one, None if there is none or it is damaged."""
     path = folder / PREVIOUS
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
-    return _unpacked(content[32:], path)
+    content = _whole_content(path) if path.is_file() else None
+    return None if content is None else _unpacked(content, path)
+
+
+def _whole_content(path: Path) -> bytes | None:
+    """What was written into a file of a snapshot, None if it is damaged."""
+    content = path.read_bytes()
+    digest, content = content[:32], content[32:]
+    return content if hashlib.sha256(content).digest() == digest else None
 
 
 def _unpacked(content: bytes, path: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from .call import Call, Trace
 from .layer import AdapterLayer
 from .lock import CallLock
 from .pool import PromptPool
-from .prompts import NO_PROMPTS, Injection, Prompts
+from .prompts import Injection, Prompts
 from .reading import can_read, is_watched, read_layer
 
 
+NO_PROMPTS = Prompts()
 #: Head types that read no token behind the CLS token.
 READ_AT_THE_FRONT = ("cls", "prompt", "cls+prompt")
 #: Ways to run a layer that `torch.compile` may compile; its own limit, 8, is passed in a sequence of tasks.

@@ -36,7 +36,7 @@ class Injection:
         return cls(keys=keys, values=values)
 
 
-@dataclass(eq=False)
+@dataclass
 class Prompts:
     """The prompts of one batch, and what choosing them costs.
 
@@ -55,7 +55,3 @@ class Prompts:
     def at(self, layer: int, hidden_states: torch.Tensor) -> Injection | None:
         """What enters `layer`, whose input is `hidden_states` (B, N, D). A pool may decide by that input."""
         return self.layers.get(layer)
-
-
-#: Of a call without prompts. Nothing is ever put into it.
-NO_PROMPTS = Prompts()
