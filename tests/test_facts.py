@@ -263,3 +263,31 @@ def test_a_snapshot_that_no_run_wrote_is_refused(make_trainer, tmp_path):
     resumed = make_trainer(LinearProbeConfig(), **words)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.finished_tasks == 2
+
+
+JUNK = [None, True, 2, "x", [], ["x"], [2.0], [[1, "x"]], [[1], [1, 2]], {}, {"x": 1}, {"x": [1]}, torch.zeros(())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("junk", JUNK, ids=str)
+def test_no_field_of_a_snapshot_ends_a_run_late(make_trainer, tmp_path, junk):
+    """Whatever stands in one field is refused when the run is resumed, or harms nothing."""
+    words = {"num_tasks": 2, "num_train_epochs": 1}
+    config = L2PConfig(prompt_length=2, pool_size=4, top_k=2, head="ridge")
+    first = make_trainer(config, **words)
+    first.train_task(first.scenario[0])
+    state = load_snapshot(tmp_path / "run" / "_state")
+    assert {"prompt_usage", "details", "learnt", "without_prompts", "baseline"} <= set(state)
+    taken = []
+    for field in state:
+        save_snapshot(tmp_path / "run" / "_state", {**state, field: junk})
+        trainer = make_trainer(config, **words)
+        try:
+            trainer.resume(tmp_path / "run")
+        except ValueError as error:
+            assert len(str(error)) > 30, f"{field} was refused without a word"
+            continue
+        taken.append(field)
+        trainer.results.save(tmp_path / "results.json")
+        RunResults.load(tmp_path / "results.json")
+    assert len(taken) < len(state) / 2

@@ -325,7 +325,7 @@ def test_a_key_without_direction_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ([1.0, 2.0], {}, r"the shape \(2,\), but need \(rows, D\)"),
+        ([1.0, 2.0], {}, r"the shape \(2,\), but must have \(rows, D\)"),
         (np.zeros((1, 0, 4)), {}, r"the shape \(1, 0, 4\)"),
         (np.eye(3), {"rows_of_tasks": [1, 1]}, r"rows_of_tasks is \[1, 1\], but there are 3 keys"),
         (np.eye(3), {"rows_of_tasks": [3, 0]}, "from 1"),

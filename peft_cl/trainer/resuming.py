@@ -186,6 +186,7 @@ class ResumableTrainer(ObservingTrainer):
                 state = start_of_last_task(folder, state, checkpoint_folder(folder, self.scenario[-1]))
             if state is not None:
                 self._take_up(state, folder)
+                _ = self.results  # what makes no record is told now, and not after the last task
 
     def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
         self._check_settings(state, folder)

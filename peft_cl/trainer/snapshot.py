@@ -116,7 +116,7 @@ def _unpacked(content: bytes, path: Path) -> dict[str, Any]:
 
 
 #: What a snapshot of a sequence holds at least, and the kinds of it.
-KINDS = {
+KINDS: dict[str, Any] = {
     "settings": dict,
     "accuracy_matrix": list,
     "finished_tasks": int,
@@ -124,6 +124,19 @@ KINDS = {
     "weights": dict,
     "strategy": dict,
     "random": dict,
+}
+#: What those of earlier versions may lack, and what is not there for every method.
+MORE_KINDS: dict[str, Any] = {
+    "prompt_usage": (list, type(None)),
+    "details": dict,
+    "baseline": (list, type(None)),
+    "learnt": list,
+    "query_seconds": (int, float),
+    "most_trainable": int,
+    "steps": int,
+    "without_prompts": dict,
+    "scaler": dict,
+    "head": dict,
 }
 
 
@@ -139,18 +152,29 @@ def told_of_junk(folder: Path, state: Mapping[str, Any]) -> Iterator[None]:
         ValueError: A part is missing, or of another kind.
     """
     try:
-        for name, kind in KINDS.items():
+        for name, kind in {**KINDS, **{name: MORE_KINDS[name] for name in state if name in MORE_KINDS}}.items():
             if not isinstance(state[name], kind) or isinstance(state[name], bool):
                 raise TypeError(f"{name} is {brief(state[name])}")
         matrix, finished = state["accuracy_matrix"], state["finished_tasks"]
-        if not 0 <= finished <= len(matrix) or [len(row) for row in matrix] != [len(matrix)] * len(matrix):
+        if not 0 <= finished <= len(matrix) or not _is_table(matrix, len(matrix)):
             raise TypeError(f"{finished} tasks are finished, and the accuracies are {brief(matrix)}")
+        usage = state.get("prompt_usage")
+        if usage is not None and (len(usage) < finished or not _is_table(usage, len(usage[0]) if usage else 0)):
+            raise TypeError(f"{finished} tasks are finished, and the rows they chose are {brief(usage)}")
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"The state in {str(folder)!r} is not one that a run wrote ({type(error).__name__}: {brief(str(error))}). "
             "Train anew without resume_from_checkpoint, in another output_dir."
         ) from error
+
+
+def _is_table(rows: list[Any], width: int) -> bool:
+    """Whether all are lists of `width` numbers."""
+    return all(
+        isinstance(row, list) and len(row) == width and all(isinstance(value, (int, float)) for value in row)
+        for row in rows
+    )
 
 
 def forget_folder(folder: Path) -> None:
