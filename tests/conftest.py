@@ -8,6 +8,7 @@ import os
 # Read by huggingface_hub when it is first imported, so it is set before any import below.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the Trainer's collections of garbage, one a task, need not go through it."""
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:

@@ -11,6 +11,7 @@ In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -152,6 +153,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     if stream:
         training["lr_scheduler_type"] = "constant"
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays
     torch.manual_seed(0)
     dropout = 0.0 if os.environ.get("PLAIN") else 0.1
     size = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_labels": 6}

@@ -55,14 +55,14 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
 @pytest.mark.parametrize(
     "method",
     [
-        "probe+finetuning+ewc",
         "l2p+uneven",
         "coda+uneven+accumulated",
-        "dualprompt+stream+unmasked",
         "probe+lda+uneven",
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
+                "probe+finetuning+ewc",
+                "dualprompt+stream+unmasked",
                 "l2p",
                 "dualprompt",
                 "coda+cached",

@@ -61,6 +61,7 @@ def test_ten_tasks_of_ten_classes_share_the_images(tiny_imagenet):
     assert set(scenario[3].train.unique("label")) == {scenario.label_names.index(name) for name in scenario[3].classes}
 
 
+@pytest.mark.slow
 def test_nearest_class_means_of_unseen_classes(tiny_imagenet, tmp_path):
     """The embedded backbone's features tell 20 classes that it has not seen apart, far above the 5% of chance."""
     scenario = class_incremental(tiny_imagenet, num_tasks=2, class_order=list(range(20)))

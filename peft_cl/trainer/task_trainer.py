@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -148,7 +149,9 @@ class TaskTrainer(TaskData):
     @property
     def tuner(self) -> PromptPoolModel:
         """The tuner inside the model, however the model is wrapped."""
-        return self.accelerator.unwrap_model(self.model).base_model
+        # Unwrapping walks through all modules, and is asked for in each step: FSDP alone makes it needed.
+        model = self.model if isinstance(self.model, PeftModel) else self.accelerator.unwrap_model(self.model)
+        return model.base_model
 
     # ----------------------------------------------------------------------------------------------- one task
 
