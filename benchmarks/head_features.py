@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,28 @@ METHODS = {
     "dualprompt-every": Method("DualPrompt, every task", DualPromptConfig, 2e-2, EVERY, 4),
     "coda-every": Method("CODA-Prompt, every task", CodaPromptConfig, 5e-3, EVERY, 4),
 }
+
+
+def method_of(name: str) -> Method:
+    """The column of this name, `coda` or `coda@0.01`: with another rate of the pool.
+
+    Raises:
+        argparse.ArgumentTypeError: There is none.
+    """
+    method, _, rate = name.partition("@")
+    try:
+        found = METHODS[method]
+        return replace(found, rate=float(rate), title=f"{found.title}, rate {rate}") if rate else found
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no column: give one of {', '.join(METHODS)}, with @ and a rate of the pool for another one"
+        ) from None
+
+
+def column(name: str) -> str:
+    """The name of a column as it is on the command line, checked."""
+    method_of(name)
+    return name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +114,7 @@ class Recording(ContinualTrainer):
 def learn_prompts(name: str, seed: int, data: Any, options: argparse.Namespace, kind: type = Recording) -> Any:
     """A trainer for a column of the table."""
     set_seed(seed)
-    method = METHODS[name]
+    method = method_of(name)
     model = AutoModelForImageClassification.from_pretrained(
         default_backbone(), dtype="float32", attn_implementation=options.attention
     )

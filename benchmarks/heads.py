@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
-from head_features import METHODS, add_options, features_under, make_scenario, reordered
+from head_features import METHODS, add_options, column, features_under, make_scenario, method_of, reordered
 from transformers import set_seed
 
 from peft_cl import continual_metrics
@@ -180,7 +180,7 @@ def run(name: str, seed: int, data: Any, options: argparse.Namespace) -> None:
         return
     own, frozen = (features_under(each, seed, data, options) for each in (name, "none"))
     record |= {key: own[key] for key in ("prompt_seconds", "feature_seconds", "pool_bytes", "settings")}
-    size, epochs = own["size"], options.epochs or METHODS[name].epochs
+    size, epochs = own["size"], options.epochs or method_of(name).epochs
     for row in wanted:
         tasks = [each["tasks"] for each in (own, frozen)]
         found = record["rows"][row.title] = through_the_tasks(row, *tasks, size, seed, epochs)
@@ -222,11 +222,11 @@ def tables(options: argparse.Namespace) -> str:
             for seed in options.seeds
             if (path := options.output / f"{method}-seed{seed}.json").is_file()
         ]
-        for method in METHODS
+        for method in dict.fromkeys([*METHODS, *options.methods])
     }
-    methods = [method for method in METHODS if records[method]]
+    methods = [method for method in records if records[method]]
     lines = [
-        f"| Head (what it sees) | {' | '.join(METHODS[method].title for method in methods)} |",
+        f"| Head (what it sees) | {' | '.join(method_of(method).title for method in methods)} |",
         f"|---|{'---:|' * len(methods)}",
     ]
     for row in options.rows:
@@ -258,7 +258,7 @@ def tables(options: argparse.Namespace) -> str:
             fmean(each[name] for each in records[method]) for name in ("prompt_seconds", "feature_seconds")
         )
         size = fmean(each["pool_bytes"] for each in records[method])
-        lines.append(f"| {METHODS[method].title} | {prompt:.0f} | {passes:.0f} | {size / 1e3:.1f} kB |")
+        lines.append(f"| {method_of(method).title} | {prompt:.0f} | {passes:.0f} | {size / 1e3:.1f} kB |")
     counts = sorted({int(count) for each in records["none"] for count in each["more_tasks"]})
     if counts:
         first = f"{options.num_tasks} tasks"
@@ -287,7 +287,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--work", type=Path, default=Path("out/heads"), help="features and adapters go there")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="columns of the table")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=column,
+        default=list(METHODS),
+        help=f"columns of the table: {', '.join(METHODS)}, or one of them with another rate of the pool (coda@0.01)",
+    )
     parser.add_argument(
         "--more-tasks", nargs="*", type=int, default=[], help="numbers of tasks to divide the data into"
     )

@@ -69,6 +69,17 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, MOST, MO
 _BRIEF.maxdict = _BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxfrozenset = 8
 
 
+def counted(count: float, what: str) -> str:
+    """Return a number with what is counted, in the plural where it is not one.
+
+    Example:
+        >>> counted(1, "image"), counted(2500, "image"), counted(3, "class")
+        ('1 image', '2,500 images', '3 classes')
+    """
+    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count:{',g' if isinstance(count, float) else ','}} {what}{ending}"
+
+
 def percent(fraction: float, decimals: int = 1) -> str:
     """Return a fraction of 1 in percent, without the sign: rounded alike everywhere, and never "-0.0".
 

@@ -2,8 +2,9 @@
 
 METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
 (queries in files), `+stopping` (early, with checkpoints), `+best` (checkpoint at the end), `+uneven` (tasks that
-batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+er`, `+ewc`, `+finetuning`; a head: `+lda`,
-`+ridge`, `+aligned`, `+fusion` (with `+first`: prompts are learnt in the first task, with `+drift`: sums follow them).
+batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+sharded` (layers), `+er`, `+ewc`,
+`+finetuning`; a head: `+lda`, `+ridge`, `+aligned`, `+fusion` (with `+first`: prompts are learnt in the first task,
+with `+drift`: sums follow them).
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -20,7 +21,7 @@ import sys
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image as PILImage
 from transformers import EarlyStoppingCallback, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
@@ -36,6 +37,7 @@ from peft_cl import (
     task_free,
 )
 from peft_cl.strategies import EWC, ExperienceReplay, FineTuning
+from peft_cl.trainer import shard_backbone
 
 
 CONFIGS = {
@@ -122,6 +124,12 @@ def head_settings(options: list[str]) -> dict:
     return settings
 
 
+def divided(model: PeftModel, options: list[str]) -> PeftModel:
+    if "sharded" in options and trainer_processes() > 1:
+        shard_backbone(model)
+    return model
+
+
 def main(folder: str, method: str, kill: str, resume: str) -> None:
     global kill_at
     kill_at = int(kill)
@@ -165,20 +173,22 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     ContinualTrainer.prediction_step = counted(ContinualTrainer.prediction_step, "evaluation")
     ContinualTrainer.train_task = counting_tasks(ContinualTrainer.train_task)
     os.replace, os.fsync = counted(os.replace, "replace"), counted(os.fsync, "fsync")
+    model = get_peft_model(base, CONFIGS[name](**settings))
+    arguments = ContinualTrainingArguments(
+        folder,
+        **training,
+        per_device_train_batch_size=4 // trainer_processes(),
+        per_device_eval_batch_size=6,
+        learning_rate=0.01,
+        query_cache_dir=f"{folder}-queries" if "cached" in options else None,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        pictures=False,
+    )
     trainer = ContinualTrainer(
-        get_peft_model(base, CONFIGS[name](**settings)),
-        ContinualTrainingArguments(
-            folder,
-            **training,
-            per_device_train_batch_size=4 // trainer_processes(),
-            per_device_eval_batch_size=6,
-            learning_rate=0.01,
-            query_cache_dir=f"{folder}-queries" if "cached" in options else None,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-            pictures=False,
-        ),
+        divided(model, options),
+        arguments,
         (task_free if stream else class_incremental)(
             # 11, 10 and 9 images: of the last batch of 4 the first of two processes has 2, 2 and 1, the other 1, 0, 0.
             (examples([6, 5, 5, 5, 5, 4] if "uneven" in options else 6, 0), examples(3, 1)),

@@ -22,11 +22,13 @@ ANEW = ("--preset", "null", "--adapter", "null")
 
 
 @pytest.fixture
-def first(train, tmp_path) -> str:
+def first(train, tmp_path, capsys) -> str:
     """An adapter that knows two of the four classes."""
     folder = str(tmp_path / "first")
+    capsys.readouterr()
     words = ("--scenario", "{num_tasks: 1, class_order: [red, green]}", "--output_dir", folder)
     assert train(*words) == 0
+    assert "left out:      2 classes of the data: blue, yellow\n" in capsys.readouterr().out
     return folder
 
 
@@ -34,7 +36,8 @@ def test_a_saved_adapter_learns_on(first, train, place, tmp_path, capsys):
     capsys.readouterr()
     more = ("--scenario", "{num_tasks: 1, class_order: [blue, yellow]}", "--continue-from", first)
     assert train(*more, *ANEW) == 0
-    assert f"{first}, which has learnt 1 tasks" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert f"{first}, which has learnt 1 task;" in plan and "left out:" not in plan
     config = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert config.classes == list(COLOURS) and config.tasks == [[0, 1], [2, 3]]
     results = RunResults.load(tmp_path / "out")

@@ -72,7 +72,7 @@ def test_a_folder_of_splits_by_other_words(folder):
 @pytest.mark.parametrize("more", ["extra/cat", "extra", "train"])
 def test_folders_that_are_left_out_are_named(more, folder):
     place = folder("train/bus", "train/car", "test/bus", "test/car", more)
-    with pytest.warns(UserWarning, match=rf"3 images of .* are in none of the splits .* left out: {more} \(3\)"):
+    with pytest.warns(UserWarning, match=rf"in none of the splits .* is left out, 3 images of .*: {more} \(3\)"):
         train, _ = load_pair(DatasetSettings(str(place)))
     assert found(train) == {"bus: train/bus", "car: train/car"}
 

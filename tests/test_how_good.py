@@ -83,12 +83,12 @@ def test_a_run_is_resumed_with_the_settings_that_it_had(train, place, tmp_path, 
     out = tmp_path / "out"
     assert not any(b"hf_secret" in file.read_bytes() for file in out.glob("*.json"))
     assert train("--resume") == 0  # --output_dir says which run
-    assert "Goes on with task_1: 1 of 2 tasks are finished." in capsys.readouterr().out
+    assert "Goes on with task_1: 1 of 2 tasks finished." in capsys.readouterr().out
     results = RunResults.load(out)
     assert results.finished_tasks == 2 and results.hyperparameters["learning_rate"] == 0.03
     assert main(["train", str(out), "--resume"]) == 0
     printed = capsys.readouterr().out
-    assert "All 2 tasks are finished" in printed and "--training.learning_rate 0.03" in printed
+    assert "2 of 2 tasks finished: nothing is trained" in printed and "--training.learning_rate 0.03" in printed
     assert main(["train", str(out), "--resume", "--training.learning_rate", "0.5"]) == 2
     assert "learning_rate" in capsys.readouterr().err
     (out / "_given.json").write_text("[")

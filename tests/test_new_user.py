@@ -70,8 +70,8 @@ def test_files_that_are_no_images_and_links_to_nothing_are_named(photos):
     with pytest.warns(UserWarning) as told:
         assert len(load_data(DatasetSettings(str(photos)))["train"]) == 12
     texts = [str(each.message) for each in told]
-    assert any("1 files" in text and "train/bus/4.heic. Convert them" in text for text in texts)
-    assert any("links to nothing" in text and "train/bus/5.png" in text for text in texts)
+    assert any("1 file of" in text and "train/bus/4.heic. Convert them" in text for text in texts)
+    assert any("Links to nothing" in text and "train/bus/5.png" in text for text in texts)
     assert not any("in none of the splits" in text for text in texts)
 
 

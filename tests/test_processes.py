@@ -63,6 +63,8 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
             for method in (
                 "probe+finetuning+ewc",
                 "dualprompt+stream+unmasked",
+                "coda+sharded+uneven",
+                "l2p+lda+sharded",
                 "l2p",
                 "dualprompt",
                 "coda+cached",

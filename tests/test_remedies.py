@@ -136,6 +136,7 @@ def test_calls_that_messages_name_exist():
     places = [
         peft_cl,
         peft_cl.scenarios,
+        peft_cl.trainer,
         strategies,
         peft,
         datasets,

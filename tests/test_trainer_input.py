@@ -23,6 +23,7 @@ from peft_cl import (
     task_free,
 )
 from peft_cl.strategies import EWC, FineTuning, NearestClassMean
+from peft_cl.trainer import shard_backbone
 
 
 class TestBadInput:
@@ -183,6 +184,16 @@ class TestBadInput:
         monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")  # as `accelerate launch` does
         with pytest.raises(ValueError, match=f"{name} is on, which splits parameters.*Start with `accelerate launch"):
             ContinualTrainer(it.model, it.args, it.scenario, processing_class=it.processing_class)
+
+    def test_a_backbone_is_divided_over_processes_and_frozen(self, make_trainer, monkeypatch):
+        model = make_trainer(CONFIGS["coda"]()).model
+        with pytest.raises(ValueError, match="there is one process alone. Start with `accelerate launch --multi_gpu`"):
+            shard_backbone(model)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        FineTuning().prepare(model)
+        with pytest.raises(ValueError, match="divides frozen layers, but .* are trained. Leave it out, or call it"):
+            shard_backbone(model)
 
     def test_images_of_another_size(self, make_trainer, tiny_vit):
         model = get_peft_model(tiny_vit(image_size=64), LinearProbeConfig())

@@ -30,7 +30,7 @@ from peft_cl.commands.sections import DatasetSettings, ModelSettings, ScenarioSe
 from peft_cl.commands.settings import SECTIONS, make_settings
 from peft_cl.hub import model_card
 from peft_cl.metrics import results_table
-from peft_cl.text import brief, code, in_markdown, literal, plain
+from peft_cl.text import brief, code, counted, in_markdown, literal, plain
 
 
 EVIL = [
@@ -78,6 +78,11 @@ def test_a_name_is_one_short_line_without_hidden_letters(name) -> None:
 )
 def test_an_ordinary_name_stays_as_it_is(name) -> None:
     assert plain(name) == in_markdown(name) == name
+
+
+def test_what_is_counted_is_in_the_plural_where_it_is_not_one() -> None:
+    assert [counted(count, "class") for count in (0, 1, 1000)] == ["0 classes", "1 class", "1,000 classes"]
+    assert [counted(count, "epoch") for count in (1.0, 0.5, 5)] == ["1 epoch", "0.5 epochs", "5 epochs"]
 
 
 def markup(markdown: str) -> str:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..metrics import task_identification_accuracy
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
-from ..text import percent, plain
+from ..text import counted, percent, plain
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
@@ -72,9 +72,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         known = ", task known" if self.task_known else ""
-        lines = [f"{self.adapter} on {self.dataset}, {self.split}: {self.images:,} images{known}"]
+        lines = [f"{self.adapter} on {self.dataset}, {self.split}: {counted(self.images, 'image')}{known}"]
         if self.left_out:
-            lines += [f"left out: {self.left_out:,} images of classes or domains that it has not learnt"]
+            lines += [f"left out: {counted(self.left_out, 'image')} of classes or domains that it has not learnt"]
         lines += [
             "",
             f"accuracy          {_percent(self.accuracy)}  (of all images)",

@@ -17,6 +17,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..scenarios.columns import LAYOUT
 from ..scenarios.overlap import StoredImages
+from ..text import counted
 from .errors import CommandError, some
 
 
@@ -151,14 +152,14 @@ def warn_of_left_out(folder: Path, splits: Mapping[str, Dataset]) -> None:
     dangling = [name for name in names if not os.path.exists(folder / name)]
     if dangling:
         warnings.warn(
-            f"{len(dangling):,} files of {str(folder)!r} are links to nothing and are left out: {some(dangling)}. "
+            f"Links to nothing are left out, {counted(len(dangling), 'file')} of {str(folder)!r}: {some(dangling)}. "
             "Restore what they link to.",
             stacklevel=2,
         )
     others = other_files(folder) if names else []
     if others:
         warnings.warn(
-            f"{len(others):,} files of {str(folder)!r} are of kinds that are not read as images, and are left out: "
+            f"Files that are not read as images are left out, {counted(len(others), 'file')} of {str(folder)!r}: "
             f"{some(others)}. Convert them to JPEG or PNG.",
             stacklevel=2,
         )
@@ -167,8 +168,8 @@ def warn_of_left_out(folder: Path, splits: Mapping[str, Dataset]) -> None:
         places = Counter(str(Path(name).parent) for name in left)
         listed = some([f"{place} ({count:,})" for place, count in places.items()])
         warnings.warn(
-            f"{len(left):,} images of {str(folder)!r} are in none of the splits {list(splits)} and are left out: "
-            f"{listed}.",
+            f"What is in none of the splits {list(splits)} is left out, {counted(len(left), 'image')} of "
+            f"{str(folder)!r}: {listed}.",
             stacklevel=2,
         )
 

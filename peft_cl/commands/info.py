@@ -14,6 +14,7 @@ from safetensors import safe_open
 from ..heads.files import SUMS_FILE
 from ..hub.sources import find_source
 from ..metrics import RunResults, results_table
+from ..text import counted
 from .adapters import SavedAdapter
 from .errors import explained
 from .output import say, say_json
@@ -80,7 +81,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines = [
         f"{'method:':<15}{facts['method']} ({facts['peft_type']})",
         f"{'base model:':<15}{facts['base_model'] or 'not named'}",
-        f"{'tasks:':<15}{len(facts['tasks'])} with {classes} classes",
+        f"{'tasks:':<15}{len(facts['tasks'])} with {counted(classes, 'class')}",
         *(f"{f'  {name}:':<15}{', '.join(classes)}" for name, classes in zip(names, facts["tasks"], strict=True)),
         f"{'rows in use:':<15}{facts['rows_in_use']}",
         f"{'head:':<15}{facts['head']['name']}" + "".join(f", {k} {v}" for k, v in facts["head"]["options"].items()),

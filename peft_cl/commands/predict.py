@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..disk import local_path
 from ..predicting import Prediction, classify
 from ..scenarios import open_image
-from ..text import percent, plain
+from ..text import counted, percent, plain
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
 from .evaluate import add_model_options, load_adapter
@@ -76,12 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
         say("\n\n".join(described(file, prediction, names) for file, prediction in found))
     for file, fault in unreadable:
         complain(f"{file} is passed over, it cannot be read as an image: {plain(fault, 300)}")
-    counted = f"{len(found)} of {len(files)} images predicted"
+    summary = f"{len(found)} of {counted(len(files), 'image')} predicted"
     if unreadable:
-        complain(f"{counted}, {len(unreadable)} passed over. Mend or remove the files named.")
+        complain(f"{summary}, {len(unreadable)} passed over. Mend or remove the files named.")
         return SOME_UNREADABLE
     if arguments.csv not in (None, "-"):
-        say(f"{counted}; the table is in {arguments.csv}.")
+        say(f"{summary}; the table is in {arguments.csv}.")
     return 0
 
 

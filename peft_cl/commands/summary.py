@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..metrics import RunResults, results_table
 from ..metrics.chance import chance_level, compared_without_prompts, standard_error
-from ..text import percent, plain
+from ..text import counted, percent, plain
 from ..trainer import ContinualTrainer
 from ..trainer.resuming import checkpoint_folder
 from ..trainer.snapshot import whole_checkpoint
@@ -96,10 +96,11 @@ def going_on(trainer: ContinualTrainer) -> str:
     """Say where a resumed run goes on."""
     done, tasks = trainer.finished_tasks, len(trainer.scenario)
     if done == tasks:
-        return f"All {tasks} tasks are finished: nothing is trained; results, card and pictures are written anew.\n"
+        known = f"{tasks} of {counted(tasks, 'task')} finished"
+        return f"{known}: nothing is trained; results, card and pictures are written anew.\n"
     task = trainer.scenario[done]
     checkpoint = whole_checkpoint(checkpoint_folder(trainer.folder, task))
     where = f", after step {checkpoint.name.rpartition('-')[2]}" if checkpoint else ""
     if not done and not checkpoint:
         return f"There is nothing to go on from in {plain(str(trainer.folder))}: it begins with {plain(task.name)}.\n"
-    return f"Goes on with {plain(task.name)}{where}: {done} of {tasks} tasks are finished.\n"
+    return f"Goes on with {plain(task.name)}{where}: {done} of {counted(tasks, 'task')} finished.\n"

@@ -20,6 +20,7 @@ from ..hub.terms import NOT_SETTINGS
 from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..text import counted
 from ..trainer import ContinualTrainer
 from ..trainer.bad_images import BadImageError
 from ..trainer.extras import spared
@@ -232,28 +233,33 @@ def describe(settings: RunSettings, trainer: ContinualTrainer) -> str:
     }
     learnt = settings.adapter.num_tasks
     known = [name for name in scenario.classes if learnt and name in settings.adapter.classes]
-    epochs = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+    epochs = (
+        counted(training.max_steps, "step") if training.max_steps > 0 else counted(training.num_train_epochs, "epoch")
+    )
     order = "in the data's order" if scenario.seed is None else f"in an order drawn with seed {scenario.seed}"
+    used = {*scenario.classes, *(settings.adapter.classes or ())}
+    left_out = [name for name in scenario.label_names if name not in used]
     measured = [task.name for task in trainer.earlier.tests]
     lines = {
         "method": trainer.results.method + (f", preset {settings.preset}" if settings.preset else ""),
-        "adapter": (f"{settings.continue_from.name}, which has learnt {learnt} tasks; " if learnt else "")
+        "adapter": (f"{settings.continue_from.name}, which has learnt {counted(learnt, 'task')}; " if learnt else "")
         + (json.dumps(changed) if changed else "all settings at their defaults"),
         "backbone": f"{settings.model.name}, {settings.model.dtype}, "
         f"{trainer.model.config._attn_implementation} attention",
         "parameters": f"{trainable:,} trainable before the first task, {total:,} in all",
         "data": ", ".join(each.path for each in settings.datasets.values())
         + f", {sum(facts['train_sizes']):,} training and "
-        f"{sum(facts['test_sizes']):,} test images",
+        f"{counted(sum(facts['test_sizes']), 'test image')}",
         "tasks": f"{len(scenario)}, {scenario.name}, classes of each: "
         f"{', '.join(map(str, facts['classes_per_task']))}, "
         + ("in the order given" if settings.scenario.class_order or settings.scenario.domain_order else order),
+        **({"left out": f"{counted(len(left_out), 'class')} of the data: {some(left_out)}"} if left_out else {}),
         **({"known classes": f"{some(known)}: they are learnt on"} if known else {}),
         **({"tasks before": _of_tasks_before(trainer.earlier.names, measured)} if learnt else {}),
         "augmentation": str(settings.augmentation or "none"),
         "training": f"{epochs} a task, {training.optim.value}, {training.lr_scheduler_type.value} schedule, "
-        f"{training.train_batch_size} images x {training.gradient_accumulation_steps} accumulated x "
-        f"{training.world_size} processes",
+        f"{counted(training.train_batch_size, 'image')} x {training.gradient_accumulation_steps} accumulated x "
+        f"{counted(training.world_size, 'process')}",
         "learning rate": settings.learning_rate_note
         + "".join(f", {part} {rate:g}" for part, rate in (training.learning_rates or {}).items()),
         "seed": str(training.seed),

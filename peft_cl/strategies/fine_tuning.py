@@ -51,8 +51,9 @@ class FineTuning(Strategy):
         for parameter in model.base_model.encoder.base_layer.parameters():
             if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
                 raise ValueError(
-                    f"The backbone's weights are quantised ({type(parameter).__name__}, {parameter.dtype}), but "
-                    f"{self.name} trains them. Load it without quantisation."
+                    f"The backbone's weights are quantised, or divided over processes ({type(parameter).__name__}, "
+                    f"{parameter.dtype}), but {self.name} trains them. Load it without quantisation, and leave "
+                    "shard_backbone() out."
                 )
             if parameter.dtype != torch.float32:
                 raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .arguments import ContinualTrainingArguments
+from .sharding import shard_backbone
 from .strategy import Strategy
 from .trainer import ContinualTrainer
 
 
-__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "Strategy"]
+__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "Strategy", "shard_backbone"]

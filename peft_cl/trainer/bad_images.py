@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..scenarios import Scenario
 from ..scenarios.overlap import StoredImages
 from ..scenarios.pixels import RANGES, WHITE_VALUE, white_of
+from ..text import counted
 from .examples import has_transform
 
 
@@ -153,10 +154,10 @@ def mended(scenario: Scenario, reader: ImageReader, choice: str) -> tuple[Scenar
     listed = f"{'; '.join(map(str, bad[:NAMED]))}{'; ...' if len(bad) > NAMED else ''}"
     if choice == CHECK:
         raise BadImageError(
-            f"{len(bad):,} images cannot be read. {listed}. Mend the files or remove them from the data, or set "
-            f"bad_images={PASS_OVER!r} to leave them out."
+            f"{counted(len(bad), 'image')} cannot be read. {listed}. Mend the files or remove them from the data, "
+            f"or set bad_images={PASS_OVER!r} to leave them out."
         )
-    logger.warning("%s images cannot be read and are passed over. %s.", f"{len(bad):,}", listed)
+    logger.warning("%s cannot be read and passed over. %s.", counted(len(bad), "image"), listed)
     tasks = []
     for task in scenario:
         kept = {}

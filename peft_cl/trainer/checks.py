@@ -56,7 +56,8 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
             raise ValueError(
                 f"{name} is on, which splits parameters over processes, but head and pool grow with each task and "
                 "each process needs them whole. Start with `accelerate launch --multi_gpu`: the backbone is frozen, "
-                "so a process holds its weights once, without gradients or optimizer state."
+                "so a process holds its weights once, without gradients or optimizer state. If one device cannot hold "
+                "them, divide its layers by peft_cl.trainer.shard_backbone(model)."
             )
     check_images(args, scenario)
     check_transformed(scenario)

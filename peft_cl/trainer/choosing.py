@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback
 from transformers.utils import logging
 
 from ..scenarios import Scenario, Task
+from ..text import counted
 from .arguments import ContinualTrainingArguments
 from .images_of_tasks import images_of_tasks
 
@@ -157,4 +158,4 @@ def described_choices(
         if args.validation_fraction is not None
         else "validation images of the data"
     )
-    return f"{', '.join(found) or 'nothing'}; measured on {images:,} images: {source}"
+    return f"{', '.join(found) or 'nothing'}; measured on {counted(images, 'image')}: {source}"

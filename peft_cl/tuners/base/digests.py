@@ -19,9 +19,28 @@ ROUNDED_FROM = {
 }
 
 
+#: Attribute of a module whose weights are divided over processes: its digests, of when it was whole.
+_KEPT = "_digests_of_the_whole"
+
+
+def keep_digests(module: nn.Module) -> None:
+    """Have the digests of a frozen module stay what they are now, when it is divided and no process has it whole."""
+    kept = {name: function(module) for name, function in DIGESTS.items()}
+    setattr(module, _KEPT, kept)
+
+
 def digest_of_weights(module: nn.Module) -> str:
     """A digest of every parameter and buffer, by name, shape, dtype and content."""
-    return digest_of_tensors(module.state_dict().items())
+    kept = getattr(module, _KEPT, None)
+    return kept["weights"] if kept else digest_of_tensors(module.state_dict().items())
+
+
+def digest_in_bfloat16(module: nn.Module) -> str:
+    """A digest of every parameter and buffer, the same in float32 and in bfloat16; 16 hexadecimal digits."""
+    if kept := getattr(module, _KEPT, None):
+        return kept["bfloat16"]
+    weights = plain_tensors(module.state_dict().items())
+    return digest_of_tensors((name, value.to(torch.bfloat16)) for name, value in weights)[:16]
 
 
 def digest_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -59,6 +78,8 @@ def base_digests(module: nn.Module, wanted: Iterable[str] = tuple(ROUNDED_FROM))
         A digest of 16 hexadecimal digits for each format that the weights can be rounded to; none where they cannot be
         read.
     """
+    if kept := getattr(module, _KEPT, None):
+        return {name: kept["base"][name] for name in wanted if name in kept["base"]}
     state = module.state_dict()
     tensors = [tensor for tensor in state.values() if tensor.is_floating_point()]
     quantised = any(type(each) not in (torch.Tensor, nn.Parameter) for each in state.values()) or any(
@@ -88,3 +109,6 @@ def _digest_rounded(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> str:
         digest.update(content.view(-1).view(torch.uint8).numpy() if content.numel() else b"")
         parts.append(digest.digest())
     return xxhash.xxh3_64(b"".join(sorted(parts))).hexdigest()
+
+
+DIGESTS = {"weights": digest_of_weights, "bfloat16": digest_in_bfloat16, "base": base_digests}

@@ -11,7 +11,7 @@ import torch
 
 from ...heads.files import SUMS_FILE, load_sums, save_sums
 from ...text import brief
-from .digests import digest_of_tensors, digest_of_weights, plain_tensors
+from .digests import digest_in_bfloat16, digest_of_tensors, digest_of_weights
 from .encoder import evaluation_mode
 from .saved import file_beside
 
@@ -128,8 +128,7 @@ class HeadTools:
 
     def backbone_digest(self) -> str:
         """A digest of the backbone's weights, the same in float32 and in bfloat16."""
-        weights = plain_tensors(self.encoder.base_layer.state_dict().items())
-        return digest_of_tensors((name, value.to(torch.bfloat16)) for name, value in weights)[:16]
+        return digest_in_bfloat16(self.encoder.base_layer)
 
     # ----------------------------------------------------------------------------------------------- classes
 
