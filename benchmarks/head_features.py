@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,8 +42,8 @@ class Method:
 FIRST, EVERY = {"train_prompts": "first_task", "drift_compensation": None}, {"train_prompts": "every_task"}
 METHODS = {
     "none": Method("No prompts", LinearProbeConfig),
-    "l2p": Method("L2P, first task", L2PConfig, 3e-3, FIRST),
-    "dualprompt": Method("DualPrompt, first task", DualPromptConfig, 2e-2, FIRST),
+    "l2p": Method("L2P, first task", L2PConfig, 1e-2, FIRST),
+    "dualprompt": Method("DualPrompt, first task", DualPromptConfig, 6e-2, FIRST),
     "coda": Method("CODA-Prompt, first task", CodaPromptConfig, 5e-3, FIRST),
     "l2p-every": Method("L2P, every task", L2PConfig, 3e-3, EVERY, 4),
     "dualprompt-every": Method("DualPrompt, every task", DualPromptConfig, 2e-2, EVERY, 4),
@@ -71,10 +73,11 @@ def column(name: str) -> str:
     return name
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the measurements of a table have in common."""
+def add_options(parser: argparse.ArgumentParser, output: bool = True) -> None:
+    """What the measurements of a table have in common; those with records of their own have no `--output`."""
     parser.add_argument("--data", required=True, help="folder or Hub name of an image data set")
-    parser.add_argument("--output", type=Path, required=True, help="the records go there")
+    if output:
+        parser.add_argument("--output", type=Path, required=True, help="the records go there")
     parser.add_argument("--scenario", default="class-incremental", choices=["class-incremental", "domain-incremental"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the class order and the training")
     parser.add_argument("--num-tasks", type=int, default=10)
@@ -111,17 +114,26 @@ class Recording(ContinualTrainer):
         return torch.cat([self.tuner.features(batch["pixel_values"])[0].float().cpu() for batch in batches])
 
 
-def learn_prompts(name: str, seed: int, data: Any, options: argparse.Namespace, kind: type = Recording) -> Any:
-    """A trainer for a column of the table."""
+#: What all heads are to see; the one of the preset itself is not needed for it.
+SEEN_BY_ALL = {"head": "lda", "head_options": {}, "head_features": "cls+mean", "head_layers": 6}
+
+
+def learn_prompts(
+    name: str,
+    seed: int,
+    data: Any,
+    options: argparse.Namespace,
+    kind: type = Recording,
+    settings: Mapping[str, Any] = MappingProxyType(SEEN_BY_ALL),
+) -> Any:
+    """A trainer for a column of the table; `settings` replace those of the preset "best"."""
     set_seed(seed)
     method = method_of(name)
     model = AutoModelForImageClassification.from_pretrained(
         default_backbone(), dtype="float32", attn_implementation=options.attention
     )
-    # What all heads are to see; the one of the preset itself is not needed here.
-    settings = {"head": "lda", "head_options": {}, "head_features": "cls+mean", "head_layers": 6, **method.settings}
     return kind(
-        get_peft_model(model, method.config.from_preset("best", **settings)),
+        get_peft_model(model, method.config.from_preset("best", **settings, **method.settings)),
         ContinualTrainingArguments(
             str(options.work / f"{name}-seed{seed}"),
             num_train_epochs=options.epochs or method.epochs,

@@ -47,6 +47,19 @@ def test_a_benchmark_prints_and_writes_its_rows(script, options, rows, tmp_path)
 
 
 @pytest.mark.slow
+def test_statistics_of_many_images_are_those_of_all_at_once(tmp_path):
+    """The trial of ImageNet's size, with fewer images."""
+    file = tmp_path / "scale.json"
+    sizes = ["--classes", "20", "--images", "2000", "--test-images", "200", "--tasks", "10"]
+    subprocess.run([sys.executable, BENCHMARKS / "scale.py", *sizes, "--quiet", "--json", file], check=True)
+    found = json.loads(file.read_text())
+    assert found["counts_are_exact"] and found["images"] == 2000 and found["tasks"] == 10
+    assert max(found["means_off"], found["covariance_off"]) < 1e-9 and found["logits_off"] < 1e-3
+    assert found["same_answers"] == 1 and found["accuracy"] > 0.9
+    assert found["memory_end_mb"] < found["memory_early_mb"] + 50
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "coda", "coda-every"])
 def test_heads_on_shared_features_are_those_of_the_trainer(method, tmp_path, monkeypatch):
     """What `heads.py` measures on features that it computes once is what a run of the trainer measures."""

@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..heads import Head
 from ..scenarios import Task
+from .processes import over_processes, share_of
 from .task_trainer import TaskTrainer
 
 
@@ -59,26 +60,35 @@ class ObservingTrainer(TaskTrainer):
 
     def _show(self, task: Task, head: Head) -> None:
         """This process's share of the task's training images."""
-        rows = range(self.args.process_index, len(task.train), self.args.world_size)
+        own = range(self.args.process_index, len(task.train), self.args.world_size)
         features = self._kept_features(task)
         if features is not None:
             labels = torch.from_numpy(self.scenario.model_labels(task, "train", self.classes_before))
             device = self.args.device
-            for part in torch.tensor(rows).split(1024):
+            for part in torch.tensor(own).split(1024):
                 head.observe(features[part].to(device), labels[part].to(device))
             return
-        for batch in self._each_batch(task, rows):
+        left = len(own)
+        for batch in self._each_batch(task, share_of(len(task.train), self.accelerator)):
             with self.accelerator.autocast():  # in the precision of the evaluation
-                self.tuner.observe(batch["pixel_values"], batch["labels"], batch.get("query"))
+                found = self.tuner.features(batch["pixel_values"], batch.get("query"))
+            # A row that fills up the share is another process's.
+            features, query = (None if each is None else each[:left] for each in found)
+            head.observe(features, batch["labels"][:left], query)
+            left -= len(features)
 
     def _features_of_all(self, task: Task) -> torch.Tensor:
         """Features of all of the task's training images, (examples, F), on the CPU; the same on every process."""
-        found = []
-        for batch in self._each_batch(task, range(len(task.train))):
-            with self.accelerator.autocast():
-                features, _ = self.tuner.features(batch["pixel_values"], batch.get("query"))
-            found.append(features.float().cpu())
-        return torch.cat(found)
+
+        def of_rows(rows: Sequence[int]) -> torch.Tensor:
+            found = []
+            for batch in self._each_batch(task, rows):
+                with self.accelerator.autocast():
+                    features, _ = self.tuner.features(batch["pixel_values"], batch.get("query"))
+                found.append(features.float().cpu())
+            return torch.cat(found)
+
+        return over_processes(self.accelerator, len(task.train), of_rows)
 
     def _kept_features(self, task: Task) -> torch.Tensor | None:
         """What the head reads of the task's training images, if it is the frozen model's features, which are kept."""
@@ -86,9 +96,9 @@ class ObservingTrainer(TaskTrainer):
             return None
         return self.kept_queries([task], "train")
 
-    def _each_batch(self, task: Task, rows: range) -> Iterator[dict[str, torch.Tensor]]:
+    def _each_batch(self, task: Task, rows: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
         batches = self.plain_batches(task, rows=rows, with_queries=self.args.cache_queries)
-        return self.progress.counted(batches, -(-len(rows) // self.args.eval_batch_size), "head")
+        return self.progress.counted(batches, self._count_batches(rows), "head")
 
     @contextmanager
     def head_as_if_finished(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,10 @@ from torch import nn
 
 from ..heads import SolvedHead
 from ..tuners.base.model import PromptPoolModel
+
+
+#: Rows of each process that are sent to the others at a time.
+GATHERED = 65_536
 
 
 def without_repeats(
@@ -36,6 +40,40 @@ def without_repeats(
         return batch, 1.0
     real = min(max(left - accelerator.process_index * size, 0), size)
     return {name: value[: max(real, 1)] for name, value in batch.items()}, real * processes / left
+
+
+def share_of(count: int, accelerator: Accelerator) -> list[int]:
+    """The rows of `count` that this process goes through: as many on each of them, so that all run as many batches.
+
+    Where they do not divide, a process has the last row as well.
+    """
+    first, step = accelerator.process_index, accelerator.num_processes
+    return [min(first + step * index, count - 1) for index in range(-(-count // step))]
+
+
+def over_processes(
+    accelerator: Accelerator, count: int, compute: Callable[[Sequence[int]], torch.Tensor]
+) -> torch.Tensor:
+    """What `compute` gives for all of `count` rows, (count, ...) on the CPU: each process computes its share, and all
+    get the whole.
+
+    Args:
+        compute: makes a tensor (rows, ...) on the CPU of rows.
+    """
+    if accelerator.num_processes == 1 or not count:
+        return compute(range(count))
+    own, found = compute(share_of(count, accelerator)), []
+    for part in own.split(GATHERED):  # what one device holds of all processes at a time
+        everyone = accelerator.gather(part.to(accelerator.device)).cpu()
+        found.append(everyone.unflatten(0, (accelerator.num_processes, len(part))).transpose(0, 1).flatten(0, 1))
+    return torch.cat(found)[:count]
+
+
+def true_everywhere(accelerator: Accelerator, value: bool) -> bool:
+    """Whether it is true on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    return bool(accelerator.gather(torch.tensor([int(value)], device=accelerator.device)).all())
 
 
 @contextmanager

@@ -39,32 +39,40 @@ class QueryCache:
         training_images: whether training images are the same each time.
         image_column: column of the images.
         folder: where files are kept; None: nowhere.
+        everywhere: whether something is true on every process: all of them compute, or none.
         **settings: what the features depend on beside data and backbone, in types that JSON knows.
     """
 
-    def __init__(self, training_images: bool, image_column: str, folder: str | Path | None = None, **settings: Any):
+    def __init__(
+        self,
+        training_images: bool,
+        image_column: str,
+        folder: str | Path | None = None,
+        everywhere: Callable[[bool], bool] = bool,
+        **settings: Any,
+    ):
         self.training_images = training_images
         self.files = None if folder is None else TensorFiles(folder, "queries", image_column)
-        self.settings = settings
+        self.everywhere, self.settings = everywhere, settings
         # By identity, with the data set itself, so that no other can take its place while its queries are kept.
         self._queries: dict[int, tuple[Dataset, torch.Tensor]] = {}
         self._kept_for: tuple[dict[str, Any], list[Any]] = {}, []
 
     def queries(
-        self, tasks: Sequence[Task], split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]
+        self, tasks: Sequence[Task], split: str, tuner: PromptPoolModel, compute: Callable[[Task, str], torch.Tensor]
     ) -> torch.Tensor | None:
         """Queries of the tasks' `"train"` or `"test"` examples one after the other, (examples, D) float32, or None
         where they cannot be kept.
 
         Args:
-            loader: makes an iterable of un-augmented batches, in order, of a task's split.
+            compute: the queries of a task's split, without augmentation, in order.
         """
         if not self.are_fixed(tuner) or (split == "train" and not self.training_images):
             return None
         if any(has_transform(getattr(task, split)) for task in tasks):
             return None
         self._look_at(tuner)
-        return torch.cat([self._of(task, split, tuner, loader) for task in tasks])
+        return torch.cat([self._of(task, split, compute) for task in tasks])
 
     @staticmethod
     def are_fixed(tuner: PromptPoolModel) -> bool:
@@ -85,18 +93,16 @@ class QueryCache:
             self._queries.clear()
             self._kept_for = now
 
-    def _of(self, task: Task, split: str, tuner: PromptPoolModel, loader: Callable[[Task, str], Any]) -> torch.Tensor:
+    def _of(self, task: Task, split: str, compute: Callable[[Task, str], torch.Tensor]) -> torch.Tensor:
         data = getattr(task, split)
         if id(data) not in self._queries:
-
-            def compute() -> torch.Tensor:
-                batches = loader(task, split)
-                return torch.cat([tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
-
             # What somebody's hooks do to the features, nothing that lasts can tell.
             settings, hooks = self._kept_for
             in_files = self.files and not hooks
-            queries = self.files.of(data, settings, compute) if in_files else compute()
+            if in_files:
+                queries = self.files.of(data, settings, lambda: compute(task, split), self.everywhere)
+            else:
+                queries = compute(task, split)
             self._queries[id(data)] = data, queries
         return self._queries[id(data)][1]
 

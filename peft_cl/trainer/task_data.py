@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ..scenarios import Task
 from .examples import TaskExamples
+from .processes import over_processes
 
 
 class TaskData(Trainer):
@@ -57,13 +58,16 @@ class TaskData(Trainer):
     def kept_queries(self, tasks: Sequence[Task], split: str) -> torch.Tensor | None:
         """Queries of the tasks' examples, (examples, D), where they are kept; they are computed once, with a bar."""
 
-        def batches(task: Task, split: str) -> Iterable[dict[str, torch.Tensor]]:
-            count = -(-len(getattr(task, split)) // self.args.eval_batch_size)
-            return self.progress.counted(self.plain_batches(task, split), count, "queries")
+        def queries(task: Task, split: str) -> torch.Tensor:
+            def of_rows(rows: Sequence[int]) -> torch.Tensor:
+                batches = self.plain_batches(task, split, rows=rows)
+                return self._queries_of(self.progress.counted(batches, self._count_batches(rows), "queries"))
+
+            return over_processes(self.accelerator, len(getattr(task, split)), of_rows)
 
         began = time.perf_counter()
         with self.uncounted(), self.accelerator.autocast():  # in the precision of the steps
-            found = self.queries.queries(tasks, split, self.tuner, batches)
+            found = self.queries.queries(tasks, split, self.tuner, queries)
         if split == "train":
             self.query_seconds += time.perf_counter() - began
         return found
@@ -72,8 +76,17 @@ class TaskData(Trainer):
         """Queries of augmented images, (examples, D) float32."""
         examples.begin_epoch(draw)
         with self.accelerator.autocast():
-            batches = self._batches(examples, training=True)
-            return torch.cat([self.tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
+            return over_processes(
+                self.accelerator,
+                len(examples),
+                lambda rows: self._queries_of(self._batches(examples, training=True, rows=rows)),
+            )
+
+    def _queries_of(self, batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([self.tuner.query(batch["pixel_values"]).float().cpu() for batch in batches])
+
+    def _count_batches(self, rows: Sequence[int]) -> int:
+        return -(-len(rows) // self.args.eval_batch_size)
 
     def part_of(self, task: Task, rows: Sequence[int]) -> Task:
         """The task with some of its training examples, in the order of `rows`. `forget` it after use."""

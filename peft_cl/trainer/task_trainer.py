@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .checks import check_augmentation, check_image_size, warn_of_empty_classes
 from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
-from .processes import kept_counts, without_repeats
+from .processes import kept_counts, true_everywhere, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
 from .strategy import Strategy
@@ -100,6 +101,7 @@ class TaskTrainer(TaskData):
             augmentation is None and batch_augmentation is None,
             scenario.image_column,
             args.query_cache_dir,
+            partial(true_everywhere, self.accelerator),
             processor=[type(processing_class).__name__, processing_class.to_json_string(), plain.digest],
             batch=args.eval_batch_size,
         )

@@ -44,24 +44,39 @@ class TensorFiles:
         self.what = what
         self.image_column = image_column
 
-    def of(self, data: Dataset, settings: dict[str, Any], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def of(
+        self,
+        data: Dataset,
+        settings: dict[str, Any],
+        compute: Callable[[], torch.Tensor],
+        everywhere: Callable[[bool], bool] = bool,
+    ) -> torch.Tensor:
         """The tensor (examples, ...) for `data` under `settings` (types that JSON knows), mapped into memory.
 
         It is computed where there is no whole file of it, and not kept where nothing says what `data` holds.
+
+        Args:
+            everywhere: whether something is true on every process, where `compute` needs all of them.
         """
-        fingerprint, outside = getattr(data, "_fingerprint", None), images_outside(data, self.image_column)
-        if not fingerprint or outside is None:
-            return compute()
-        content = {"what": self.what, "column": self.image_column, "data": fingerprint, "files": outside}
-        key = json.dumps({**content, "versions": versions(), **settings}, sort_keys=True, default=str)
-        path = self.folder / f"{self.what}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        tensor = self._read(path, len(data))
-        if tensor is not None:
+        path = self._path(data, settings)
+        tensor = path and self._read(path, len(data))
+        if everywhere(tensor is not None):
             return tensor
         tensor = compute()
+        if path is None:
+            return tensor
         self._write(path, tensor)
         kept = self._read(path, len(data))
         return tensor if kept is None else kept
+
+    def _path(self, data: Dataset, settings: dict[str, Any]) -> Path | None:
+        """Where the tensor of `data` belongs; None where nothing says what it holds."""
+        fingerprint, outside = getattr(data, "_fingerprint", None), images_outside(data, self.image_column)
+        if not fingerprint or outside is None:
+            return None
+        content = {"what": self.what, "column": self.image_column, "data": fingerprint, "files": outside}
+        key = json.dumps({**content, "versions": versions(), **settings}, sort_keys=True, default=str)
+        return self.folder / f"{self.what}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     def _read(self, path: Path, examples: int) -> torch.Tensor | None:
         """The tensor in a file; None if there is none, or none of so many examples that is whole.
