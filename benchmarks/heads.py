@@ -222,7 +222,7 @@ def tables(options: argparse.Namespace) -> str:
             for seed in options.seeds
             if (path := options.output / f"{method}-seed{seed}.json").is_file()
         ]
-        for method in dict.fromkeys([*METHODS, *options.methods])
+        for method in dict.fromkeys([*options.methods, *METHODS])
     }
     methods = [method for method in records if records[method]]
     lines = [
