@@ -160,6 +160,17 @@ def test_sums_follow_prompts_that_go_on(name, make_trainer):
     assert errors["map"] < 0.9 * errors[None] and errors["means"] < errors[None], errors
 
 
+def test_memory_stays_where_nothing_is_trained(make_trainer):
+    """Loaders of past evaluations, each with the queries of all tasks seen, and queries of what was learnt, are let
+    go: they would grow with the square of the number of tasks, and with the data."""
+    trainer = make_trainer(LinearProbeConfig(head="lda"))
+    trainer.train()
+    trainer.predict(trainer.scenario[0].test)
+    assert not trainer.accelerator._dataloaders
+    tests = {id(task.test) for task in trainer.scenario}
+    assert set(trainer.queries._queries) == tests
+
+
 def test_mid_task_measurements_are_of_the_head_as_it_would_be(make_trainer):
     """They see a head for the task's classes, and leave no trace: prompts learn as under the linear head."""
     seen, pools = [], []

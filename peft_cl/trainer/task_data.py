@@ -102,6 +102,11 @@ class TaskData(Trainer):
             for task in tasks:
                 self.images.forget(task.train)
 
+    def forget_learnt(self, tasks: Sequence[Task]) -> None:
+        """`forget` what was learnt; tasks that are gone through together come again."""
+        if len(tasks) == 1:
+            self.forget(tasks)
+
     def _image_bytes(self, parts: Sequence[Dataset], names: Sequence[tuple[str, str]]) -> list[torch.Tensor] | None:
         if self.images is None:
             return None
@@ -169,6 +174,15 @@ class TaskData(Trainer):
     def get_test_dataloader(self, test_dataset):
         with self._every_example():
             return super().get_test_dataloader(test_dataset)
+
+    def evaluation_loop(self, dataloader, *words, **more):
+        try:
+            return super().evaluation_loop(dataloader, *words, **more)
+        finally:
+            # accelerate keeps each loader until a training begins, with the queries of all tasks seen; a head that is
+            # computed begins none.
+            loaders = self.accelerator._dataloaders
+            loaders[:] = [each for each in loaders if each is not dataloader]
 
     @contextmanager
     def _every_example(self) -> Iterator[None]:

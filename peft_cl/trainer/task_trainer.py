@@ -192,8 +192,7 @@ class TaskTrainer(TaskData):
                 self._nothing_left(checkpoint)
             return output
         finally:
-            if len(tasks) == 1:  # tasks that are gone through together come again
-                self.forget(tasks)
+            self.forget_learnt(tasks)
 
     def _images_of_a_fit(self, tasks: Sequence[Task]) -> float:
         """How many images the training on `tasks` goes through."""

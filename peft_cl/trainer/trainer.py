@@ -218,6 +218,7 @@ class ContinualTrainer(MeasuringTrainer):
             self.join_counts()
         self.strategy.end_task(self, task)
         self.observe(task)
+        self.forget_learnt(self.strategy.tasks(self, task))
         self.train_seconds, self.began = self.seconds(), None
         self.learnt.append(learnt_of(self, self._took))
         self.evaluate()
