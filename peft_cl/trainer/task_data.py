@@ -103,7 +103,7 @@ class TaskData(Trainer):
                 self.images.forget(task.train)
 
     def forget_learnt(self, tasks: Sequence[Task]) -> None:
-        """`forget` what was learnt; tasks that are gone through together come again."""
+        """`forget` what was learnt and observed; tasks that are gone through together come again."""
         if len(tasks) == 1:
             self.forget(tasks)
 

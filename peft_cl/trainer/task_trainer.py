@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
-from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -150,10 +149,8 @@ class TaskTrainer(TaskData):
 
     @property
     def tuner(self) -> PromptPoolModel:
-        """The tuner inside the model, however the model is wrapped."""
-        # Unwrapping walks through all modules, and is asked for in each step: FSDP alone makes it needed.
-        model = self.model if isinstance(self.model, PeftModel) else self.accelerator.unwrap_model(self.model)
-        return model.base_model
+        """The tuner inside the model, which is never wrapped: the Trainer keeps what DDP wraps in `model_wrapped`."""
+        return self.model.base_model
 
     # ----------------------------------------------------------------------------------------------- one task
 
@@ -186,13 +183,10 @@ class TaskTrainer(TaskData):
         self.forget_steps()
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
-        try:
-            output = super().train(resume_from_checkpoint=checkpoint)
-            if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
-                self._nothing_left(checkpoint)
-            return output
-        finally:
-            self.forget_learnt(tasks)
+        output = super().train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
+            self._nothing_left(checkpoint)
+        return output
 
     def _images_of_a_fit(self, tasks: Sequence[Task]) -> float:
         """How many images the training on `tasks` goes through."""
