@@ -2,7 +2,8 @@
 
 A prompted training step needs a query pass and a prompted pass, so the frozen model's own passes are the floor: one
 forward without gradient, and one forward and backward with gradients to activations only. The ratio to that floor is
-what prompting adds. The backbone is a ViT-B/16 with random weights: time does not depend on their values.
+what prompting adds. The backbone is a ViT-B/16, or what `--family` names, with random weights: time does not depend on
+their values.
 
     python benchmarks/step_cost.py --json step_cost.json
     python benchmarks/step_cost.py --layers 2 --batch-size 2 --repeats 2    # a quick trial
@@ -28,6 +29,7 @@ from steps import (
     CONFIGS,
     NUM_CLASSES,
     NUM_TASKS,
+    SHAPES,
     Step,
     bare_steps,
     build_backbone,
@@ -35,11 +37,12 @@ from steps import (
     check_one_backbone,
     compile_layers,
     count_extra_tokens,
+    encoder_of,
     matrix_products,
     method_steps,
     reference_steps,
 )
-from transformers import ViTForImageClassification
+from transformers import PreTrainedModel
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,7 +99,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--channels-last", action="store_true", help="images and patch embedding in this format of memory"
     )
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, after one that is not timed")
-    parser.add_argument("--methods", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="what to measure")
+    parser.add_argument(
+        "--methods", nargs="+", choices=CONFIGS, default=None, help="what to measure; default: all that go into it"
+    )
+    parser.add_argument("--family", choices=SHAPES, default="ViT-B/16", help="shape of the backbone")
     parser.add_argument("--tasks", type=int, default=NUM_TASKS, help="tasks begun, at least 10")
     parser.add_argument("--layers", type=int, default=12, help="encoder layers (fewer for a trial)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels on a side (fewer for a trial)")
@@ -106,6 +112,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("batch_size", "threads", "repeats", "layers", "image_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1.")
+    if options.methods is None:  # the papers' L2P has tokens, which do not enter Swin
+        options.methods = [name for name in CONFIGS if name != "l2p" or options.family != "Swin-T"]
     if options.tasks < NUM_TASKS:
         parser.error(f"--tasks is {options.tasks}, but must be at least {NUM_TASKS}, which divide the 100 classes.")
     return options
@@ -113,7 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def make_steps(
     options: argparse.Namespace,
-) -> tuple[dict[Key, Step], dict[Key, dict[str, Any]], list[tuple[ViTForImageClassification, list[PeftModel]]]]:
+) -> tuple[dict[Key, Step], dict[Key, dict[str, Any]], list[tuple[PreTrainedModel, list[PeftModel]]]]:
     """All steps in the order in which they are timed, facts of those that become rows, and each bare model with the
     methods on copies of it."""
     order = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -123,19 +131,20 @@ def make_steps(
     labels = torch.randint(first, NUM_CLASSES, (options.batch_size,), device=options.device)
     steps: dict[Key, Step] = {}
     facts: dict[Key, dict[str, Any]] = {}
-    built: list[tuple[ViTForImageClassification, list[PeftModel]]] = []
+    built: list[tuple[PreTrainedModel, list[PeftModel]]] = []
 
-    def backbone_in(dtype: str) -> ViTForImageClassification:
-        backbone = build_backbone(
-            options.layers, options.image_size, getattr(torch, dtype), options.attention, options.device
-        )
+    def backbone_in(dtype: str) -> PreTrainedModel:
+        settings = options.attention, options.device, options.family
+        backbone = build_backbone(options.layers, options.image_size, getattr(torch, dtype), *settings)
         return backbone.to(memory_format=order)
 
     names = Key("reference", "train"), Key("reference", "eval")
     steps.update(zip(names, reference_steps(backbone_in("float32"), pixel_values, labels), strict=True))
     for dtype in dict.fromkeys(options.dtype):
         backbone = backbone_in(dtype)
-        tokens = options.batch_size * (backbone.vit.embeddings.patch_embeddings.num_patches + 1)
+        with torch.no_grad():
+            tokens = encoder_of(backbone)(pixel_values[:1].to(backbone.dtype)).last_hidden_state.shape[1]
+        tokens *= options.batch_size
         steps[Key("products", "forward", dtype)] = matrix_products(backbone.dtype, tokens, options.device)
         models = {name: build_method(name, backbone, options.tasks) for name in dict.fromkeys(options.methods)}
         extra = {name: count_extra_tokens(model.eval(), backbone, pixel_values) for name, model in models.items()}
@@ -151,7 +160,7 @@ def make_steps(
 
 
 def neighbours(
-    key: Key, model: PeftModel, backbone: ViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor
+    key: Key, model: PeftModel, backbone: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor
 ) -> dict[Key, Step]:
     """A method's steps, each beside the bare passes that it is measured by; `key` says what they have in common."""
     with torch.no_grad():
@@ -206,6 +215,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "channels_last": options.channels_last,
         "threads": options.threads,
         "repeats": options.repeats,
+        "family": options.family,
         "layers": options.layers,
         "image_size": options.image_size,
         "torch": torch.__version__,
@@ -295,9 +305,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     compiled = f", layers compiled by {first['compiled']}" if first["compiled"] else ""
     setting = (
-        f"ViT-B/16, {first['layers']} layers, {first['image_size']} px, batch {first['batch']}, {first['tasks']} "
-        f"tasks, {first['attention']} attention{compiled}, {first['device']}, {first['threads']} threads, "
-        f"{first['repeats']} repetitions, torch {first['torch']}; tokens added to the sequence: {tokens}"
+        f"{first['family']}, {first['layers']} layers, {first['image_size']} px, batch {first['batch']}, "
+        f"{first['tasks']} tasks, {first['attention']} attention{compiled}, {first['device']}, "
+        f"{first['threads']} threads, {first['repeats']} repetitions, torch {first['torch']}; "
+        f"tokens added to the sequence: {tokens}"
     )
     return f"{setting}\n\n{table}\n\n{LEGEND}"
 

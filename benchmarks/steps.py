@@ -16,9 +16,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
+from peft_cl.backbones import family_of
 
 
 CONFIGS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "coda-prompt": CodaPromptConfig}
@@ -26,19 +37,49 @@ CONFIGS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "coda-prompt": Coda
 NUM_TASKS = 10
 CLASSES_PER_TASK = 10
 NUM_CLASSES = NUM_TASKS * CLASSES_PER_TASK
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
+def _vit(layers: int, **options: Any) -> PreTrainedModel:
+    return ViTForImageClassification(ViTConfig(num_hidden_layers=layers, **options))
+
+
+def _dinov2(layers: int, **options: Any) -> PreTrainedModel:
+    return Dinov2ForImageClassification(Dinov2Config(num_hidden_layers=layers, patch_size=14, **options))
+
+
+def _clip(layers: int, *, image_size: int, **options: Any) -> PreTrainedModel:
+    tower = {**BASE, "num_hidden_layers": layers, "image_size": image_size, "patch_size": 16}
+    return CLIPForImageClassification(CLIPConfig(vision_config=tower, **options))
+
+
+def _swin(layers: int, **options: Any) -> PreTrainedModel:
+    """All of its stages have the published depth from 12 layers on, and fewer only for a trial."""
+    return SwinForImageClassification(SwinConfig(depths=[2, 2, 6, 2] if layers >= 12 else [1, 1, 1, 1], **options))
+
+
+#: What `--family` names: the shapes of published checkpoints.
+SHAPES = {"ViT-B/16": _vit, "DINOv2-B/14": _dinov2, "CLIP-B/16": _clip, "Swin-T": _swin}
 
 
 def build_backbone(
-    layers: int, image_size: int, dtype: torch.dtype, attention: str = "sdpa", device: str = "cpu"
-) -> ViTForImageClassification:
-    """The bare model: `ViTConfig()` defaults (ViT-B/16) but for depth and image size, frozen, 100 classes."""
-    config = ViTConfig(
-        num_hidden_layers=layers, image_size=image_size, num_labels=NUM_CLASSES, attn_implementation=attention
-    )
-    return ViTForImageClassification(config).to(device, dtype).requires_grad_(False).eval()
+    layers: int,
+    image_size: int,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: str = "cpu",
+    shape: str = "ViT-B/16",
+) -> PreTrainedModel:
+    """The bare model: a published shape but for depth and image size, with random weights, frozen, 100 classes."""
+    model = SHAPES[shape](layers, image_size=image_size, num_labels=NUM_CLASSES, attn_implementation=attention)
+    return model.to(device, dtype).requires_grad_(False).eval()
 
 
-def build_method(name: str, backbone: ViTForImageClassification, tasks: int = NUM_TASKS) -> PeftModel:
+def encoder_of(backbone: PreTrainedModel) -> nn.Module:
+    return getattr(backbone, family_of(backbone).encoder)
+
+
+def build_method(name: str, backbone: PreTrainedModel, tasks: int = NUM_TASKS) -> PeftModel:
     """The method's `paper` preset on a copy of `backbone`, `tasks` begun, with the backbone's classifier as head.
 
     Ten tasks divide the 100 classes; further ones bring the last ten classes again, as new domains do.
@@ -46,7 +87,7 @@ def build_method(name: str, backbone: ViTForImageClassification, tasks: int = NU
     A zero head, as some presets have, would send zeros back through the layers.
     """
     preset = CONFIGS[name].from_preset("paper")
-    depth = backbone.config.num_hidden_layers
+    depth = len(family_of(backbone).layer_list(encoder_of(backbone)))
     for field in ("layers", "g_layers"):
         if hasattr(preset, field):  # fewer layers are for a trial only: prompt those that exist, or else the last one
             setattr(preset, field, [layer for layer in getattr(preset, field) if layer < depth] or [depth - 1])
@@ -58,7 +99,7 @@ def build_method(name: str, backbone: ViTForImageClassification, tasks: int = NU
         model.begin_task([f"class_{index}" for index in range(first, first + CLASSES_PER_TASK)])
     head = model.base_model.head.active
     with torch.no_grad():
-        head.weight.copy_(backbone.classifier.weight)
+        head.weight.copy_(backbone.classifier.weight[:, : head.weight.shape[1]])  # L2P's reads less than DINOv2's own
         head.bias.copy_(backbone.classifier.bias)
     return model
 
@@ -89,9 +130,9 @@ def module_bytes(module: nn.Module) -> int:
     return storage_bytes(iter([*module.parameters(), *module.buffers()]))
 
 
-def compile_layers(backbone: ViTForImageClassification, models: Iterable[PeftModel], **options: Any) -> None:
+def compile_layers(backbone: PreTrainedModel, models: Iterable[PeftModel], **options: Any) -> None:
     """Compile the layers of the bare model and of the methods' copies of it."""
-    for layer in backbone.vit.layers:
+    for layer in family_of(backbone).layer_list(encoder_of(backbone)):
         layer.compile(**options)
     for model in models:
         model.base_model.encoder.compile_layers(**options)
@@ -237,24 +278,26 @@ class TensorMemory(TorchDispatchMode):
 
 
 def bare_steps(
-    backbone: ViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor, extra_tokens: int
+    backbone: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor, extra_tokens: int
 ) -> tuple[Step, Step]:
     """The bare model's forward, and its forward and backward, with `extra_tokens` more than its own.
 
     The model's own forward runs. A hook appends the tokens to the embeddings, and makes these the place from which
     gradients are wanted: no weight needs one, and every layer sends its activations' gradients back.
     """
-    weight = backbone.classifier.weight
-    extra = torch.randn(len(pixel_values), extra_tokens, weight.shape[1]).to(weight)
+    encoder = encoder_of(backbone)
+    size = family_of(backbone).hidden_size(encoder)
+    extra = torch.randn(len(pixel_values), extra_tokens, size).to(backbone.classifier.weight)
     embeddings: list[torch.Tensor] = []
 
-    def lengthen(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        output = torch.cat([output, extra], dim=1) if extra_tokens else output
-        embeddings[:] = [output.requires_grad_(torch.is_grad_enabled())]
-        return output
+    def lengthen(module: nn.Module, inputs: tuple, output: Any) -> Any:
+        tokens, *rest = output if isinstance(output, tuple) else (output,)  # Swin's come with their grid
+        tokens = torch.cat([tokens, extra], dim=1) if extra_tokens else tokens
+        embeddings[:] = [tokens.requires_grad_(torch.is_grad_enabled())]
+        return (tokens, *rest) if rest else tokens
 
     def passes() -> torch.Tensor:
-        with backbone.vit.embeddings.register_forward_hook(lengthen):
+        with encoder.embeddings.register_forward_hook(lengthen):
             return backbone(pixel_values).logits
 
     def forward() -> None:
@@ -274,9 +317,7 @@ def bare_steps(
     return Step(forward, weights), Step(forward_backward, weights, check=check)
 
 
-def reference_steps(
-    backbone: ViTForImageClassification, pixel_values: torch.Tensor, labels: torch.Tensor
-) -> tuple[Step, Step]:
+def reference_steps(backbone: PreTrainedModel, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[Step, Step]:
     """A step of the shape of the public CODA-Prompt code, on the plain HF model, without its prompts.
 
     Two whole passes; the query's without gradient, the other with gradients to all weights, which are then not used.

@@ -34,6 +34,7 @@ if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "a CUDA GPU"),
     "flash": (importlib.util.find_spec("flash_attn") is not None, "the package flash_attn"),
+    "timm": (importlib.util.find_spec("timm") is not None, "timm"),
     "torchvision": (importlib.util.find_spec("torchvision") is not None, "torchvision"),
 }
 

@@ -36,7 +36,12 @@ BAD_SETTINGS = [
     (DualPromptConfig, {"layers": [2, 2]}, r"layers is \[2, 2\], but each layer may be named once"),
     (DualPromptConfig, {"g_layers": [-1]}, r"g_layers is \[-1\], but must be a list of whole numbers"),
     (DualPromptConfig, {"layers": 3}, "layers is 3, but must be a list of whole numbers"),
-    (DualPromptConfig, {"layers": "all"}, "layers is 'all', but must be a list of whole numbers"),
+    (DualPromptConfig, {"layers": "some"}, "layers is 'some', but must be a list of whole numbers.*'all'"),
+    (
+        DualPromptConfig,
+        {"layers": [0.5, 1.0]},
+        r"layers is \[0.5, 1.0\], but must be a list of whole numbers.*from 0.0 to below 1.0",
+    ),
     (DualPromptConfig, {"prompt_type": "tokens"}, r"layers is \[2, 3, 4\] and g_layers \[0, 1\].*Set both to"),
     (
         DualPromptConfig,

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tuner_cases import begin, images, prompted, tiny
 
-from peft_cl.tuners.base.attention import prefixed
+from peft_cl.backbones.attention import prefixed
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

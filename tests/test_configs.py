@@ -13,15 +13,18 @@ from transformers import (
     BertForSequenceClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
     ViTModel,
+    YolosConfig,
+    YolosModel,
 )
 from tuner_cases import CASES, METHODS, config, images, logits, tiny
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
+from peft_cl.backbones import Geometry
 from peft_cl.tuners.base import config as base_config
 from peft_cl.tuners.coda import config as coda_config
 from peft_cl.tuners.dualprompt import config as dualprompt_config
@@ -79,10 +82,10 @@ def test_only_what_an_earlier_version_could_not_read_is_written_in_format_2(conf
 )
 def test_how_many_layers_a_head_sees_follows_from_the_width(hidden_size, num_layers, expected):
     settings = LinearProbeConfig.from_preset("best")
-    settings.set_head_layers(num_layers, hidden_size)
+    settings.set_head_layers(Geometry(hidden_size, num_layers))
     assert settings.head_layers == expected
     given = LinearProbeConfig.from_preset("best", head_layers=4)
-    given.set_head_layers(num_layers, hidden_size)
+    given.set_head_layers(Geometry(hidden_size, num_layers))
     assert given.head_layers == min(4, num_layers)
 
 
@@ -130,24 +133,31 @@ UNSUPPORTED = {
     "ResNet": lambda: small(
         ResNetConfig, ResNetForImageClassification, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"
     ),
-    "Swin": lambda: small(
-        SwinConfig, SwinForImageClassification, embed_dim=8, depths=[1], num_heads=[1], image_size=32, window_size=4
-    ),
+    "PoolFormer": lambda: small(PoolFormerConfig, PoolFormerForImageClassification, hidden_sizes=[8] * 4),
+    "YolosModel": lambda: YolosModel(YolosConfig(**VIT_SIZES)),
     "Bert": lambda: small(BertConfig, BertForSequenceClassification, vocab_size=9, **VIT_SIZES),
     "ViTModel": lambda: ViTModel(tiny().config),
     "WithTeacher": lambda: small(DeiTConfig, DeiTForImageClassificationWithTeacher, image_size=32, **VIT_SIZES),
 }
 
 
-@pytest.mark.parametrize("kind", UNSUPPORTED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in METHODS for kind in UNSUPPORTED if (name, kind) != ("linear-probe", "ResNet")],
+)
 def test_models_that_cannot_be_prompted_are_refused(name, kind):
     base = UNSUPPORTED[kind]()
     modules = [type(module) for module in base.modules()]
-    supported = "(ViT|DeiT)ForImageClassification"
     loader = "DeiTForImageClassification" if kind == "WithTeacher" else "AutoModelForImageClassification"
-    remedy = f"(Choose one of these as the base model|Load it with {loader})"
-    with pytest.raises(ValueError, match=rf"{kind}.*{supported}\. {remedy}"):
+    message = {
+        "ResNet": "it has none.*Choose one of .*SwinForImageClassification.*LinearProbeConfig",
+        "PoolFormer": "it has none",
+        "YolosModel": r"its attention \(YolosAttention\) is of a form.*examples/custom_backbone.py",
+        "Bert": r"its attention \(BertAttention\)",
+    }.get(kind, rf"(ViT|DeiT)ForImageClassification\. Load it with {loader}")
+    if name == "linear-probe" and kind in ("PoolFormer", "YolosModel", "Bert"):
+        message = "gives no features that a head could read"
+    with pytest.raises(ValueError, match=rf"{kind}.*{message}"):
         get_peft_model(base, config(name))
     assert [type(module) for module in base.modules()] == modules and not base._forward_hooks
 

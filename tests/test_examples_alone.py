@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     ("name", "expected"),
     [
         pytest.param("class_incremental", r"digit \d, predicted \d", marks=pytest.mark.slow),
+        ("custom_backbone", r"on I-JEPA: (\d+\.\d)% of the digits"),
         ("custom_head", r"naive Bayes: (\d+\.\d)% of the digits"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..backbones import FAMILIES
+from ..backbones import FAMILIES, loader_of
 from ..disk import check_file
 from ..text import brief
 from .errors import CommandError
@@ -62,8 +63,9 @@ def check_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     folder = Path(path)
     check_file(folder / "config.json")
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    for name, most in MOST.items():
-        value = getattr(config, name, None)
+    towers = [config, *(getattr(config, name) for name in ("vision_config", "text_config") if hasattr(config, name))]
+    for (name, most), part in itertools.product(MOST.items(), towers):
+        value = getattr(part, name, None)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         for number in numbers:
             if number is not None and not (isinstance(number, int) and 1 <= number <= most):
@@ -75,7 +77,9 @@ def check_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     if not held or config.model_type not in FAMILIES:
         return config
     with torch.device("meta"):
-        asked = sum(value.numel() for value in AutoModelForImageClassification.from_config(config).parameters())
+        loader = loader_of(config)
+        make = getattr(loader, "from_config", None) or loader._from_config  # an Auto class, or a model's own
+        asked = sum(value.numel() for value in make(config).parameters())
     if asked > 2 * held + SLACK:  # a number has half a byte at least
         raise ValueError(
             f"its config.json asks for {asked:,} numbers, but its weights have {held:,} bytes. The files do not "

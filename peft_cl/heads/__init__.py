@@ -5,7 +5,7 @@ from __future__ import annotations
 from .aligned import AlignedHead
 from .class_means import ClassMeansHead
 from .evidence import TaskEvidence
-from .features import CLS, Features
+from .features import CLS, OWN, Features
 from .fusion import FusionHead
 from .head import HEADS, Head, Sizes, make_head, register_head
 from .lda import LDAHead
@@ -18,6 +18,7 @@ from .sums import Sums
 __all__ = [
     "CLS",
     "HEADS",
+    "OWN",
     "AlignedHead",
     "ClassMeansHead",
     "CosineHead",

@@ -312,7 +312,8 @@ def check_stream_arguments(args: ContinualTrainingArguments) -> None:
 
 def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> None:
     """Refuse images of another size than the backbone's position embeddings are for, or of other channels."""
-    config = model.get_base_model().config
+    tuner = model.base_model
+    config = tuner.family.image_config(model.get_base_model())
     channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
     if channels != 3:
         raise ValueError(
@@ -323,7 +324,7 @@ def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> N
     if not expected or output_size is None or tuple(output_size) == expected:
         return
     given = f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
-    if not model.peft_config[model.active_adapter].interpolate_pos_encoding:
+    if tuner.family.interpolates and not model.peft_config[model.active_adapter].interpolate_pos_encoding:
         raise ValueError(
             f"{given}{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and "
             "crop_size); or set interpolate_pos_encoding=True in the adapter's configuration, for images of this size."

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ..backbones.reading import hooks_of
 from ..heads import CLS
 from ..scenarios import Task
 from ..tuners.base.digests import digest_of_weights
 from ..tuners.base.model import PromptPoolModel
-from ..tuners.base.reading import hooks_of
 from .examples import has_transform
 from .tensor_files import TensorFiles
 
@@ -108,6 +108,7 @@ class QueryCache:
 
     def _all_settings(self, tuner: PromptPoolModel) -> dict[str, Any]:
         base = tuner.encoder.base_layer
+        config = getattr(base, "config", tuner.model.config)  # timm's models have none of their own
         weight = next(base.parameters())
         kind = weight.device.type
         features = tuner.encoder.query_features
@@ -116,8 +117,8 @@ class QueryCache:
             **self.settings,
             "backbone": digest_of_weights(base),
             "modules": digest_of_modules(base),
-            "config": {name: value for name, value in base.config.to_dict().items() if name not in NO_PART_OF_IT},
-            "attention": base.config._attn_implementation,
+            "config": {name: value for name, value in config.to_dict().items() if name not in NO_PART_OF_IT},
+            "attention": config._attn_implementation,
             "dtype": str(weight.dtype),
             "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
             "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else kind,

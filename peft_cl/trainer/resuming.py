@@ -235,7 +235,7 @@ class ResumableTrainer(ObservingTrainer):
         for name in ("threads", "device"):  # where it runs, not what
             settings.pop(name)
         what = facts_of(self)
-        attention = self.tuner.encoder.base_layer.config._attn_implementation
+        attention = self.tuner.model.config._attn_implementation
         return {
             **what,
             **settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,18 @@ class Call:
     """One call of the classification model: what the user passed beside the images, and what the pool answered.
 
     `query`, (B, Q), is the user's or the query pass's; None where nothing has a use for one. `features` is what the
-    head sees; None: what the method's paper reads (`PromptPool.head_type`).
+    head sees; None: what the method's paper reads (`PromptPool.head_type`), or with `reads_own` what the base model's
+    own classifier does. `read`, (B, F), is the feature that the encoder leaves for the head; None: the head takes what
+    the base model pools.
     """
 
     labels: torch.Tensor | None = None
     task_ids: torch.Tensor | None = None
     query: torch.Tensor | None = None
     features: Features | None = None
+    reads_own: bool = False
+    read: torch.Tensor | None = None
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None  # the head, where the encoder calls it
     prompts: Prompts | None = None  # until the encoder has run
 
     def check(self, batch: int, width: int | None = None) -> None:
@@ -56,3 +62,8 @@ class Trace:
     @property
     def wanted(self) -> bool:
         return self.hidden_states is not None or self.attentions is not None
+
+    @property
+    def outputs(self) -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """Hidden states and attentions, as HF models return them."""
+        return tuple(None if found is None else tuple(found) for found in (self.hidden_states, self.attentions))

@@ -127,6 +127,8 @@ class ClassifierHead(AdapterLayer):
             return self.base_layer(features)
         (model,) = self.owner
         call = getattr(model, self.encoder_name).call or Call()
+        if call.read is not None:
+            features = call.read
         if self.captured is not None:
             self.captured[:] = [features.detach(), call.query]
         if not head.training:
@@ -172,16 +174,17 @@ class ClassifierHead(AdapterLayer):
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
         getattr(model, self.encoder_name).lock.acquire()
-        call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None))
+        call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None), classify=self)
         if self.active is not None:
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
             config, head = self.config, self.active
             if images is not None:
                 # Sizes by `shape`: `len` would make an exported batch size a constant.
-                call.check(images.shape[0], config.query_features.width(model.config.hidden_size))
+                call.check(images.shape[0], config.query_width)
             # Prompts are learnt by what their paper reads, whatever a head that observes sees afterwards.
             learns = head.training and head.training_head is not None and not config.stream
             call.features = config.features if head.classes and config.tasks and not learns else None
+            call.reads_own = not head.classes
             args, kwargs = _labels_by_name(model, args, kwargs)
             call.labels = kwargs.pop("labels", None)
         getattr(model, self.encoder_name).call = call
@@ -326,7 +329,8 @@ class ClassifierHead(AdapterLayer):
 
 def _class_names(model: PreTrainedModel, classifier: nn.Module) -> list[str]:
     """Names of the base model's classes; none if it has no classifier (`num_labels=0`)."""
-    rows = classifier.out_features if isinstance(classifier, nn.Linear) else 0
+    linear = [module for module in classifier.modules() if isinstance(module, nn.Linear)]
+    rows = linear[-1].out_features if linear else 0
     return [str(model.config.id2label.get(row, row)) for row in range(rows)]
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from peft import PeftConfig
 
 from ...assets.resolving import portable_name
+from ...backbones import Geometry
 from ...heads.checks import check_count
 from ...text import brief
 from .facts import LARGEST_WEIGHT, check_facts
@@ -23,6 +24,8 @@ from .saved import check_saved_files
 
 #: The newest format of adapters that this version reads. What needs no more is written in format 1, which all read.
 FORMAT_VERSION = 2
+#: In the place of a list of layers.
+ALL = "all"
 
 
 @dataclass
@@ -90,6 +93,10 @@ class PromptPoolConfig(HeadConfig):
     format_version: int = field(default=1, metadata={"help": "Version of the adapter's file format (written)."})
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: Fields that name layers.
+    layer_fields: ClassVar[tuple[str, ...]] = ()
+    #: What else has to be set where prompts enter as prefixes.
+    for_prefixes: ClassVar[str] = ""
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,8 +253,17 @@ class PromptPoolConfig(HeadConfig):
         """Encoder layers at which prompts enter, ascending, counted from 0."""
         return ()
 
-    def check_backbone(self, num_layers: int) -> None:
-        """Refuse layers that the backbone does not have."""
+    def check_backbone(self, geometry: Geometry) -> None:
+        """Settle which layers `"all"` and fractions are; refuse layers and forms that the backbone does not have."""
+        num_layers = geometry.num_layers
+        for name in self.layer_fields:
+            setattr(self, name, _settled(getattr(self, name), num_layers))
+        if geometry.why_no_tokens and self.prompted_layers and getattr(self, "prompt_type", None) == "tokens":
+            raise ValueError(
+                f"prompt_type is 'tokens', but {geometry.why_no_tokens}. Set prompt_type='prefix'"
+                + self.for_prefixes
+                + "."
+            )
         outside = [layer for layer in self.prompted_layers if layer >= num_layers]
         if outside:
             raise ValueError(
@@ -271,11 +287,17 @@ class PromptPoolConfig(HeadConfig):
                 )
 
     def _check_layers(self, name: str, *, empty_allowed: bool = False) -> None:
-        """Layers are kept as a sorted list of distinct whole numbers from 0."""
+        """Layers are kept as a sorted list of distinct whole numbers from 0; as `"all"` or as fractions of the depth
+        until the backbone is known."""
         value = getattr(self, name)
+        if value == ALL:
+            return
         layers = list(value) if isinstance(value, (list, tuple, range, set)) else [None]
-        if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-            raise ValueError(f"{name} is {brief(value)}, but must be a list of whole numbers, counted from 0.")
+        if not (all(map(_is_number, layers)) or (all(map(_is_fraction, layers)) and layers)):
+            raise ValueError(
+                f"{name} is {brief(value)}, but must be a list of whole numbers, counted from 0; or of fractions of "
+                "the backbone's depth, from 0.0 to below 1.0; or 'all'."
+            )
         if len(set(layers)) != len(layers):
             raise ValueError(f"{name} is {brief(layers)}, but each layer may be named once. Leave the others out.")
         if not layers and not empty_allowed:
@@ -321,6 +343,23 @@ class KeyPoolConfig(PromptPoolConfig):
             "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
         },
     )
+
+
+def _is_number(layer: Any) -> bool:
+    return isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+
+
+def _is_fraction(layer: Any) -> bool:
+    return isinstance(layer, float) and 0 <= layer < 1
+
+
+def _settled(layers: list[int] | list[float] | str | None, num_layers: int) -> list[int] | None:
+    """Layers by their numbers in a backbone of this depth: fraction f is layer floor(f * depth)."""
+    if layers == ALL:
+        return list(range(num_layers))
+    if layers is None or all(map(_is_number, layers)):
+        return layers
+    return sorted({int(fraction * num_layers) for fraction in layers})
 
 
 @cache

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...backbones import Family
-from ...heads import CLS, Features
-from .attention import prefixed
+from ...backbones.modes import draws, evaluation_mode, without_own_checkpointing
+from ...backbones.reading import can_read, is_watched, read_layer
+from ...heads import CLS, OWN, Features
 from .call import Call, Trace
 from .layer import AdapterLayer
 from .lock import CallLock
 from .pool import PromptPool
 from .prompts import Injection, Prompts
-from .reading import can_read, is_watched, read_layer
 
 
 NO_PROMPTS = Prompts()
@@ -27,6 +26,13 @@ NO_PROMPTS = Prompts()
 READ_AT_THE_FRONT = ("cls", "prompt", "cls+prompt")
 #: Ways to run a layer that `torch.compile` may compile; its own limit, 8, is passed in a sequence of tasks.
 COMPILED_CASES = 16
+
+
+class State(NamedTuple):
+    """The input of a layer: tokens (B, N, D), and what the layer takes beside them."""
+
+    hidden: torch.Tensor
+    arguments: Mapping[str, Any]
 
 
 class PromptedEncoder(AdapterLayer):
@@ -51,7 +57,8 @@ class PromptedEncoder(AdapterLayer):
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the base encoder's forward takes and gives; see `Call` for what the classification model adds."""
         with self.lock.held():
-            return self._forward(pixel_values, *args, **kwargs)
+            output = self._forward(pixel_values, *args, **kwargs)
+            return output if self.call is None else self.family.answer(output, self.call.classify)
 
     def _forward(
         self,
@@ -62,28 +69,24 @@ class PromptedEncoder(AdapterLayer):
         **kwargs: Any,
     ) -> Any:
         pool: PromptPool | None = self.active
-        if pool is None:
-            return self.base_layer(
-                pixel_values,
-                *args,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+        call = self.call or Call()
+        call.prompts = NO_PROMPTS  # until the pool has chosen
+        if pool is None or (pool.query_is_feature and call.reads_own):
+            given = {"interpolate_pos_encoding": interpolate_pos_encoding, "attention_mask": attention_mask}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return self.base_layer(pixel_values, *args, **kwargs)
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask is not supported with prompts: images are read whole. Leave it out, or run the base "
                 "model inside `with model.disable_adapter():`."
             )
         interpolate = self._interpolates(interpolate_pos_encoding)
-        call = self.call or Call()
         trace = Trace(
             hidden_states=[] if self._wanted("output_hidden_states", kwargs) else None,
             attentions=[] if self._wanted("output_attentions", kwargs) else None,
         )
-        call.prompts = NO_PROMPTS  # until the pool has chosen
         if pool.query_is_feature and call.query is not None and not trace.wanted:
-            return BaseModelOutputWithPooling(last_hidden_state=call.query[:, None])
+            return self._output_of_feature(call, call.query, trace)
         first = self._first_layer(pool, call.features)
         query, start = call.query if pool.needs_query else None, None
         if query is None and pool.needs_query:
@@ -94,33 +97,28 @@ class PromptedEncoder(AdapterLayer):
             prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None)
         if start is None or trace.wanted or not self._is_fixed(pixel_values, first):
             start = self._start(pixel_values, interpolate, first, trace)
-        # The classification model reads what its head reads; who calls the encoder alone gets all tokens.
-        read = pool.head_type if self.call is not None and not trace.wanted else "all"
-        if call.features is None:
-            tokens, num_prompts = self._finish(start, first, prompts, read, trace)
-            state = self._for_head(tokens, num_prompts, pool.head_type)
-        else:
-            state = self._read(call.features, start, first, prompts, trace)
-            if call.features.query:
-                state = torch.cat([state, query.to(state.dtype)], dim=-1)
-            state = state[:, None]
+        feature, tokens = self._for_head(call, start, first, prompts, trace)
         if pool.query_is_feature:
-            call.query = state[:, 0].detach()
+            call.query = feature.detach()
         if prompts.parts:
             features = self._features_of_parts(start, first, prompts)
             with torch.autocast(pixel_values.device.type, enabled=False):
                 prompts.losses.update(pool.compare(features))
         call.prompts = prompts
-        return BaseModelOutputWithPooling(
-            last_hidden_state=state,
-            hidden_states=tuple(trace.hidden_states) if trace.hidden_states is not None else None,
-            attentions=tuple(trace.attentions) if trace.attentions is not None else None,
-        )
+        if feature is not None:
+            return self._output_of_feature(call, feature, trace)
+        return self.family.output(tokens, self.family.pooler_output(self.base_layer, tokens), *trace.outputs)
+
+    def _output_of_feature(self, call: Call, feature: torch.Tensor, trace: Trace) -> Any:
+        """An output whose tokens are all the same feature (B, F): the head takes it, however the model pools it."""
+        call.read = feature
+        tokens = feature[:, None].expand(-1, self.family.num_special(self.base_layer) + 1, -1)
+        return self.family.output(tokens, feature, *trace.outputs)
 
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.base_layer.config.hidden_size
+        return self.family.hidden_size(self.base_layer)
 
     @property
     def query_features(self) -> Features:
@@ -134,19 +132,21 @@ class PromptedEncoder(AdapterLayer):
         layers = max(layers, self.query_features.layers if pool.needs_query else 1)
         return min(pool.first_layer, len(self._layers) - layers)
 
-    def _read(
-        self, features: Features, start: torch.Tensor, first: int, prompts: Prompts, trace: Trace
-    ) -> torch.Tensor:
+    def _read(self, features: Features, start: State, first: int, prompts: Prompts, trace: Trace) -> torch.Tensor:
         """(B, parts x layers x D): the features of the last layers' outputs, from the input of layer `first` on."""
+        if features == OWN:
+            return self._pooled(*self._finish(start, first, prompts, "own", trace))
         outputs: list[tuple[torch.Tensor, int]] = []
         self._finish(start, first, prompts, "all" if features.reads_all or trace.wanted else "cls", trace, outputs)
-        norm = self.family.final_norm(self.base_layer)
         parts = []
         for hidden, kept in reversed(outputs[-features.layers :]):
-            for part in features.parts:
-                patches = hidden[:, kept + self.family.special_tokens :]
-                parts.append(norm(hidden[:, kept]) if part == "cls" else norm(patches).mean(1))
+            parts += [getattr(self.family, part)(self.base_layer, hidden[:, kept:]) for part in features.parts]
         return torch.cat(parts, dim=-1)
+
+    def _pooled(self, hidden: torch.Tensor, kept: int) -> torch.Tensor:
+        """What the base model's own classifier is given."""
+        tokens = self.family.last_hidden_state(self.base_layer, hidden[:, kept:])
+        return self.family.pooled(self.base_layer, tokens)
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` each layer with `options`, as `nn.Module.compile` has them.
@@ -183,23 +183,33 @@ class PromptedEncoder(AdapterLayer):
             The tokens after the final norm, (B, prompts kept + special tokens + patches, D), and the number of prompt
             tokens in front of the CLS token.
         """
-        return self._finish(self._start(pixel_values, False, 0, Trace()), 0, prompts, "all", Trace())
+        hidden, kept = self._finish(self._start(pixel_values, False, 0, Trace()), 0, prompts, "all", Trace())
+        return self.family.feature_norm(self.base_layer)(hidden), kept
 
     @torch.no_grad()
-    def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The query (B, Q), and the input of layer `first` (B, N, D) on the way to it."""
+    def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, State]:
+        """The query (B, Q), and the input of layer `first` on the way to it."""
         with evaluation_mode(self.base_layer):
             start = self._start(pixel_values, interpolate, first, Trace())
             if self.query_features != CLS:
                 return self._read(self.query_features, start, first, NO_PROMPTS, Trace()), start
-            tokens, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
-        return tokens[:, 0].clone(), start  # not a view, which would keep all tokens
+            hidden, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
+            return self._cls(hidden).clone(), start  # not a view, which would keep all tokens
+
+    def _cls(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, D): the CLS feature of a layer's output without prompt tokens."""
+        norm = self.family.feature_norm(self.base_layer)
+        if self.family.cls_is_first_token and is_watched([norm]):  # somebody's hook is to see all tokens
+            return norm(hidden)[:, 0]
+        return self.family.cls(self.base_layer, hidden)
 
     def _is_fixed(self, pixel_values: torch.Tensor, first: int) -> bool:
         """Whether the input of layer `first` is the same in both passes, and needs no graph in either."""
-        below = [getattr(self.base_layer, self.family.embeddings), *self._layers[:first]]
+        below = [*self.family.below_layers(self.base_layer), *self._layers[:first]]
         modules = [module for part in below for module in part.modules()]
-        if any(module.training and _draws(module) for module in modules):
+        if any(module.training and draws(module) for module in modules):
+            return False
+        if self.family.draws_positions(self.base_layer):
             return False
         learns = pixel_values.requires_grad or any(
             weight.requires_grad for part in below for weight in part.parameters()
@@ -207,40 +217,46 @@ class PromptedEncoder(AdapterLayer):
         return not (learns and torch.is_grad_enabled())
 
     @property
-    def _layers(self) -> nn.ModuleList:
+    def _layers(self) -> nn.ModuleList | list[nn.Module]:
         return self.family.layer_list(self.base_layer)
 
-    def _start(self, pixel_values: torch.Tensor, interpolate: bool, first: int, trace: Trace) -> torch.Tensor:
+    def _start(self, pixel_values: torch.Tensor, interpolate: bool, first: int, trace: Trace) -> State:
         """Embeddings and the layers below `first`, which no prompt enters: (B, special tokens + patches, D)."""
-        hidden = self.family.embed(self.base_layer, pixel_values, interpolate)
-        for layer in self._layers[:first]:
+        state = State(*self.family.embed(self.base_layer, pixel_values, interpolate))
+        for index, layer in enumerate(self._layers[:first]):
             if trace.hidden_states is not None:
-                trace.hidden_states.append(hidden)
+                trace.hidden_states.append(state.hidden)
             with self._recording(layer, trace.attentions):
-                hidden = self._run_layer(layer, hidden, None)
-        return hidden
+                hidden = self._run_layer(layer, state, None)
+            state = State(*self.family.after(self.base_layer, index, hidden, state.arguments))
+        return state
 
     def _finish(
         self,
-        hidden: torch.Tensor,
+        start: State,
         first: int,
         prompts: Prompts,
         read: str,
         trace: Trace,
         outputs: list[tuple[torch.Tensor, int]] | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Run the layers from `first` on with `prompts`, and the final norm.
+        """Run the layers from `first` on with `prompts`.
 
         Args:
-            hidden: the input of layer `first`.
-            read: what of the result is wanted: `"all"` tokens, or those that a `PromptPool.head_type` needs.
+            start: the input of layer `first`.
+            read: what of the result is wanted: `"all"` tokens, what a `PromptPool.head_type` needs, or what the base
+                model's own classifier does (`"own"`).
             outputs: takes each layer's output, and how many prompt tokens are in front of the CLS token there.
 
         Returns:
-            The tokens, (B, prompts kept + special tokens + patches, D) or fewer, and how many prompt tokens are in
-            front of the CLS token.
+            The last layer's output, (B, prompts kept + special tokens + patches, D) or fewer tokens, and how many
+            prompt tokens are in front of the CLS token.
         """
         kept, layers = 0, self._layers
+        hidden, arguments = start
+        if read == "own" and self.family.reads == "cls":
+            read = "cls"
+        at_the_front = read in READ_AT_THE_FRONT and self.family.cls_is_first_token
         for index, layer in enumerate(layers[first:], start=first):
             injection = prompts.at(index, hidden)
             extra = 0
@@ -255,40 +271,42 @@ class PromptedEncoder(AdapterLayer):
             is_kept = injection is None or injection.keep
             kept += extra if is_kept else 0
             span = None
-            if layer is layers[-1] and read in READ_AT_THE_FRONT and is_kept and self._can_read(layer):
+            if layer is layers[-1] and at_the_front and is_kept and self._can_read(layer):
                 span = (kept if read == "cls" else 0, kept + 1)
                 kept -= span[0]
             with self._recording(layer, trace.attentions):
-                hidden = self._run_layer(layer, hidden, injection, span)
+                hidden = self._run_layer(layer, State(hidden, arguments), injection, span)
             if not is_kept:
                 hidden = hidden[:, extra:]
             if outputs is not None:
                 outputs.append((hidden, kept))
+            hidden, arguments = self.family.after(self.base_layer, index, hidden, arguments)
         if trace.hidden_states is not None:
             trace.hidden_states.append(hidden)
-        if outputs is not None:  # who reads these puts the final norm on what is read
-            return hidden, kept
-        return self.family.final_norm(self.base_layer)(hidden), kept
+        return hidden, kept
 
     def _can_read(self, layer: nn.Module) -> bool:
         """Whether the last layer may be run for some of its tokens alone."""
         if not self.reads_last_layer or type(layer) is not self._tried:
             return False
-        behind = (self, self.family.final_norm(self.base_layer))
+        behind = (self, self.family.feature_norm(self.base_layer))
         return not is_watched([*layer.modules(), *behind])
 
     def _run_layer(
-        self, layer: nn.Module, hidden: torch.Tensor, injection: Injection | None, span: tuple[int, int] | None = None
+        self, layer: nn.Module, state: State, injection: Injection | None, span: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """One layer with its prefix, checkpointed if the user asked for it; with a `span`, for these tokens alone.
 
         The prefix is an argument of the checkpointed function, not an attribute left on the module: the recomputation
         in the backward pass sees the same prefix, and the reentrant mode finds the gradient of its tensors.
         """
+        hidden, arguments = state
         prefix = (injection.keys, injection.values) if injection is not None and injection.keys is not None else ()
-        attention = self.family.attention_of(layer)
+        if prefix and prefix[0].shape[-1] != hidden.shape[-1]:  # Swin: rows are as wide as the widest layer prompted
+            prefix = tuple(rows[..., : hidden.shape[-1]] for rows in prefix)
+        checkpointing = self.family.checkpointing(self.base_layer, layer)
         checkpointed = (
-            getattr(layer, "gradient_checkpointing", False)
+            getattr(checkpointing, "gradient_checkpointing", False)
             and layer.training
             and torch.is_grad_enabled()
             and any(tensor.requires_grad for tensor in (hidden, *prefix, *layer.parameters()))
@@ -297,36 +315,54 @@ class PromptedEncoder(AdapterLayer):
         def run(hidden: torch.Tensor, *prefix: torch.Tensor) -> torch.Tensor:
             if span is not None:
                 return read_layer(self.family, layer, hidden, *span, *prefix)
-            with prefixed(attention, hidden, *prefix), without_own_checkpointing(layer):
-                output = layer(hidden)
-            return output[0] if isinstance(output, tuple) else output
+            with self.family.prefixed(layer, hidden, *prefix), without_own_checkpointing(layer):
+                return self.family.run(layer, hidden, arguments)
 
         if checkpointed:
-            return layer._gradient_checkpointing_func(run, hidden, *prefix)
+            return checkpointing._gradient_checkpointing_func(run, hidden, *prefix)
         return run(hidden, *prefix)
 
-    def _for_head(self, tokens: torch.Tensor, num_prompts: int, head_type: str) -> torch.Tensor:
-        """Prompt tokens are taken out, and the feature that `head_type` names stands where the head reads it."""
-        if head_type == "cls":
-            return tokens[:, num_prompts:] if num_prompts else tokens
-        read = {"prompt": num_prompts, "cls+prompt": num_prompts + 1, "mean": tokens.shape[1]}[head_type]
-        return self.family.present(tokens[:, :read].mean(dim=1), tokens[:, num_prompts:])
+    def _for_head(
+        self, call: Call, start: State, first: int, prompts: Prompts, trace: Trace
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The feature (B, F) that the head reads; or, where it reads what the base model's own does, the encoder's
+        tokens, which the base model pools itself."""
+        family, encoder, pool = self.family, self.base_layer, self.active
+        if call.features is not None:
+            feature = self._read(call.features, start, first, prompts, trace)
+            if call.features.query:
+                feature = torch.cat([feature, call.query.to(feature.dtype)], dim=-1)
+            return feature, None
+        head_type = "own" if call.reads_own or pool.head_type == "cls" else pool.head_type
+        # Who calls the encoder alone, or asks for what is on the way, gets all tokens. Before its first task an
+        # adapter without prompts is the base model, to the bit.
+        part = self.call is not None and not trace.wanted and pool.config.tasks
+        read = head_type if part else "all"
+        hidden, kept = self._finish(start, first, prompts, read, trace)
+        if head_type != "own":
+            count = {"prompt": kept, "cls+prompt": kept + 1, "mean": hidden.shape[1]}[head_type]
+            return family.feature_norm(encoder)(hidden[:, :count]).mean(dim=1), None
+        if pool.query_is_feature:
+            return self._pooled(hidden, kept), None
+        return None, family.last_hidden_state(encoder, hidden[:, kept:] if kept else hidden)
 
-    def _features_of_parts(self, start: torch.Tensor, first: int, prompts: Prompts) -> dict[str, torch.Tensor]:
+    def _features_of_parts(self, start: State, first: int, prompts: Prompts) -> dict[str, torch.Tensor]:
         """CLS feature (B, D) of the image under each part of the prompts alone."""
         features = {}
         for name, part in prompts.parts.items():
-            tokens, num_prompts = self._finish(start, first, part, "cls", Trace())
-            features[name] = tokens[:, num_prompts].float()
+            hidden, kept = self._finish(start, first, part, "cls", Trace())
+            features[name] = self._cls(hidden[:, kept:]).float()
         return features
 
     def _interpolates(self, given: bool | None) -> bool:
         """Whether position embeddings are interpolated: as the call says, or else the adapter's configuration."""
-        return self.active.config.interpolate_pos_encoding if given is None else given
+        said = given not in (None, self.family.unsaid)
+        return given if said else self.active.config.interpolate_pos_encoding
 
     def _wanted(self, option: str, kwargs: dict[str, Any]) -> bool:
         value = kwargs.get(option)
-        return bool(getattr(self.base_layer.config, option, False) if value is None else value)
+        config = getattr(self.base_layer, "config", None)
+        return bool(getattr(config, option, False) if value is None else value)
 
     @contextmanager
     def _recording(self, layer: nn.Module, attentions: list[torch.Tensor] | None) -> Iterator[None]:
@@ -336,6 +372,11 @@ class PromptedEncoder(AdapterLayer):
             yield
             return
         attention = self.family.attention_of(layer)
+        if not hasattr(attention, "config"):
+            raise ValueError(
+                f"output_attentions is True, but {type(attention).__name__} does not show its weights under prompts. "
+                "Leave it out, or run the base model inside `with model.disable_adapter():`."
+            )
         handle = attention.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
         implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
         try:
@@ -343,35 +384,3 @@ class PromptedEncoder(AdapterLayer):
         finally:
             attention.config._attn_implementation = implementation
             handle.remove()
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether the module draws random numbers in training."""
-    rates = ("p", "attention_dropout", "drop_prob")
-    return any(isinstance(rate, float) and rate > 0 for rate in (getattr(module, name, None) for name in rates))
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and drop-path off inside the block, and give every module its own mode back afterwards."""
-    training = [child for child in module.modules() if child.training]
-    for child in training:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
-
-
-@contextmanager
-def without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
-    """The layer's forward is checkpointed by us, with its prefix, or needs no checkpoint; it must not do so itself."""
-    if not getattr(layer, "gradient_checkpointing", False):
-        yield
-        return
-    layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        layer.gradient_checkpointing = True

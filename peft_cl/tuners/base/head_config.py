@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import PeftConfig
 
-from ...heads import CLS, HEADS, Features, Head, Sizes, make_head
+from ...backbones import Geometry
+from ...heads import CLS, HEADS, OWN, Features, Head, Sizes, make_head
 from ...heads.checks import check_count
 
 
@@ -97,6 +98,11 @@ class HeadConfig(PeftConfig):
 
     method: ClassVar[str] = "prompt pool"
 
+    def __post_init__(self):
+        super().__post_init__()
+        #: The backbone's, from the moment that the adapter is in one.
+        self.geometry: Geometry | None = None
+
     def _check_head(self) -> None:
         if not isinstance(self.head_options, dict):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
@@ -140,24 +146,33 @@ class HeadConfig(PeftConfig):
     @property
     def features(self) -> Features | None:
         """What the head sees; None: what the method's paper reads."""
-        return None if self.head_features is None else Features.parse(self.head_features, self.head_layers or 1)
+        if self.head_features is None:
+            return None
+        has_cls = self.geometry is None or self.geometry.has_cls
+        return Features.parse(self.head_features, self.head_layers or 1, has_cls)
 
     @property
     def query_features(self) -> Features:
         """What the frozen model's features of an image are made of, from the first task on."""
         features = self.features if self.tasks else None
         if features is None:
-            return CLS
+            reads_cls = self.has_query or self.geometry is None or self.geometry.reads_cls
+            return CLS if reads_cls else OWN
         if not self.has_query:
             return features
         return features.of_query if features.query or HEADS[self.head].needs_query else CLS
 
-    def set_head_layers(self, num_layers: int, hidden_size: int) -> None:
-        """Settle how many layers of this backbone the head sees."""
+    @property
+    def query_width(self) -> int:
+        """Numbers of an image's query, Q, once the adapter is in a backbone."""
+        return self.query_features.width(self.geometry.hidden_size, self.geometry.own_width)
+
+    def set_head_layers(self, geometry: Geometry) -> None:
+        """Settle how many layers of this backbone the head sees: of those that are as wide as the last one."""
         if self.head_layers is None:
-            parts = len(Features.parse(self.head_features, 1).parts)
-            self.head_layers = max(1, min(MOST_LAYERS, MOST_NUMBERS // (parts * hidden_size)))
-        self.head_layers = min(self.head_layers, num_layers)
+            parts = len(Features.parse(self.head_features, 1, geometry.has_cls).parts)
+            self.head_layers = max(1, min(MOST_LAYERS, MOST_NUMBERS // (parts * geometry.hidden_size)))
+        self.head_layers = min(self.head_layers, geometry.alike_at_the_end)
 
     @property
     def prompts_frozen(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ...backbones import Family, family_of
+from ...backbones import Family, Geometry, family_of
 from ...heads import Head, LinearHead, Sizes, TaskEvidence, make_head
 from .base_weights import note_base, warn_of_another_base
 from .classifier import ClassifierHead
@@ -22,7 +23,7 @@ from .encoder import PromptedEncoder
 from .facts import check_rows_in_use
 from .head_tools import HeadTools
 from .layer import AdapterLayer, check_name
-from .pool import Geometry, PromptPool
+from .pool import PromptPool
 from .saved import check_sizes, check_tensors, file_beside, read_header
 
 
@@ -126,7 +127,10 @@ class PromptPoolModel(HeadTools, BaseTuner):
         if not head.observes or is_trained or not learns:
             head.training_head = None
         elif head.training_head is None:
-            sizes = Sizes(self._geometry().hidden_size, 0)
+            # From a stream it sees, in the same step, what the other head observes: the CLS token stands in front.
+            shared = config.stream and config.features
+            width = self._geometry().hidden_size if shared else self._width_of_paper(self.pool)
+            sizes = Sizes(width, 0)
             linear = LinearHead(sizes, head.classes, config.head_init)
             head.training_head = linear.to(self.head_device).train(head.training)
         else:
@@ -140,7 +144,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
     @property
     def head(self) -> ClassifierHead:
         """The growing head inside the base model (before the first adapter is in: the base model's own)."""
-        return getattr(self.model, self.family.head)
+        return self.family.head_of(self.model)
 
     @property
     def pool(self) -> PromptPool:
@@ -158,9 +162,12 @@ class PromptPoolModel(HeadTools, BaseTuner):
         trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         return {name: value for name, value in trained if id(value) not in renewed}
 
-    @property
+    @cached_property
     def family(self) -> Family:
-        return family_of(self.model)
+        """The base model's."""
+        parts = () if hasattr(self.model, "get_base_model") else self.model.modules()
+        inside = next((each.family for each in parts if isinstance(each, PromptedEncoder)), None)
+        return inside or family_of(self.model, prompts=not self.pool_class.query_is_feature)
 
     def query(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features of the frozen, un-prompted model by which prompts are chosen: (B, D) for images (B, C, H, W); more
@@ -192,7 +199,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PromptPoolConfig, model_config: dict) -> PromptPoolConfig:
         family = self.family
-        places = [family.encoder, family.head]
+        places = family.places()
         if peft_config.target_modules not in (None, places):
             raise ValueError(
                 f"target_modules is {peft_config.target_modules!r}, but in a {type(self.model).__name__} prompts and "
@@ -208,8 +215,9 @@ class PromptPoolModel(HeadTools, BaseTuner):
                 )
         peft_config.target_modules = places
         geometry = self._geometry()
-        peft_config.check_backbone(geometry.num_layers)
-        peft_config.set_head_layers(geometry.num_layers, geometry.hidden_size)
+        peft_config.geometry = geometry
+        peft_config.check_backbone(geometry)
+        peft_config.set_head_layers(geometry)
         self._check_sizes(peft_config)
         return peft_config
 
@@ -220,7 +228,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
             return
         try:
             with torch.device("meta"):
-                pool, head = self.pool_class(config, self._geometry()), self._bare_head(config)
+                pool = self.pool_class(config, config.geometry)
+                head = self._bare_head(config, pool)
         except (RuntimeError, OverflowError) as error:
             if "meta" in str(error):  # a pool of the user's own that looks at its numbers cannot be made without
                 return
@@ -237,7 +246,13 @@ class PromptPoolModel(HeadTools, BaseTuner):
         check_sizes(config.method, expected, read_header(file))
 
     def _geometry(self) -> Geometry:
-        return Geometry(self.model.config.hidden_size, len(self.family.layer_list(self.encoder)))
+        encoder = self.encoder
+        return self.family.geometry(encoder.base_layer if isinstance(encoder, PromptedEncoder) else encoder)
+
+    def _width_of_paper(self, pool: PromptPool) -> int:
+        """How many numbers the head of the method's paper reads here."""
+        geometry = self._geometry()
+        return geometry.reads if pool.head_type == "cls" else geometry.hidden_size
 
     def _create_and_replace(
         self,
@@ -252,11 +267,11 @@ class PromptPoolModel(HeadTools, BaseTuner):
     ) -> None:
         if target_name == self.family.encoder:
             self._add_pool(peft_config, adapter_name)
-        else:
+        if target_name == self.family.places()[-1]:
             self._add_head(peft_config, adapter_name)
 
     def _add_pool(self, config: PromptPoolConfig, adapter_name: str) -> None:
-        pool = self.pool_class(config, self._geometry())  # first: settings that it refuses leave the model untouched
+        pool = self.pool_class(config, config.geometry)  # first: settings that it refuses leave the model untouched
         check_rows_in_use(config, pool.rows_in_use)
         config.rows_in_use = pool.rows_in_use
         if not isinstance(self.encoder, PromptedEncoder):
@@ -267,33 +282,35 @@ class PromptPoolModel(HeadTools, BaseTuner):
         if not isinstance(self.head, ClassifierHead):
             head = ClassifierHead(self.head, self.prefix, self.family.encoder)
             head.fallback_device = self.model.device
-            setattr(self.model, self.family.head, head)
+            self.family.put_head(self.model, head)
             head.attach(self.model)
-        # Until its first task an adapter has the base model's classes, and starts from the base model's classifier. A
-        # saved adapter brings its classes, whatever classifier it meets.
+        # Until its first task an adapter has the base model's classes and starts from its classifier. A saved adapter
+        # brings its classes, whatever classifier it meets.
         from_base = config.classes is None
         if from_base:
             config.classes = list(self.head.base_names)
         self.head.configs[adapter_name] = config
-        self.head.add_entry(adapter_name, self._make_head(config, from_base))
+        self.head.add_entry(adapter_name, self._make_head(config, adapter_name, from_base))
 
-    def _bare_head(self, config: PromptPoolConfig) -> Head:
+    def _bare_head(self, config: PromptPoolConfig, pool: PromptPool) -> Head:
         """A head of the configuration's sizes, as new."""
-        size = self._geometry().hidden_size
-        width = config.features.width(size) if config.features else size
+        geometry = self._geometry()
+        size = geometry.hidden_size
+        width = config.features.width(size) if config.features else self._width_of_paper(pool)
         sizes = Sizes(width, (config.features.of_query.width(size) if config.features else size))
         # Only a head like the base model's own can take over its rows; others begin with the first task.
-        is_alike = config.head == "linear" and width == size
+        is_alike = config.head == "linear" and width == geometry.reads and (geometry.reads_cls or not config.features)
         classes = len(config.classes or ()) if config.tasks or is_alike else 0
         head = make_head(config.head, sizes, classes, config.head_options, config.head_init)
         if config.task_evidence:
             head.evidence = TaskEvidence(size, config)
         return head
 
-    def _make_head(self, config: PromptPoolConfig, from_base: bool) -> Head:
-        head = self._bare_head(config)
+    def _make_head(self, config: PromptPoolConfig, adapter_name: str, from_base: bool) -> Head:
+        head = self._bare_head(config, self.encoder.entries[adapter_name])
         if from_base and head.classes:
-            head.copy_from(self.head.base_layer)
+            linear = [module for module in self.head.base_layer.modules() if isinstance(module, nn.Linear)]
+            head.copy_from(linear[-1])
         if config.tasks:
             if head.observes:
                 head.sums_unknown()
@@ -322,8 +339,9 @@ class PromptPoolModel(HeadTools, BaseTuner):
         if merge:
             self._check_merge_allowed()
         self.head.detach()
+        classifier = self.head.base_layer
         setattr(self.model, self.family.encoder, self.encoder.base_layer)
-        setattr(self.model, self.family.head, self.head.base_layer)
+        self.family.give_head_back(self.model, classifier)
         del self.model.peft_config
         return self.model
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ...backbones import Geometry
 from .config import PromptPoolConfig
 from .prompts import Prompts
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The facts of a backbone that a pool needs: `hidden_size` D and `num_layers`."""
-
-    hidden_size: int
-    num_layers: int
 
 
 class PromptPool(nn.Module):
@@ -41,7 +33,8 @@ class PromptPool(nn.Module):
     #: Whether the prompted pass would only be the query pass again: a query that is given then is the feature.
     query_is_feature = False
 
-    #: What the head reads: `"cls"`, or an output of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
+    #: What the head reads: what the base model's own classifier does (`"cls"`: in ViT it is that token), or an output
+    #: of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
     head_type = "cls"
 
     #: Parameters with rows of past tasks, and the axis of the rows, counted from the end.

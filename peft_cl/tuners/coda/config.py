@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
-from ..base.config import PromptPoolConfig
+from ...backbones import Geometry
+from ..base.config import ALL, PromptPoolConfig
 from ..base.head_config import BEST
 
 
@@ -35,8 +36,9 @@ class CodaPromptConfig(PromptPoolConfig):
     prompt_length: int = field(
         default=8, metadata={"help": "Rows of a prompt (L_p): as prefix, the first half are keys, the second values."}
     )
-    layers: list[int] | None = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Layers that are prompted, from 0. None: all."}
+    layers: list[int] | list[float] | str | None = field(
+        default_factory=lambda: [0, 1, 2, 3, 4],
+        metadata={"help": "Layers that are prompted, from 0; or fractions of the depth; or 'all' (as None)."},
     )
     attention: bool = field(
         default=True, metadata={"help": "Multiply the query by each component's attention vector (A, eq. 5)."}
@@ -68,6 +70,7 @@ class CodaPromptConfig(PromptPoolConfig):
     )
 
     method: ClassVar[str] = "CODA-Prompt"
+    layer_fields: ClassVar[tuple[str, ...]] = ("layers",)
     presets: ClassVar[dict] = {
         "best": {**BEST, "head_init": "zeros"},
         "paper": {"orthogonality_coefficient": 0.1},
@@ -116,10 +119,21 @@ class CodaPromptConfig(PromptPoolConfig):
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(self.layers or ())
 
-    def check_backbone(self, num_layers: int) -> None:
+    def check_backbone(self, geometry: Geometry) -> None:
         if self.layers is None:
-            self.layers = list(range(num_layers))
-        super().check_backbone(num_layers)
+            self.layers = ALL
+        super().check_backbone(geometry)
+        if self.query_source == "layer_cls" and not geometry.has_cls_token:
+            raise ValueError(
+                "query_source is 'layer_cls', but the base model has no CLS token. Set it to 'layer_mean', or to "
+                "'pretrained'."
+            )
+        sizes = {geometry.size_at([layer]) for layer in self.layers}
+        if self.query_source != "pretrained" and sizes != {geometry.hidden_size}:
+            raise ValueError(
+                f"query_source is {self.query_source!r}, but the layers are of the widths {sorted(sizes)}, and keys "
+                f"have {geometry.hidden_size} numbers. Set query_source='pretrained'."
+            )
 
     def check_next_task(self, index: int) -> None:
         needed = (index + 1) * self.components_per_task

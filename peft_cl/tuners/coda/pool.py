@@ -29,7 +29,7 @@ class CodaPromptPool(PromptPool):
         super().__init__(config, geometry)
         layers, size, length = len(config.layers), geometry.hidden_size, config.prompt_length
         past = self.task * config.components_per_task
-        self.register_buffer("past_prompts", torch.zeros(layers, past, length, size))
+        self.register_buffer("past_prompts", torch.zeros(layers, past, length, geometry.size_at(config.layers)))
         self.register_buffer("past_keys", torch.zeros(layers, past, size))
         self.trained = ["prompts", "keys"]
         self.spans: dict[str, list[RowSpan]] = {}

@@ -30,12 +30,13 @@ class DualPromptPool(PromptPool):
         size, layers = geometry.hidden_size, len(config.layers)
         sets = layers if config.keys_per_layer else 1
         parts = 2 if config.prompt_type == "prefix" else 1
-        general = (len(config.g_layers), parts, config.g_prompt_length, size)
+        wide = geometry.size_at(config.prompted_layers)  # a layer may take both prompts
+        general = (len(config.g_layers), parts, config.g_prompt_length, wide)
         self.g_prompts = nn.Parameter(draw_rows(config.init, *general))
         rows = config.pool_size if config.stream else 1
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, rows, config.prompt_length, size))
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, rows, config.prompt_length, wide))
         self.keys = nn.Parameter(draw_rows(config.init, sets, rows, size))
-        self.register_buffer("past_prompts", torch.zeros(layers, parts, self.task, config.prompt_length, size))
+        self.register_buffer("past_prompts", torch.zeros(layers, parts, self.task, config.prompt_length, wide))
         self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
 
     @property

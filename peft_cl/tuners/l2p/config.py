@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
+from ...backbones import Geometry
 from ..base.config import KeyPoolConfig
 from ..base.head_config import BEST
 
@@ -51,8 +52,12 @@ class L2PConfig(KeyPoolConfig):
         default="tokens",
         metadata={"help": "Tokens in front of the sequence (L2P), or prefix keys and values (L2P++, Deep L2P++)."},
     )
-    layers: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Layers that get a prefix, from 0. Tokens enter at layer 0."}
+    layers: list[int] | list[float] | str = field(
+        default_factory=lambda: [0],
+        metadata={
+            "help": "Layers that get a prefix, from 0; or fractions of the depth, such as 0.0 and 0.25; or 'all'. "
+            "Tokens enter at layer 0."
+        },
     )
     prompt_positions: Literal["none", "cls"] = field(
         default="none",
@@ -60,7 +65,10 @@ class L2PConfig(KeyPoolConfig):
     )
     head_type: Literal["prompt", "cls", "cls+prompt", "mean"] = field(
         default="prompt",
-        metadata={"help": "What the head reads: mean of the prompt outputs, CLS, mean of both, mean of all tokens."},
+        metadata={
+            "help": "What the head reads: mean of the prompt outputs, what the backbone's own classifier does (ViT: "
+            "CLS), mean of prompt outputs and CLS, mean of all tokens."
+        },
     )
     batchwise_prompt: bool = field(
         default=False,
@@ -88,6 +96,8 @@ class L2PConfig(KeyPoolConfig):
     )
 
     method: ClassVar[str] = "L2P"
+    layer_fields: ClassVar[tuple[str, ...]] = ("layers",)
+    for_prefixes: ClassVar[str] = ", an even prompt_length and head_type='cls'"
     presets: ClassVar[dict] = {
         "best": {
             **BEST,
@@ -159,6 +169,14 @@ class L2PConfig(KeyPoolConfig):
     @property
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(self.layers)
+
+    def check_backbone(self, geometry: Geometry) -> None:
+        super().check_backbone(geometry)
+        if self.head_type == "cls+prompt" and not geometry.has_cls_token:
+            raise ValueError(
+                "head_type is 'cls+prompt', but the base model has no CLS token. Set it to 'prompt', 'mean' or 'cls' "
+                "(what the base model's own classifier reads)."
+            )
 
     def check_stream(self) -> None:
         super().check_stream()

@@ -29,7 +29,8 @@ class L2PPool(PromptPool):
         size = geometry.hidden_size
         sets = len(config.layers) if config.keys_per_layer else 1
         layers, length = len(config.layers), config.prompt_length
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, config.pool_size, length, size))
+        rows = config.pool_size, length, geometry.size_at(config.layers)
+        self.prompts = nn.Parameter(draw_rows(config.init, layers, *rows))
         self.keys = nn.Parameter(draw_rows(config.init, sets, config.pool_size, size))
         if config.frequency_penalty:
             self.register_buffer("chosen_before", torch.zeros(sets, config.pool_size))

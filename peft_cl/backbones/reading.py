@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...backbones import Family
-from .attention import attention_function, prefixed
+from .attention import attention_function
+from .family import Family
 
 
 def read_layer(
@@ -34,14 +34,21 @@ def read_layer(
     attention = family.attention_of(layer)
     query, key, value, output = (getattr(attention, name) for name in family.projections)
     norm_before, norm_after = (getattr(layer, name) for name in family.norms)
-    drop = getattr(layer, family.dropout)
+    scaling, dropout = (
+        _named(attention, *names) for names in (("scaling", "scale"), ("attention_dropout", "dropout"))
+    )
     read = hidden[:, start:stop]
     normed = norm_before(hidden)
 
     def heads(rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    with prefixed(attention, hidden, *prefix):
+    def through(branch: tuple[str, ...], rows: torch.Tensor) -> torch.Tensor:
+        for name in branch:
+            rows = getattr(layer, name)(rows)
+        return rows
+
+    with family.prefixed(layer, hidden, *prefix):
         mixed, _ = attention_function(attention, attention.config)(
             attention,
             # A product with rows that lie apart would copy the weight for each image.
@@ -49,11 +56,17 @@ def read_layer(
             heads(key(normed)),
             heads(value(normed)),
             None,
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
+            dropout=dropout if attention.training else 0.0,
+            scaling=scaling,
         )
-    read = read + drop(output(mixed.flatten(2)))
-    return read + drop(getattr(layer, family.mlp)(norm_after(read)))
+    after_attention, after_mlp = family.branches
+    read = read + through(after_attention, output(mixed.flatten(2)))
+    return read + through(after_mlp, getattr(layer, family.mlp)(norm_after(read)))
+
+
+def _named(module: nn.Module, *names: str) -> float:
+    """The first of these attributes that the module has."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def can_read(family: Family, layer: nn.Module) -> bool:
@@ -73,10 +86,9 @@ def can_read(family: Family, layer: nn.Module) -> bool:
         width = getattr(attention, family.projections[0]).in_features
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             hidden = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
-            expected = layer(hidden)
-            expected = expected[0] if isinstance(expected, tuple) else expected
+            expected = family.run(layer, hidden, family.arguments)
             found = read_layer(family, layer, hidden, 1, 3)
-    except (AttributeError, TypeError, RuntimeError):
+    except (AttributeError, TypeError, RuntimeError, StopIteration):
         return False
     return torch.allclose(found, expected[:, 1:3], rtol=0, atol=1e-9 * expected.abs().max().item())
 

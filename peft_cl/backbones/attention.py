@@ -133,8 +133,10 @@ def _lengthened(rows: torch.Tensor, prefix: torch.Tensor | None, spare: int) -> 
     batch, heads, _, head_size = rows.shape
     parts = [rows]
     if prefix is not None:
-        # Rows shared by the batch are not copied for it.
         prefix = prefix.to(rows.dtype).unflatten(-1, (heads, head_size)).transpose(1, 2)
+        if prefix.shape[0] not in (1, batch):  # Swin: an image's windows lie one behind the other
+            prefix = prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
+        # Rows shared by the batch are not copied for it.
         parts.insert(0, prefix.expand(batch, -1, -1, -1))
     if spare:
         parts.append(rows.new_zeros(()).expand(batch, heads, spare, head_size))
