@@ -190,7 +190,7 @@ def test_the_best_preset(name, config_class, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "text"])  # that is in test_text_head.py
 @pytest.mark.parametrize("features", [None, "mean"])
 @pytest.mark.parametrize("case", ["coda", "linear-probe"])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,6 +13,7 @@ from .linear import CosineHead, LinearHead
 from .ridge import RidgeHead
 from .solved import SolvedHead
 from .sums import Sums
+from .text import TextHead
 
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "SolvedHead",
     "Sums",
     "TaskEvidence",
+    "TextHead",
     "make_head",
     "register_head",
 ]

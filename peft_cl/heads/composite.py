@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from .head import Head
 
@@ -37,6 +38,10 @@ class CompositeHead(Head):
     def check_classes(self, classes: int) -> None:
         for part in self.parts.values():
             part.check_classes(classes)
+
+    def describe(self, names: Sequence[str], base: nn.Module) -> None:
+        for part in self.parts.values():
+            part.describe(names, base)
 
     def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for part in self.parts.values():

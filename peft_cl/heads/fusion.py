@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from .checks import check_choice, check_number
 from .composite import CompositeHead
@@ -51,6 +53,17 @@ class FusionHead(CompositeHead):
         self.prompted = make_head(prompted, sizes, classes, prompted_options or {}, init)
         self.query = make_head(query, Sizes(sizes.query, sizes.query), classes, query_options or {})
         self.title = f"{self.prompted.title} and {self.query.title} of the query"
+        self.guides_prompts, self.needs_features = self.prompted.guides_prompts, self.prompted.needs_features
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], base: nn.Module) -> Mapping[str, Any]:
+        parts = {}
+        for part in ("prompted", "query"):
+            name = options.get(part) or ("linear" if part == "prompted" else "lda")
+            settled = HEADS[name].settle(options.get(f"{part}_options") or {}, base)
+            if settled:
+                parts[f"{part}_options"] = dict(settled)
+        return {**options, **parts}
 
     def forward(self, features, query=None):
         logits = self.prompted(features)

@@ -42,6 +42,10 @@ class Head(nn.Module):
     observes: ClassVar[bool] = False
     #: Whether it reads the frozen model's features of the image beside those of the prompted model.
     needs_query: ClassVar[bool] = False
+    #: Whether prompts are learnt under its own logits although nothing of it may be trained.
+    guides_prompts: ClassVar[bool] = False
+    #: The part of the features that it cannot do without; None: any will do.
+    needs_features: ClassVar[str | None] = None
 
     def __init__(self, sizes: Sizes, classes: int):
         super().__init__()
@@ -70,6 +74,14 @@ class Head(nn.Module):
 
     def check_classes(self, classes: int) -> None:
         """Raise a `ValueError` if it cannot tell so many classes apart."""
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], base: nn.Module) -> Mapping[str, Any]:
+        """The options once the classification model `base` is known; a `ValueError` if it does not suit."""
+        return options
+
+    def describe(self, names: Sequence[str], base: nn.Module) -> None:
+        """Hear the names of its classes, in the order of its rows, when a task begins."""
 
     # ----------------------------------------------------------------------------------------------- observing
 

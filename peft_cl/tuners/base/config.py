@@ -12,9 +12,11 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
+from torch import nn
 
 from ...assets.resolving import portable_name
 from ...backbones import Geometry
+from ...heads import HEADS
 from ...heads.checks import check_count
 from ...text import brief
 from .facts import LARGEST_WEIGHT, check_facts
@@ -252,6 +254,13 @@ class PromptPoolConfig(HeadConfig):
     def prompted_layers(self) -> tuple[int, ...]:
         """Encoder layers at which prompts enter, ascending, counted from 0."""
         return ()
+
+    def settle(self, geometry: Geometry, base: nn.Module) -> None:
+        """Take up what depends on the classification model `base`; refuse what does not go into it."""
+        self.geometry = geometry
+        self.check_backbone(geometry)
+        self.set_head_layers(geometry)
+        self.head_options = dict(HEADS[self.head].settle(self.head_options, base))
 
     def check_backbone(self, geometry: Geometry) -> None:
         """Settle which layers `"all"` and fractions are; refuse layers and forms that the backbone does not have."""

@@ -55,7 +55,7 @@ class HeadConfig(PeftConfig):
         default="linear",
         metadata={
             "help": "What turns features into logits: linear (the papers), cosine, ncm, lda, ridge, aligned, fusion, "
-            "or a head of your own (register_head)."
+            "text (class names, with CLIP and SigLIP), or a head of your own (register_head)."
         },
     )
     head_options: dict[str, Any] = field(
@@ -107,14 +107,23 @@ class HeadConfig(PeftConfig):
         if not isinstance(self.head_options, dict):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
         kind = self._kind_of_head()
+        if self.head_features is None and kind.needs_features:
+            self.head_features = kind.needs_features
         features = self.features
+        if kind.needs_features and kind.needs_features not in features.parts:
+            raise ValueError(
+                f"head_features is {self.head_features!r}, but head={self.head!r} reads {kind.needs_features!r}. Name "
+                f"it too, as in '{kind.needs_features}+{self.head_features}'."
+            )
         check_count("head_layers", self.head_layers, or_none=True)
         if self.head_features is None and self.head_layers != 1:
             raise ValueError(
                 f"head_layers is {self.head_layers}, but head_features is None, which is what the paper reads of the "
                 "last layer. Set head_features, for instance to 'cls+mean'."
             )
-        for name, wanted in (("head", kind.needs_query), ("head_features", features is not None and features.query)):
+        # Without prompts the features that a head sees are the frozen model's: one of both needs no more.
+        both = kind.needs_query and not kind.guides_prompts
+        for name, wanted in (("head", both), ("head_features", features is not None and features.query)):
             if wanted and not self.has_query:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, which reads the frozen model's features beside the prompted "

@@ -118,13 +118,14 @@ class PromptPoolModel(HeadTools, BaseTuner):
         head.grow(len(config.classes), keep=known)
         if head.evidence is not None:
             head.evidence.grow()
+        head.describe(config.classes, self.model)
         self._set_training_head(head, config, known)
         self.head.forget_rows()
 
     def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int = 0) -> None:
         learns = not config.prompts_frozen and any(True for _ in self.pool.parameters())
         is_trained = any(name for name, _ in head.named_parameters() if not name.startswith("training_head"))
-        if not head.observes or is_trained or not learns:
+        if not head.observes or head.guides_prompts or is_trained or not learns:
             head.training_head = None
         elif head.training_head is None:
             # From a stream it sees, in the same step, what the other head observes: the CLS token stands in front.
@@ -214,10 +215,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
                     "anew."
                 )
         peft_config.target_modules = places
-        geometry = self._geometry()
-        peft_config.geometry = geometry
-        peft_config.check_backbone(geometry)
-        peft_config.set_head_layers(geometry)
+        peft_config.settle(self._geometry(), self.model)
         self._check_sizes(peft_config)
         return peft_config
 

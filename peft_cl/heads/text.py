@@ -1,0 +1,133 @@
+"""A head of class names: zero-shot classification by CLIP and SigLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checks import check_count
+from .head import Head, Sizes, register_head
+from .text_tower import PLACEHOLDER, TextTower, embedding_size, text_config
+
+
+@register_head("text")
+class TextHead(Head):
+    """logit_c = s cos(W f, t_c) + b, for the CLS feature f, the checkpoint's own projection W, scale s and bias b, and
+    the embedding t_c of the class's name (CLIP, Radford et al. 2021, sec. 3.1; SigLIP, Zhai et al. 2023).
+
+    A class is known by its name, before any of its images is seen. Predicting needs no text tower: the embeddings are
+    saved with the adapter. Prompts, where there are any, are learnt under these logits.
+
+    Args:
+        checkpoint: whose text tower embeds the names. None: the one that the base model was loaded from.
+        templates: texts with `{}` in the place of the name; a class has the mean of its texts' embeddings.
+        context: vectors that are learnt in front of the name (CoOp, Zhou et al. 2022, eq. 2-3, one context for all
+            classes) in the place of the templates' words. 0: the templates.
+        sizes_of_towers: written when the adapter is made: numbers of an embedding, an image's feature and a token.
+    """
+
+    title = "class names"
+    guides_prompts = True
+    needs_features = "cls"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        classes: int,
+        *,
+        checkpoint: str | None = None,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        context: int = 0,
+        sizes_of_towers: Sequence[int] | None = None,
+    ):
+        super().__init__(sizes, classes)
+        are_texts = isinstance(templates, (list, tuple)) and all("{}" in str(each) for each in templates)
+        if not are_texts or not templates:
+            raise ValueError(
+                f"templates is {templates!r}, but must be a list of texts with {{}} in the place of the class's name, "
+                "such as ['a photo of a {}.']."
+            )
+        if context != 0:
+            check_count("context", context)
+        self.checkpoint, self.templates = checkpoint, list(templates)
+        embedding, self.feature_size, token = sizes_of_towers or (sizes.features, sizes.features, sizes.features)
+        self.register_buffer("embeddings", torch.zeros(classes, embedding))
+        self.register_buffer("projection", torch.eye(embedding, self.feature_size))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+        self.context = nn.Parameter(0.02 * torch.randn(context, token)) if context else None
+        self.names: list[str] = []
+        self._tower: tuple[TextTower, ...] = ()  # in a tuple: it is no part of this module
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], base: nn.Module) -> dict[str, Any]:
+        if base.config.model_type not in ("clip", "siglip"):
+            raise ValueError(
+                f"head is 'text', but a {type(base).__name__} was not trained with texts. Take a CLIP or SigLIP base "
+                "model, or another head."
+            )
+        if options.get("sizes_of_towers"):
+            return dict(options)
+        text = text_config(options.get("checkpoint") or base.config._name_or_path)
+        found = [embedding_size(text), base.config.vision_config.hidden_size, text.text_config.hidden_size]
+        return {**options, "sizes_of_towers": found}
+
+    def describe(self, names: Sequence[str], base: nn.Module) -> None:
+        self.names = list(names)
+        tower = TextTower.load(self.checkpoint or base.config._name_or_path)
+        self._tower = (tower,)
+        model, device = tower.model, self.embeddings.device
+        with torch.no_grad():
+            projection = getattr(model, "visual_projection", None)
+            if projection is not None:  # SigLIP pools into the embedding itself
+                self.projection.copy_(projection.weight)
+            self.scale.copy_(model.logit_scale.exp().squeeze())
+            self.bias.copy_(getattr(model, "logit_bias", torch.zeros(())).squeeze())
+            if self.context is None:
+                rows = [tower.embed([each.format(name) for each in self.templates]).mean(0) for name in names]
+                self.embeddings = F.normalize(torch.stack(rows), dim=-1).to(device)
+        self._follow_context()
+
+    def forward(self, features, query=None):
+        embeddings = self._embedded() if self.training and self.context is not None else self.embeddings
+        image = F.linear(features[:, : self.feature_size], self.projection)
+        return self.scale * F.normalize(image, dim=-1) @ embeddings.T + self.bias
+
+    def train(self, mode: bool = True):
+        if self.training and not mode:
+            self._follow_context()
+        return super().train(mode)
+
+    def _embedded(self) -> torch.Tensor:
+        """Embeddings of the names under the learnt context, [v]_1 ... [v]_n [name]. (CoOp, eq. 2)"""
+        if not self._tower:
+            raise ValueError(
+                "The context of a text head is learnt through the text tower, which an adapter that was loaded does "
+                "not have yet. Begin a task first, or load it for inference."
+            )
+        begin = " ".join([PLACEHOLDER] * len(self.context))
+        return self._tower[0].embed([f"{begin} {name}." for name in self.names], self.context).to(self.context)
+
+    @torch.no_grad()
+    def _follow_context(self) -> None:
+        if self.context is not None and self._tower:
+            self.embeddings = self._embedded()
+
+    def grow(self, classes, *, keep):
+        rows = self.embeddings.new_zeros(classes - keep, self.embeddings.shape[1])
+        self.embeddings = torch.cat([self.embeddings[:keep], rows])
+        self.classes = classes
+
+    def keep_rows(self, rows):
+        self.embeddings = self.embeddings[list(rows)].clone()
+        self.names = [self.names[row] for row in rows] if self.names else []
+        self.classes = len(rows)
+
+    def add(self, other: Head, rows: Sequence[int]) -> None:
+        """Names say the same in every adapter: there is nothing to add."""
+        if self.context is not None or not isinstance(other, TextHead):
+            super().add(other, rows)
