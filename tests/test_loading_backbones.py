@@ -140,17 +140,19 @@ def test_siglip2_of_any_shape_is_refused_with_the_one_that_works():
         get_peft_model(model, L2PConfig())
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (16, 32)])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("swin", "swinv2")])
-def test_images_of_another_size(name):
+def test_images_of_another_size(name, shape):
     """Where positions are learnt for one size, they are interpolated if the configuration says so."""
+    pixels = torch.randn(4, 3, *shape, generator=torch.Generator().manual_seed(0))
     settings = {"pool_size": 5, "layers": [0, 1], "prompt_type": "prefix", "prompt_length": 4, "head_type": "cls"}
     base = tiny_backbone(name)
-    expected = logits(base, images(size=24), **_interpolated(base))
+    expected = logits(base, pixels, **_interpolated(base))
     model = get_peft_model(base, L2PConfig(**settings, interpolate_pos_encoding=True)).eval()
-    assert logits(model, images(size=24)).shape == (4, 12)
-    assert model.base_model.query(images(size=24)).shape == (4, 24)
+    assert logits(model, pixels).shape == (4, 12)
+    assert model.base_model.query(pixels).shape == (4, 24)
     probe = get_peft_model(tiny_backbone(name), LinearProbeConfig(interpolate_pos_encoding=True)).eval()
-    torch.testing.assert_close(logits(probe, images(size=24)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(probe, pixels), expected, rtol=0, atol=0)
 
 
 def _interpolated(model) -> dict[str, bool]:
@@ -176,6 +178,20 @@ def test_images_of_a_wrong_size_are_told_before_training(name, tmp_path):
     else:
         with pytest.raises(ValueError, match="24 x 24 pixels, but the backbone reads 16 x 16"):
             make(24)
+
+
+@pytest.mark.parametrize("config_class", [L2PConfig, DualPromptConfig, CodaPromptConfig])
+@pytest.mark.parametrize(("given", "expected"), [([0.0, 0.5], [0, 1]), ([0.9, 0.95], [2]), ("all", [0, 1, 2])])
+def test_layers_for_backbones_of_any_depth(config_class, given, expected, tmp_path):
+    forms = {"prompt_type": "prefix", "prompt_length": 4, "head_type": "cls"} if config_class is L2PConfig else {}
+    if config_class is DualPromptConfig:
+        forms = {"g_layers": [0.0]}
+    settings = config_class(layers=given, **forms)
+    model = get_peft_model(tiny_backbone("dinov2"), settings)
+    assert model.peft_config["default"].layers == expected and settings.layers == given
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_backbone("dinov2"), tmp_path)
+    assert loaded.peft_config["default"].layers == expected
 
 
 @pytest.mark.data

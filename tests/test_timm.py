@@ -131,3 +131,24 @@ def test_a_convolutional_model_gives_features():
 def test_a_distilled_deit_is_refused():
     with pytest.raises(ValueError, match="distilled DeiT with two heads"):
         get_peft_model(make("deit", "deit_tiny_distilled_patch16_224"), LinearProbeConfig())
+
+
+def test_images_of_a_wrong_size_are_told_before_training(tmp_path):
+    from trainer_cases import images as pictures
+    from transformers import ViTImageProcessorPil
+
+    from peft_cl import ContinualTrainer, ContinualTrainingArguments, class_incremental
+
+    def trainer(size: int) -> ContinualTrainer:
+        return ContinualTrainer(
+            get_peft_model(make("vit"), LinearProbeConfig.from_preset("best")),
+            ContinualTrainingArguments(str(tmp_path), use_cpu=True),
+            class_incremental({"train": pictures(8, 0), "test": pictures(4, 1)}, num_tasks=2),
+            processing_class=ViTImageProcessorPil(size={"height": size, "width": size}),
+        )
+
+    with pytest.raises(ValueError, match="24 x 24 pixels, but the backbone reads 16 x 16.*dynamic_img_size"):
+        trainer(24)
+    run = trainer(16)
+    run.train()
+    assert run.metrics["average_accuracy"] > 1.2 / 6

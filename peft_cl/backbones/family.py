@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -102,8 +102,11 @@ class Family:
         return None
 
     def image_config(self, model: nn.Module) -> Any:
-        """The configuration with `image_size`, `patch_size` and `num_channels`."""
+        """What has `image_size`, `patch_size` and `num_channels`; an `image_size` of None: any."""
         return model.config
+
+    #: What to do where images are of another size, if `interpolate_pos_encoding` does not help.
+    remedy_for_size: ClassVar[str | None] = None
 
     # ----------------------------------------------------------------------------------------------- parts
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,17 @@ class TimmFamily(HeadInside, Family):
         if getattr(encoder, "rope_mixed", False):
             return "its rotary positions are others in each layer"
         return None
+
+    remedy_for_size: ClassVar[str] = (
+        "make the model for it: model_args={'img_size': ...} or {'dynamic_img_size': True}"
+    )
+
+    def image_config(self, model: nn.Module) -> SimpleNamespace:
+        encoder = getattr(model, ENCODER)
+        patches = getattr(encoder, "base_layer", encoder).patch_embed
+        size = None if getattr(encoder, "dynamic_img_size", False) else getattr(patches, "img_size", None)
+        channels = patches.proj.in_channels if hasattr(patches, "proj") else 3
+        return SimpleNamespace(image_size=size, patch_size=getattr(patches, "patch_size", 1), num_channels=channels)
 
     def geometry(self, encoder: nn.Module) -> Geometry:
         sizes = tuple(_width(layer) for layer in self.layer_list(encoder))
@@ -200,6 +211,9 @@ class TimmFamily(HeadInside, Family):
 class TimmFeatures(HeadInside, FeaturesOnly):
     """Any other model of timm: what its classifier would read."""
 
+    def image_config(self, model: nn.Module) -> SimpleNamespace:
+        return SimpleNamespace(image_size=None, num_channels=3)
+
     def embed(
         self, encoder: nn.Module, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
     ) -> tuple[torch.Tensor, Mapping[str, Any]]:
@@ -266,5 +280,12 @@ def _exchange(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 FAMILIES = (
-    TimmFamily("timm_wrapper", ("TimmWrapperForImageClassification",), encoder=ENCODER, head=HEAD, reads="mean"),
+    TimmFamily(
+        "timm_wrapper",
+        ("TimmWrapperForImageClassification",),
+        encoder=ENCODER,
+        head=HEAD,
+        interpolates=False,
+        reads="mean",
+    ),
 )

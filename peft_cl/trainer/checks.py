@@ -324,6 +324,11 @@ def check_image_size(model: PeftModel, output_size: tuple[int, int] | None) -> N
     if not expected or output_size is None or tuple(output_size) == expected:
         return
     given = f"The image processor gives images of {output_size[0]} x {output_size[1]} pixels, but the backbone reads "
+    if tuner.family.remedy_for_size:
+        raise ValueError(
+            f"{given}{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and "
+            f"crop_size); or {tuner.family.remedy_for_size}."
+        )
     if tuner.family.interpolates and not model.peft_config[model.active_adapter].interpolate_pos_encoding:
         raise ValueError(
             f"{given}{expected[0]} x {expected[1]}. Load the processor of this backbone, or change its size (and "
