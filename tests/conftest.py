@@ -35,6 +35,9 @@ NEEDS = {
     "gpu": (torch.cuda.is_available(), "a CUDA GPU"),
     "flash": (importlib.util.find_spec("flash_attn") is not None, "the package flash_attn"),
     "timm": (importlib.util.find_spec("timm") is not None, "timm"),
+    "torchao": (importlib.util.find_spec("torchao") is not None, "torchao"),
+    "quanto": (importlib.util.find_spec("optimum") is not None, "optimum-quanto"),
+    "bitsandbytes": (importlib.util.find_spec("bitsandbytes") is not None, "bitsandbytes"),
     "torchvision": (importlib.util.find_spec("torchvision") is not None, "torchvision"),
 }
 

@@ -9,12 +9,12 @@ import torch
 from backbone_cases import FAMILIES, MAKERS, tiny_backbone
 from backbone_table import PAGE, page
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, IJepaConfig, IJepaForImageClassification
 from tuner_cases import CASES, METHODS, adapter_parameters, begin, config, images, labels, logits, step
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
 from peft_cl.backbones import FAMILIES as KNOWN
-from peft_cl.backbones import family_of
+from peft_cl.backbones import Family, family_of, register_family
 from peft_cl.heads import HEADS
 from peft_cl.tuners.base.encoder import NO_PROMPTS
 
@@ -139,6 +139,18 @@ def test_eager_and_sdpa_agree(name):
     torch.testing.assert_close(*map(loss_and_gradients, models), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_bfloat16_backbone(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_backbone(name).bfloat16(), config("dualprompt"))
+        begin(model, 0)
+    _, gradients = loss_and_gradients(model)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in gradients.values())
+    exact = adapted(name, "dualprompt", tasks=1)
+    torch.testing.assert_close(logits(model).float(), logits(exact), rtol=0.3, atol=0.5)
+
+
 @pytest.mark.parametrize(("name", "case"), [pair for pair in combinations(["coda", "l2p"]) if not why_refused(*pair)])
 def test_gradients_are_those_of_finite_differences(name, case):
     model = adapted(name, case).double()
@@ -238,3 +250,20 @@ def test_the_auto_class_loads_what_is_known(name, tmp_path):
 
 def test_every_family_is_tried():
     assert set(FAMILIES) | {"vit_mae", "siglip2", "timm_wrapper"} == set(KNOWN)
+
+
+def test_a_family_of_the_users_own(monkeypatch):
+    monkeypatch.setattr("peft_cl.backbones.families.FAMILIES", dict(KNOWN))
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = IJepaForImageClassification(IJepaConfig(**sizes, intermediate_size=48, num_labels=3)).eval()
+    with pytest.raises(ValueError, match=r"IJepaAttention\) is of a form that is not described.*register_family"):
+        get_peft_model(base, L2PConfig())
+    register_family(Family("ijepa", ("IJepaForImageClassification",), encoder="ijepa", special_tokens=0, reads="mean"))
+    with pytest.raises(ValueError, match="A family of model_type 'ijepa' is known already"):
+        register_family(Family("ijepa", ("Other",), encoder="ijepa"))
+    expected = logits(base)
+    model = get_peft_model(base, LinearProbeConfig()).eval()
+    assert torch.equal(logits(model), expected)
+    model = get_peft_model(model.unload(), DualPromptConfig(layers=[1], g_layers=[0])).eval()
+    model.begin_task(["a", "b"])
+    assert logits(model).shape == (4, 2)

@@ -37,12 +37,15 @@ from peft_cl import (
     DualPromptConfig,
     L2PConfig,
     LinearProbeConfig,
+    RunResults,
     class_incremental,
 )
 from peft_cl.backbones import FAMILIES as KNOWN
 from peft_cl.backbones import loader_of
 from peft_cl.backbones.dinov3 import DINOv3ViTForImageClassification
+from peft_cl.cli import main
 from peft_cl.commands.sources import load_backbone
+from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, NearestClassMean
 from peft_cl.tuners.base.digests import digest_of_weights
 
 
@@ -178,6 +181,53 @@ def test_images_of_a_wrong_size_are_told_before_training(name, tmp_path):
     else:
         with pytest.raises(ValueError, match="24 x 24 pixels, but the backbone reads 16 x 16"):
             make(24)
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov3_vit", "swin", "resnet", "convnext"])
+@pytest.mark.parametrize("strategies", [[FineTuning], [FineTuning, EWC], [NearestClassMean], [ExperienceReplay]])
+def test_comparison_methods_on_it(name, strategies, tmp_path):
+    set_seed(0)
+    base = CNNS[name]() if name in CNNS else tiny_backbone(name, num_labels=3)
+    plain = digest_of_weights(base)
+    trainer = ContinualTrainer(
+        get_peft_model(base, LinearProbeConfig(train_mask=ExperienceReplay not in strategies)),
+        ContinualTrainingArguments(str(tmp_path), learning_rate=0.01, use_cpu=True),
+        class_incremental({"train": pictures(8, 0), "test": pictures(4, 1)}, num_tasks=2),
+        strategy=[kind() for kind in strategies],
+        processing_class=ViTImageProcessorPil(size=dict.fromkeys(("height", "width"), 32 if name in CNNS else 16)),
+    )
+    trainer.train()
+    assert 0 <= trainer.metrics["average_accuracy"] <= 1
+    changed = digest_of_weights(trainer.model.unload()) != plain
+    assert changed == (FineTuning in strategies)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("clip", ("--adapter.layers", "all")),
+        ("dinov3_vit", ("--adapter.layers", "[0.0, 0.5]")),
+        ("swinv2", ("--adapter.layers", "[2]")),
+    ],
+)
+def test_the_command_trains_and_predicts_on_it(name, words, train, tmp_path, capsys):
+    tiny_backbone(name).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    assert train("--model.name", str(tmp_path / "model"), *words) == 0
+    for index, image in enumerate(pictures(1, 0)["image"][:2]):
+        image.save(tmp_path / f"{index}.png")
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "out"), str(tmp_path / "0.png"), str(tmp_path / "1.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "0.png" in shown and "red" in shown
+
+
+def test_the_command_computes_a_head_on_a_convolutional_model(train, tmp_path):
+    CNNS["resnet"]().save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    words = ("--method", "frozen", "--preset", "best", "--adapter", "null")
+    assert train("--model.name", str(tmp_path / "model"), *words) == 0
+    assert RunResults.load(tmp_path / "out").metrics["average_accuracy"] > 1.2 / 6
 
 
 @pytest.mark.parametrize("config_class", [L2PConfig, DualPromptConfig, CodaPromptConfig])

@@ -362,7 +362,7 @@ def _is_fraction(layer: Any) -> bool:
     return isinstance(layer, float) and 0 <= layer < 1
 
 
-def _settled(layers: list[int] | list[float] | str | None, num_layers: int) -> list[int] | None:
+def _settled(layers: list[int | float] | str | None, num_layers: int) -> list[int] | None:
     """Layers by their numbers in a backbone of this depth: fraction f is layer floor(f * depth)."""
     if layers == ALL:
         return list(range(num_layers))

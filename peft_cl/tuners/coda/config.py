@@ -36,7 +36,7 @@ class CodaPromptConfig(PromptPoolConfig):
     prompt_length: int = field(
         default=8, metadata={"help": "Rows of a prompt (L_p): as prefix, the first half are keys, the second values."}
     )
-    layers: list[int] | list[float] | str | None = field(
+    layers: list[int | float] | str | None = field(
         default_factory=lambda: [0, 1, 2, 3, 4],
         metadata={"help": "Layers that are prompted, from 0; or fractions of the depth; or 'all' (as None)."},
     )

@@ -36,11 +36,11 @@ class DualPromptConfig(KeyPoolConfig):
         default=5,
         metadata={"help": "Rows of the general prompt (L_g): as prefix, so many for keys and as many for values."},
     )
-    layers: list[int] | list[float] | str = field(
+    layers: list[int | float] | str = field(
         default_factory=lambda: [2, 3, 4],
         metadata={"help": "Layers with the expert prompt, from 0; or fractions of the depth; or 'all'."},
     )
-    g_layers: list[int] | list[float] | str = field(
+    g_layers: list[int | float] | str = field(
         default_factory=lambda: [0, 1], metadata={"help": "Layers with the general prompt, likewise; may be empty."}
     )
     pull_coefficient: float = field(default=1.0, metadata={"help": "Weight of the term that pulls the task's key."})

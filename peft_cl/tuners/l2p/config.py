@@ -52,7 +52,7 @@ class L2PConfig(KeyPoolConfig):
         default="tokens",
         metadata={"help": "Tokens in front of the sequence (L2P), or prefix keys and values (L2P++, Deep L2P++)."},
     )
-    layers: list[int] | list[float] | str = field(
+    layers: list[int | float] | str = field(
         default_factory=lambda: [0],
         metadata={
             "help": "Layers that get a prefix, from 0; or fractions of the depth, such as 0.0 and 0.25; or 'all'. "
