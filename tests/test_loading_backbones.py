@@ -49,6 +49,7 @@ from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, NearestClassMe
 from peft_cl.tuners.base.digests import digest_of_weights
 
 
+SMALL = {"prompt_length": 3, "g_layers": [0], "layers": [1, 2], "pool_size": 5}
 CNNS = {
     "resnet": lambda: ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
@@ -242,6 +243,27 @@ def test_layers_for_backbones_of_any_depth(config_class, given, expected, tmp_pa
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_backbone("dinov2"), tmp_path)
     assert loaded.peft_config["default"].layers == expected
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip", "swin"])
+def test_a_backbone_divided_over_devices(name, tmp_path):
+    """`device_map`: here on the CPU, with one layer left on the disk until it is wanted."""
+    tiny_backbone(name).save_pretrained(tmp_path)
+    layer = {"vit": "vit", "dinov2": "dinov2.encoder", "clip": "vision_model.encoder", "swin": "swin.encoder"}[name]
+    layer += ".layer.1" if name == "dinov2" else ".layers.1"
+    tensors = [key for key, _ in (*tiny_backbone(name).named_parameters(), *tiny_backbone(name).named_buffers())]
+    places = {key.rpartition(".")[0]: "cpu" for key in tensors if not key.startswith(layer)} | {layer: "disk"}
+    divided = AutoModelForImageClassification.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "off"
+    )
+    models = [get_peft_model(base.eval(), DualPromptConfig(**SMALL)).eval() for base in (divided, tiny_backbone(name))]
+    for model in models:
+        model.begin_task(["a", "b"])
+        set_seed(0)
+        for value in model.parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value)
+    torch.testing.assert_close(*map(logits, models), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.data

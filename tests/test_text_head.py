@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 from tuner_cases import images, logits
 
 from peft_cl import CodaPromptConfig, LinearProbeConfig
+from peft_cl.heads.text_tower import TextTower
 
 
 NAMES = ["cat", "dog", "blue bird", "tree"]
@@ -95,7 +97,7 @@ def test_templates_are_averaged(checkpoint):
 
 
 @pytest.mark.parametrize("context", [0, 3])
-def test_prompts_and_context_are_learnt_under_it(checkpoint, context, tmp_path):
+def test_prompts_and_context_are_learnt_under_it(checkpoint, context, tmp_path, monkeypatch):
     config = CodaPromptConfig(
         components_per_task=2,
         prompt_length=4,
@@ -119,8 +121,16 @@ def test_prompts_and_context_are_learnt_under_it(checkpoint, context, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     answers = logits(model.eval())
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_of(checkpoint), tmp_path)  # needs no text tower to predict
-    torch.testing.assert_close(logits(loaded), answers, rtol=1e-4, atol=1e-4)
+    with monkeypatch.context() as patch:  # predicting needs no text tower
+        patch.setattr(TextTower, "load", lambda checkpoint: pytest.fail("the text tower was loaded"))
+        loaded = PeftModel.from_pretrained(base_of(checkpoint), tmp_path)
+        torch.testing.assert_close(logits(loaded), answers, rtol=1e-4, atol=1e-4)
+    copied = pickle.loads(pickle.dumps(loaded))
+    torch.testing.assert_close(logits(copied), answers, rtol=1e-4, atol=1e-4)
+    # Interrupted in the task: the context goes on without another begin.
+    resumed = PeftModel.from_pretrained(base_of(checkpoint), tmp_path, is_trainable=True).train()
+    resumed(pixel_values=images(), labels=labels).loss.backward()
+    torch.testing.assert_close(logits(resumed.eval()), answers, rtol=1e-4, atol=1e-4)
     goes_on = PeftModel.from_pretrained(base_of(checkpoint), tmp_path, is_trainable=True)
     goes_on.begin_task(NAMES[3:])
     before, after = (each.base_model.head.active.embeddings for each in (loaded, goes_on.eval()))

@@ -39,9 +39,9 @@ class CompositeHead(Head):
         for part in self.parts.values():
             part.check_classes(classes)
 
-    def describe(self, names: Sequence[str], base: nn.Module) -> None:
+    def describe(self, names: Sequence[str], base: nn.Module, *, known: bool = False) -> None:
         for part in self.parts.values():
-            part.describe(names, base)
+            part.describe(names, base, known=known)
 
     def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for part in self.parts.values():

@@ -80,8 +80,9 @@ class Head(nn.Module):
         """The options once the classification model `base` is known; a `ValueError` if it does not suit."""
         return options
 
-    def describe(self, names: Sequence[str], base: nn.Module) -> None:
-        """Hear the names of its classes, in the order of its rows, when a task begins."""
+    def describe(self, names: Sequence[str], base: nn.Module, *, known: bool = False) -> None:
+        """Hear the names of its classes, in the order of its rows, when a task begins; or, `known`, when the head is
+        made for rows that come from a file."""
 
     # ----------------------------------------------------------------------------------------------- observing
 

@@ -61,7 +61,10 @@ class TextHead(Head):
         self.register_buffer("bias", torch.zeros(()))
         self.context = nn.Parameter(0.02 * torch.randn(context, token)) if context else None
         self.names: list[str] = []
-        self._tower: tuple[TextTower, ...] = ()  # in a tuple: it is no part of this module
+        #: What the text tower is loaded from when it is wanted.
+        self.source = checkpoint or ""
+        #: Whether the context has been learnt on since the embeddings were taken.
+        self._is_behind = False
 
     @classmethod
     def settle(cls, options: Mapping[str, Any], base: nn.Module) -> dict[str, Any]:
@@ -76,10 +79,11 @@ class TextHead(Head):
         found = [embedding_size(text), base.config.vision_config.hidden_size, text.text_config.hidden_size]
         return {**options, "sizes_of_towers": found}
 
-    def describe(self, names: Sequence[str], base: nn.Module) -> None:
-        self.names = list(names)
-        tower = TextTower.load(self.checkpoint or base.config._name_or_path)
-        self._tower = (tower,)
+    def describe(self, names: Sequence[str], base: nn.Module, *, known: bool = False) -> None:
+        self.names, self.source = list(names), self.checkpoint or base.config._name_or_path
+        if known:
+            return
+        tower = TextTower.load(self.source)
         model, device = tower.model, self.embeddings.device
         with torch.no_grad():
             projection = getattr(model, "visual_projection", None)
@@ -93,29 +97,27 @@ class TextHead(Head):
         self._follow_context()
 
     def forward(self, features, query=None):
-        embeddings = self._embedded() if self.training and self.context is not None else self.embeddings
+        embeddings = self.embeddings
+        if self.training and self.context is not None:
+            embeddings, self._is_behind = self._embedded(), True
         image = F.linear(features[:, : self.feature_size], self.projection)
         return self.scale * F.normalize(image, dim=-1) @ embeddings.T + self.bias
 
     def train(self, mode: bool = True):
-        if self.training and not mode:
+        if not mode and self._is_behind:
             self._follow_context()
         return super().train(mode)
 
     def _embedded(self) -> torch.Tensor:
         """Embeddings of the names under the learnt context, [v]_1 ... [v]_n [name]. (CoOp, eq. 2)"""
-        if not self._tower:
-            raise ValueError(
-                "The context of a text head is learnt through the text tower, which an adapter that was loaded does "
-                "not have yet. Begin a task first, or load it for inference."
-            )
         begin = " ".join([PLACEHOLDER] * len(self.context))
-        return self._tower[0].embed([f"{begin} {name}." for name in self.names], self.context).to(self.context)
+        tower = TextTower.load(self.source)
+        return tower.embed([f"{begin} {name}." for name in self.names], self.context).to(self.context)
 
     @torch.no_grad()
     def _follow_context(self) -> None:
-        if self.context is not None and self._tower:
-            self.embeddings = self._embedded()
+        if self.context is not None:
+            self.embeddings, self._is_behind = self._embedded(), False
 
     def grow(self, classes, *, keep):
         rows = self.embeddings.new_zeros(classes - keep, self.embeddings.shape[1])

@@ -310,6 +310,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
             linear = [module for module in self.head.base_layer.modules() if isinstance(module, nn.Linear)]
             head.copy_from(linear[-1])
         if config.tasks:
+            head.describe(config.classes, self.model, known=True)
             if head.observes:
                 head.sums_unknown()
             self._set_training_head(head, config)
