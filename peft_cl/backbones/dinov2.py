@@ -17,15 +17,19 @@ class Dinov2Family(Family):
         return self.special_tokens + getattr(encoder.config, "num_register_tokens", 0)
 
 
+#: What a layer and the classifier are in DINOv2 and DINOv3.
+DINO = {
+    "norms": ("norm1", "norm2"),
+    "branches": (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+    "interpolates": False,
+    "reads": "cls+mean",
+}
 DINOV2 = Dinov2Family(
     "dinov2",
     ("Dinov2ForImageClassification",),
     encoder="dinov2",
     layers="encoder.layer",
-    norms=("norm1", "norm2"),
-    branches=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
-    interpolates=False,
-    reads="cls+mean",
+    **DINO,
 )
 
 FAMILIES = (

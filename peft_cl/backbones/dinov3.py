@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel, DINOv3ViTPreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .dinov2 import Dinov2Family
+from .dinov2 import DINO, Dinov2Family
 
 
 class DINOv3ViTForImageClassification(DINOv3ViTPreTrainedModel):
@@ -83,9 +83,6 @@ FAMILIES = (
         encoder="dinov3_vit",
         layers="model.layer",
         norm="norm",
-        norms=("norm1", "norm2"),
-        branches=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
-        interpolates=False,
-        reads="cls+mean",
+        **DINO,
     ),
 )
