@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from backbone_cases import COMMON
 from peft import PeftModel, get_peft_model
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
@@ -37,17 +38,7 @@ CLASSES_PER_TASK = 3
 
 def tiny(family: str = "vit", seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random classifier in evaluation mode, the same for the same seed: images (B, 3, 16, 16), 4 patches."""
-    fields = {
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "num_labels": 12,
-        "initializer_range": 0.3,  # so large that every part of the input shows in the logits
-        **overrides,
-    }
+    fields = {**COMMON, "num_labels": 12, **overrides}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "deit":

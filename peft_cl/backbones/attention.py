@@ -97,9 +97,7 @@ def prefix_attention(
     if spare:
         attention_mask = (torch.arange(length + spare, device=key.device) < length)[None, None, None]
     elif attention_mask is not None and view.prefix:
-        # The prefix may be read by every query; a boolean mask says so with True, an additive one with 0.
-        readable = True if attention_mask.dtype == torch.bool else 0.0
-        attention_mask = F.pad(attention_mask, (view.prefix[0].shape[1], 0), value=readable)
+        attention_mask = open_mask(attention_mask, view.prefix[0].shape[1])
     # Meanwhile the view says what is true: flash attention looks up what to load by the name.
     view._attn_implementation = view.config._attn_implementation
     try:
@@ -133,14 +131,25 @@ def _lengthened(rows: torch.Tensor, prefix: torch.Tensor | None, spare: int) -> 
     batch, heads, _, head_size = rows.shape
     parts = [rows]
     if prefix is not None:
-        prefix = prefix.to(rows.dtype).unflatten(-1, (heads, head_size)).transpose(1, 2)
-        if prefix.shape[0] not in (1, batch):  # Swin: an image's windows lie one behind the other
-            prefix = prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
-        # Rows shared by the batch are not copied for it.
-        parts.insert(0, prefix.expand(batch, -1, -1, -1))
+        parts.insert(0, beside(prefix, rows))
     if spare:
         parts.append(rows.new_zeros(()).expand(batch, heads, spare, head_size))
     return torch.cat(parts, dim=2) if len(parts) > 1 else rows
+
+
+def beside(prefix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A prefix (B or 1, L, D) in the form of keys or values (batch, heads, N, head size) that follow it."""
+    batch, heads, _, head_size = rows.shape
+    prefix = prefix.to(rows.dtype).unflatten(-1, (heads, head_size)).transpose(1, 2)
+    if prefix.shape[0] not in (1, batch):  # Swin: an image's windows lie one behind the other
+        prefix = prefix.repeat_interleave(batch // prefix.shape[0], dim=0)
+    # Rows shared by the batch are not copied for it.
+    return prefix.expand(batch, -1, -1, -1)
+
+
+def open_mask(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The mask with `length` more keys in front, which every query may read: True in a boolean mask, else 0."""
+    return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 AttentionInterface.register(IMPLEMENTATION, prefix_attention)

@@ -41,9 +41,6 @@ class BeitFamily(Family):
         pooled = encoder.pooler.layernorm
         return encoder.layernorm if pooled is None else pooled
 
-    def pooled(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        return encoder.pooler(tokens)
-
     def pooler_output(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return encoder.pooler(tokens)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from . import beit, clip, dinov2, dinov3, swin, swinv2, timm, vit
 from .family import Family
-from .features_only import features_only
+from .features_only import attention_in, features_only
 
 
 #: `config.model_type` -> family.
@@ -101,7 +101,7 @@ def _why_not(model: nn.Module, family: Family | None) -> str | None:
     """Why the model cannot be prompted, with a remedy; None: it can."""
     name, model_type = type(model).__name__, getattr(getattr(model, "config", None), "model_type", None)
     if family is None:
-        found = _attention_in(model)
+        found = attention_in(model)
         lacking = f"its attention ({found}) is of a form that is not described here" if found else "it has none"
         remedy = (
             " To describe it takes one file: see register_family and examples/custom_backbone.py." if found else ""
@@ -127,9 +127,3 @@ def _why_not(model: nn.Module, family: Family | None) -> str | None:
 
 def _is_of(model: nn.Module, family: Family) -> bool:
     return not {base.__name__ for base in type(model).__mro__}.isdisjoint(family.model_classes)
-
-
-def _attention_in(model: nn.Module) -> str | None:
-    """The class of the first module that looks like self-attention."""
-    found = (type(part).__name__ for part in model.modules() if "attention" in type(part).__name__.lower())
-    return next(found, None)

@@ -210,6 +210,9 @@ class Family:
 
     def pooled(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """What the model's own classifier is given, of the encoder's `last_hidden_state`."""
+        found = self.pooler_output(encoder, tokens)
+        if found is not None:
+            return found
         patches = tokens[:, self.num_special(encoder) :]
         parts = [tokens[:, 0] if part == "cls" else patches.mean(1) for part in self.reads.split("+")]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -69,6 +69,12 @@ class FeaturesOnly(Family):
         return tokens[:, 0]
 
 
+def attention_in(model: nn.Module) -> str | None:
+    """The class of the first module that looks like self-attention."""
+    found = (type(part).__name__ for part in model.modules() if "attention" in type(part).__name__.lower())
+    return next(found, None)
+
+
 def features_only(model: nn.Module) -> FeaturesOnly | str:
     """How to read the features of `model`; or a sentence that says why it cannot be done."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -96,6 +102,6 @@ def features_only(model: nn.Module) -> FeaturesOnly | str:
         return "its classifier does not read the encoder's pooler_output"
     model_type = getattr(config, "model_type", "")
     # Without attention there are no positions either, and images may be of any size.
-    interpolates = any("attention" in type(part).__name__.lower() for part in encoder.modules())
+    interpolates = attention_in(encoder) is not None
     names, width = (type(model).__name__,), linear[0].in_features
     return FeaturesOnly(model_type, names, prefix, head, interpolates=interpolates, layer=nn.Identity(), width=width)

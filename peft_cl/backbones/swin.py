@@ -48,9 +48,6 @@ class SwinFamily(Family):
     def pooler_output(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         return torch.flatten(encoder.pooler(tokens.transpose(1, 2)), 1)
 
-    def pooled(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        return self.pooler_output(encoder, tokens)
-
     def output(self, tokens: torch.Tensor, pooler_output, hidden_states=None, attentions=None) -> Any:
         from transformers.models.swin.modeling_swin import SwinModelOutput  # where it is wanted: it takes its time
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import beside, open_mask
 from .swin import SwinFamily
 
 
@@ -61,28 +62,21 @@ def cosine_attention(
         hidden_states: (B windows, N, D).
         attention_mask: (windows, N, N) or None.
     """
-    windows, length, _ = hidden_states.shape
+    length = hidden_states.shape[1]
     heads = module.num_attention_heads
 
     def split(rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def joined(rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """A prefix in front of keys or values; an image's windows lie one behind the other."""
-        rows = rows.to(own.dtype)
-        rows = rows.expand(windows, -1, -1) if len(rows) == 1 else rows.repeat_interleave(windows // len(rows), dim=0)
-        return torch.cat([split(rows), split(own)], dim=2)
-
-    query = split(module.query(hidden_states))
-    key = joined(prefix[0], module.key(hidden_states))
-    value = joined(prefix[1], module.value(hidden_states))
+    query, key, value = (split(project(hidden_states)) for project in (module.query, module.key, module.value))
+    key, value = (torch.cat([beside(rows, own), own], dim=2) for rows, own in zip(prefix, (key, value), strict=True))
     scale = module.logit_scale.clamp(max=math.log(1 / 0.01)).exp()
     scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1) * scale
     table = module.continuous_position_bias_mlp(module.relative_coords_table).view(-1, heads)
     bias = table[module.relative_position_index.view(-1)].view(length, length, heads).permute(2, 0, 1)
     scores = scores + F.pad(16 * torch.sigmoid(bias), (key.shape[2] - length, 0), value=8.0)
     if attention_mask is not None:  # added twice, as transformers does
-        mask = F.pad(2 * attention_mask, (key.shape[2] - length, 0))
+        mask = open_mask(2 * attention_mask, key.shape[2] - length)
         scores = scores.unflatten(0, (-1, len(mask))) + mask[:, None]
         scores = scores.flatten(0, 1)
     weights = module.dropout(scores.softmax(dim=-1))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .attention import beside, open_mask
 from .family import Family
 from .features_only import FeaturesOnly
 from .geometry import Geometry
@@ -40,13 +41,11 @@ class HeadInside:
         return getattr(model, HEAD) if hasattr(model, HEAD) else getattr(model, ENCODER).get_classifier()
 
     def put_head(self, model: nn.Module, head: nn.Module) -> None:
-        encoder = getattr(model, ENCODER)
-        _exchange(getattr(encoder, "base_layer", encoder), head.base_layer, nn.Identity())
+        _exchange(_inside(model), head.base_layer, nn.Identity())
         setattr(model, HEAD, head)
 
     def give_head_back(self, model: nn.Module, classifier: nn.Module) -> None:
-        encoder = getattr(model, ENCODER)
-        encoder = getattr(encoder, "base_layer", encoder)
+        encoder = _inside(model)
         _exchange(encoder, encoder.get_classifier(), classifier)
         delattr(model, HEAD)
 
@@ -61,8 +60,7 @@ class TimmFamily(HeadInside, Family):
     # ----------------------------------------------------------------------------------------------- facts
 
     def why_not(self, model: nn.Module) -> str | None:
-        encoder = getattr(model, ENCODER)
-        encoder = getattr(encoder, "base_layer", encoder)
+        encoder = _inside(model)
         layers = self.layer_list(encoder)
         if not layers or not all(hasattr(layer, "attn") and hasattr(layer.attn, "fused_attn") for layer in layers):
             return (
@@ -81,8 +79,8 @@ class TimmFamily(HeadInside, Family):
     )
 
     def image_config(self, model: nn.Module) -> SimpleNamespace:
-        encoder = getattr(model, ENCODER)
-        patches = getattr(encoder, "base_layer", encoder).patch_embed
+        encoder = _inside(model)
+        patches = encoder.patch_embed
         size = None if getattr(encoder, "dynamic_img_size", False) else getattr(patches, "img_size", None)
         channels = patches.proj.in_channels if hasattr(patches, "proj") else 3
         return SimpleNamespace(image_size=size, patch_size=getattr(patches, "patch_size", 1), num_channels=channels)
@@ -188,11 +186,8 @@ class TimmFamily(HeadInside, Family):
     def last_hidden_state(self, encoder: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return encoder.norm(hidden)
 
-    def pooled(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        return encoder.forward_head(tokens, pre_logits=True)
-
     def pooler_output(self, encoder: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        return self.pooled(encoder, tokens)
+        return encoder.forward_head(tokens, pre_logits=True)
 
     def output(self, tokens: torch.Tensor, pooler_output, hidden_states=None, attentions=None) -> Pooled:
         return Pooled(pooler_output)
@@ -243,26 +238,22 @@ class PrefixedAttention(TorchFunctionMode):
         names = ("attn_mask", "dropout_p", "is_causal")
         kwargs = {**dict(zip(names, rest, strict=False)), **kwargs}
         key, value = (
-            torch.cat([self._of_heads(rows, own), own], dim=2)
-            for rows, own in zip(self.prefix, (key, value), strict=True)
+            torch.cat([beside(rows, own), own], dim=2) for rows, own in zip(self.prefix, (key, value), strict=True)
         )
-        mask = kwargs.get("attn_mask")
-        if mask is not None:
-            readable = True if mask.dtype == torch.bool else 0.0
-            kwargs["attn_mask"] = F.pad(mask, (self.prefix[0].shape[1], 0), value=readable)
+        if kwargs.get("attn_mask") is not None:
+            kwargs["attn_mask"] = open_mask(kwargs["attn_mask"], self.prefix[0].shape[1])
         return function(query, key, value, **kwargs)
-
-    def _of_heads(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, head_size = own.shape
-        rows = rows.to(own.dtype).unflatten(-1, (heads, head_size)).transpose(1, 2)
-        if rows.shape[0] not in (1, batch):  # an image's windows lie one behind the other
-            rows = rows.repeat_interleave(batch // rows.shape[0], dim=0)
-        return rows.expand(batch, -1, -1, -1)
 
 
 def is_swin(encoder: nn.Module) -> bool:
     """Whether blocks are divided into stages that grow wider."""
     return hasattr(encoder, "layers") and not hasattr(encoder, "blocks")
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """timm's own model, with an adapter around it or without."""
+    encoder = getattr(model, ENCODER)
+    return getattr(encoder, "base_layer", encoder)
 
 
 def _width(layer: nn.Module) -> int:

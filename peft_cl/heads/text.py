@@ -80,8 +80,9 @@ class TextHead(Head):
         return {**options, "sizes_of_towers": found}
 
     def describe(self, names: Sequence[str], base: nn.Module, *, known: bool = False) -> None:
+        heard = len(self.names)
         self.names, self.source = list(names), self.checkpoint or base.config._name_or_path
-        if known:
+        if known or len(names) == heard:
             return
         tower = TextTower.load(self.source)
         model, device = tower.model, self.embeddings.device
@@ -92,8 +93,9 @@ class TextHead(Head):
             self.scale.copy_(model.logit_scale.exp().squeeze())
             self.bias.copy_(getattr(model, "logit_bias", torch.zeros(())).squeeze())
             if self.context is None:
-                rows = [tower.embed([each.format(name) for each in self.templates]).mean(0) for name in names]
-                self.embeddings = F.normalize(torch.stack(rows), dim=-1).to(device)
+                texts = ([each.format(name) for each in self.templates] for name in names[heard:])
+                rows = F.normalize(torch.stack([tower.embed(each).mean(0) for each in texts]), dim=-1)
+                self.embeddings = torch.cat([self.embeddings[:heard], rows.to(device)])
         self._follow_context()
 
     def forward(self, features, query=None):

@@ -47,8 +47,7 @@ def text_config(checkpoint: str) -> PreTrainedConfig:
 
 def embedding_size(config: PreTrainedConfig) -> int:
     """Numbers of a text's embedding, P."""
-    size = getattr(config, "projection_dim", None)
-    return config.text_config.projection_size if config.model_type == "siglip" else size
+    return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
 class TextTower:
@@ -71,11 +70,6 @@ class TextTower:
                 f"The text tower and the tokenizer of {checkpoint!r} cannot be loaded ({str(error).splitlines()[0]}). "
                 "Classes are added by their names, which these embed: give a checkpoint that has both."
             ) from error
-
-    @property
-    def width(self) -> int:
-        """Width of the tower's tokens, in which a context is learnt."""
-        return self.model.config.text_config.hidden_size
 
     def embed(self, texts: Sequence[str], context: torch.Tensor | None = None) -> torch.Tensor:
         """Unit embeddings (texts, P).
