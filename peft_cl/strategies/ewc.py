@@ -56,7 +56,7 @@ class EWC(Strategy):
         if not model.peft_config[model.active_adapter].tasks:  # an adapter that has learnt tasks may be held to them
             self.curvature, self.centre = {}, {}
 
-    def losses(self, trainer: ContinualTrainer) -> dict[str, torch.Tensor]:
+    def losses(self, trainer, inputs, logits):
         if not self.curvature or not self.strength:
             return {}
         penalty = 0.0

@@ -22,7 +22,6 @@ from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .examples import has_transform
-from .learning_rates import check_parts
 from .strategy import Strategy
 from .transformed import check_transformed
 
@@ -73,7 +72,7 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
     config = model.peft_config[model.active_adapter]
     model.base_model.head.active.check_classes(len({*(config.classes if config.tasks else ()), *scenario.classes}))
     check_scenario(config, args, scenario, strategy, finished_tasks)
-    check_parts(args.learning_rates or {}, model)
+    strategy.check(model, scenario)
     check_ahead(config, args, scenario)
 
 

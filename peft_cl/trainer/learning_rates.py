@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 
-#: Parts that may have a rate; the name of a pool's parameter goes before "pool", which means all of them.
-PARTS = ("prompts", "g_prompts", "keys", "attention", "query_projection", "head", "pool")
+#: Parts that may have a rate; the name of a pool's parameter goes before "pool", which means all of them. The backbone
+#: has trained weights under strategies that train it.
+PARTS = ("prompts", "g_prompts", "keys", "attention", "query_projection", "head", "pool", "backbone")
 
 
 def check_rates(rates: dict[str, float] | None) -> None:
@@ -26,7 +27,14 @@ def check_rates(rates: dict[str, float] | None) -> None:
 
 
 def check_parts(rates: dict[str, float], model: nn.Module) -> None:
-    """Raise a `ValueError` for a rate that no parameter of the adapter in `model` would have."""
+    """Raise a `ValueError` for a rate that no parameter in `model` would have; a frozen backbone has none."""
+    if "backbone" in rates and not any(
+        parameter.requires_grad and part_of(name, rates) == "backbone" for name, parameter in model.named_parameters()
+    ):
+        raise ValueError(
+            "learning_rates names backbone, but the backbone is frozen. Take the name out, or give a strategy that "
+            "trains the backbone, such as FineTuning()."
+        )
     used = {part_of(name, rates) for name, _ in model.named_parameters()}
     unused = [part for part in rates if part not in used]
     if unused:
@@ -60,7 +68,7 @@ def part_of(name: str, rates: dict[str, float]) -> str | None:
     components = name.split(".")
     container = next((part for kind in ("pool", "head") for part in components if part.endswith(f"_{kind}")), None)
     if container is None:
-        return None  # a weight of the backbone
+        return "backbone" if "backbone" in rates else None
     # Behind the container comes the adapter's name, which may be any word, and then the parameter's.
     exact = next((part for part in components[components.index(container) + 2 :] if part in rates), None)
     kind = container.rpartition("_")[2]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from transformers import TrainerCallback
 
-from ..scenarios import Task
+from ..scenarios import Scenario, Task
 
 
 if TYPE_CHECKING:
+    from .arguments import ContinualTrainingArguments
     from .trainer import ContinualTrainer
 
 
@@ -20,9 +22,10 @@ class Strategy:
     """How one task is learnt. The default is gradient descent on the task's own examples.
 
     A comparison method overrides what it does differently and nothing else: what a task is learnt from (`tasks`,
-    `batch`), what is added to the loss (`losses`), what happens to gradients (`after_backward`), before and after a
-    task (`begin_task`, `end_task`), and how logits become a prediction (`predict`). Several strategies may be given to
-    the trainer at once, as a list: each does its part in the list's order.
+    `batch`), what stands in the place of the cross-entropy (`loss`) and what is added to it (`losses`), what happens
+    to gradients (`after_backward`) and weights (`after_step`), before and after a task (`begin_task`, `end_task`), and
+    how logits become a prediction (`predict`). What it cannot do with is refused by `check`. Several strategies may be
+    given to the trainer at once, as a list: each does its part in the list's order.
     """
 
     #: Name in tables; None: that of the adapter's method alone.
@@ -52,9 +55,16 @@ class Strategy:
         """What must not change while a sequence is under way, in types that JSON knows."""
         return {}
 
+    def check(self, model: PeftModel, scenario: Scenario) -> None:
+        """Raise a `ValueError` for an adapter or a scenario that the method is not defined for."""
+
     def prepare(self, model: PeftModel) -> None:
         """Called once by each trainer, before its first task: change the model (unfreeze weights, for instance), and
         forget what an earlier run has left in the strategy."""
+
+    def learning_rates(self, args: ContinualTrainingArguments) -> dict[str, float]:
+        """Rates of parts that have one of their own, as `learning_rates` of the arguments, which come before them."""
+        return {}
 
     def tasks(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
         """Tasks whose training examples are gone through to learn `task`. Default: its own."""
@@ -71,13 +81,28 @@ class Strategy:
         """What is trained on in place of the batch `inputs`, on its device."""
         return inputs
 
-    def losses(self, trainer: ContinualTrainer) -> dict[str, torch.Tensor]:
-        """Weighted terms to add to the loss of a training step, by the name under which they are logged."""
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]) -> torch.Tensor:
+        """What stands in the place of the cross-entropy, as `loss=` of the trainer; the default is never called."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+
+    def losses(
+        self, trainer: ContinualTrainer, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Weighted terms to add to the loss of a training step, by the name under which they are logged.
+
+        Args:
+            trainer: the trainer.
+            inputs: the batch, as `batch` made it: `pixel_values`, `labels` and what else belongs to the images.
+            logits: (B, classes) that the model gives for it, with their graph. No class is masked out.
+        """
         return {}
 
     def after_backward(self, trainer: ContinualTrainer) -> None:
         """Called with all gradients of an optimizer's step in place, before they are clipped (with fp16 they are
         still multiplied by the loss scale)."""
+
+    def after_step(self, trainer: ContinualTrainer) -> None:
+        """Called when the optimizer has changed the weights; their gradients are still there, as they were clipped."""
 
     def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Called after the last step of a task, before it is measured."""
@@ -102,6 +127,21 @@ class Strategy:
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """Bytes that must be kept to use what was learnt. Default: the adapter's file."""
         return adapter_bytes
+
+    def kept_bytes(self, trainer: ContinualTrainer) -> dict[str, int]:
+        """Bytes that must be kept to learn the next task and that predicting does not need, by what they are: images
+        of a memory, Fisher information, ..."""
+        return {}
+
+
+class AfterStep(TrainerCallback):
+    """Tells the trainer's strategy of each step of the optimizer."""
+
+    def __init__(self, trainer: ContinualTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.strategy.after_step(self.trainer)
 
 
 class Combined(Strategy):
@@ -132,7 +172,7 @@ class Combined(Strategy):
         self.why_trained_head = ", and ".join(reasons)
         self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
         self.own = {}
-        for hook in ("learn", "tasks"):
+        for hook in ("learn", "tasks", "loss"):
             owners = [each for each in self.strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
             if len(owners) > 1 or (hook == "learn" and owners and len(strategies) > 1):
                 names = " and ".join(str(each.name) for each in self.strategies)
@@ -150,9 +190,21 @@ class Combined(Strategy):
     def settings(self):
         return {each.name or type(each).__name__: each.settings() for each in self.strategies if each.settings()}
 
+    @property
+    def own_loss(self) -> Callable[..., torch.Tensor] | None:
+        """What stands in the place of the cross-entropy, if a strategy has such."""
+        return None if type(self.own["loss"]) is Strategy else self.own["loss"].loss
+
+    def check(self, model, scenario):
+        for each in self.strategies:
+            each.check(model, scenario)
+
     def prepare(self, model):
         for each in self.strategies:
             each.prepare(model)
+
+    def learning_rates(self, args):
+        return {part: rate for each in self.strategies for part, rate in each.learning_rates(args).items()}
 
     def tasks(self, trainer, task):
         return self.own["tasks"].tasks(trainer, task)
@@ -170,12 +222,16 @@ class Combined(Strategy):
             inputs = each.batch(trainer, inputs)
         return inputs
 
-    def losses(self, trainer):
-        return {name: term for each in self.strategies for name, term in each.losses(trainer).items()}
+    def losses(self, trainer, inputs, logits):
+        return {name: term for each in self.strategies for name, term in each.losses(trainer, inputs, logits).items()}
 
     def after_backward(self, trainer):
         for each in self.strategies:
             each.after_backward(trainer)
+
+    def after_step(self, trainer):
+        for each in self.strategies:
+            each.after_step(trainer)
 
     def end_task(self, trainer, task):
         for each in self.strategies:
@@ -201,3 +257,6 @@ class Combined(Strategy):
         for each in self.strategies:
             adapter_bytes = each.saved_bytes(trainer, adapter_bytes)
         return adapter_bytes
+
+    def kept_bytes(self, trainer):
+        return {what: count for each in self.strategies for what, count in each.kept_bytes(trainer).items()}

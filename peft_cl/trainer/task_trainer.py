@@ -26,7 +26,7 @@ from .learning_rates import set_rates
 from .processes import kept_counts, true_everywhere, without_repeats
 from .progress import SequenceProgress
 from .query_cache import QueryCache
-from .strategy import Strategy
+from .strategy import AfterStep, Strategy
 from .task_data import TaskData
 
 
@@ -89,12 +89,13 @@ class TaskTrainer(TaskData):
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
-        self.tuner.head.own_loss = loss  # of the last trainer, if it had one, no more
+        self.tuner.head.own_loss = loss or strategy.own_loss  # of the last trainer, if it had one, no more
         self.progress = SequenceProgress(bars=not args.disable_tqdm)
         replaced = [self.pop_callback(each) for each in (ProgressCallback, PrinterCallback)]
         if any(replaced):  # a notebook has a table of its own
             self.add_callback(self.progress)
         self.add_callback(EpochDraws(self))
+        self.add_callback(AfterStep(self))
         plain = self._transforms[False]
         self.queries = QueryCache(
             augmentation is None and batch_augmentation is None,
@@ -224,8 +225,9 @@ class TaskTrainer(TaskData):
         if self.optimizer is not None:  # of a stream
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        if self.args.learning_rates:
-            set_rates(optimizer, self.model, self.args.learning_rates)
+        rates = self.strategy.learning_rates(self.args) | (self.args.learning_rates or {})
+        if rates:
+            set_rates(optimizer, self.model, rates)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
@@ -269,7 +271,7 @@ class TaskTrainer(TaskData):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            terms = self.strategy.losses(self)
+            terms = self.strategy.losses(self, inputs, self.tuner.head.take_logits())
             loss = (loss + sum(terms.values())) * self._weight
             for name, value in {**self.tuner.head.last_losses, **terms}.items():
                 self._losses[name] = self._losses.get(name, 0.0) + value.detach() * self._weight

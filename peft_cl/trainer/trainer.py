@@ -24,6 +24,7 @@ from .choosing import check_choices, given_validation, keep_back, warn_of_test_i
 from .earlier import earlier_tasks
 from .extras import spared
 from .files import check_writable, explained_writes, written_aside
+from .learning_rates import check_parts
 from .loss import check_loss
 from .measuring import MeasuringTrainer
 from .record import adapter_folder, learnt_of, metrics_of, record_of
@@ -106,6 +107,11 @@ class ContinualTrainer(MeasuringTrainer):
         strategy = Combined(strategy if isinstance(strategy, (list, tuple)) else [strategy or Strategy()])
         check_fit(model, args, scenario, strategy)
         check_functions(processing_class, augmentation, batch_augmentation, args.augmentation_draws)
+        if loss is not None and strategy.own_loss is not None:
+            raise ValueError(
+                f"loss is given, but {strategy.name} has a loss of its own in the place of the cross-entropy. Leave "
+                "one of them out."
+            )
         check_loss(loss, scenario, model.peft_config[model.active_adapter])
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
@@ -120,6 +126,7 @@ class ContinualTrainer(MeasuringTrainer):
         if args.process_index == 0:
             check_writable(Path(args.output_dir), model.peft_config)
         strategy.prepare(model)
+        check_parts(args.learning_rates or {}, model)  # of what is trained now
         super().__init__(
             model,
             args,
