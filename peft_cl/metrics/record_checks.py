@@ -65,7 +65,10 @@ def _check_count(name: str, value: Any) -> None:
 def _check_numbers(results: RunResults) -> None:
     """Counts, sizes, seconds."""
     counts = {name: getattr(results, name) for name in ("trainable_parameters", "total_parameters", "finished_tasks")}
-    counts |= {name: getattr(results, name) or 0 for name in ("adapter_bytes", "sums_bytes")}
+    optional = ("adapter_bytes", "sums_bytes", "peak_memory_bytes", "flops")
+    counts |= {name: getattr(results, name) or 0 for name in optional}
+    _check_names("kept_bytes", results.kept_bytes or {})
+    counts |= {f"kept_bytes[{brief(name)}]": value for name, value in (results.kept_bytes or {}).items()}
     sizes = [("test_sizes", size) for size in _list_of("test_sizes", results.test_sizes)]
     for name, value in [*counts.items(), *sizes]:
         _check_count(name, value)

@@ -31,6 +31,9 @@ ADDED_LATER = {
     "query_seconds",
     "learnt",
     "without_prompts",
+    "kept_bytes",
+    "peak_memory_bytes",
+    "flops",
 }
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
@@ -78,6 +81,11 @@ class RunResults:
             `None` where it is not known; `None` in records of earlier versions.
         without_prompts: What the frozen model's features give on the same tasks after the last finished one, where
             they are at hand: the name of the `head` on them, and `accuracies`, one for each task; `None` where not.
+        kept_bytes: Bytes that must be kept to learn the next task and that predicting does not need, by what they are
+            (`"memory"`: the images of a comparison method's memory as the model reads them); `None` in records of
+            earlier versions.
+        peak_memory_bytes: Memory in use at the peak of the first process: tensors on its GPU, or the process on a CPU.
+        flops: Floating-point operations of learning on all processes, if they were counted (`count_flops`).
 
     A setting in `hyperparameters` that was another in some of the tasks is a list there, one value for each finished
     task. An adapter that learnt on in a later run has one record for all of its tasks.
@@ -113,6 +121,9 @@ class RunResults:
     query_seconds: float | None = None
     learnt: list[dict[str, Any]] | None = None
     without_prompts: dict[str, Any] | None = None
+    kept_bytes: dict[str, int] | None = None
+    peak_memory_bytes: int | None = None
+    flops: int | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]

@@ -137,6 +137,9 @@ class ContinualTrainingArguments(TrainingArguments):
             have just begun (the `baseline` of the record), and after each task those after it. It fills the accuracy
             matrix above its diagonal and gives `forward_transfer`. Later tasks must bring no new classes, as the
             domains of a domain-incremental scenario: the head has no rows for those yet.
+        count_flops: count the floating-point operations of learning by torch's own counter, for the record (`flops`):
+            the first training step of each task, which stands for the others, and whatever is computed once for each
+            image. It slows what it counts.
         pictures: whether `train()` ends by drawing the run into its folder (needs matplotlib): the accuracy matrix,
             curves, and the use of prompts and the similarity of keys where there are such.
         bad_images: what becomes of images that cannot be read (truncated, empty, missing, none). `"stop"`: training
@@ -202,6 +205,9 @@ class ContinualTrainingArguments(TrainingArguments):
     measure_ahead: bool = field(
         default=False,
         metadata={"help": "Measure tasks before they are learnt too, for forward transfer; not with new classes."},
+    )
+    count_flops: bool = field(
+        default=False, metadata={"help": "Count the floating-point operations of learning, for the record."}
     )
     pictures: bool = field(
         default=True, metadata={"help": "Draw the run into its folder at the end, if matplotlib is installed."}

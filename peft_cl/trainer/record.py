@@ -13,6 +13,7 @@ from ..heads.files import SUMS_FILE
 from ..metrics import RunResults, continual_metrics
 from .bad_images import recorded
 from .choosing import described_choices
+from .costs import peak_memory
 from .earlier import EarlierTasks
 from .provenance import MEASURING, RECORDED, dataset_name, described, hyperparameters, model_name, versions
 
@@ -67,9 +68,26 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         finished_tasks=len(earlier) + trainer.finished_tasks,
         prompt_usage=usage_of_finished_tasks(trainer),
         baseline=trainer.baseline,
+        kept_bytes=strategy.kept_bytes(trainer),
+        peak_memory_bytes=_most(peak_memory(trainer.args.device), before and before.peak_memory_bytes),
+        flops=_flops_of(trainer),
         learnt=[*learnt_before(earlier), *(task["took"] for task in trainer.learnt)],
         **(trainer.details if trainer.finished_tasks else {}),
     )
+
+
+def _most(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known, default=None)
+
+
+def _flops_of(trainer: ContinualTrainer) -> int | None:
+    """Of all processes, which do as much each; None where those of some task were not counted."""
+    own, record = trainer.flops.total, trainer.earlier.record
+    before = (record and record.flops) if len(trainer.earlier) else 0
+    if own is None or before is None or not trainer.finished_tasks:
+        return None
+    return own * trainer.args.world_size + before
 
 
 def facts_of(trainer: ContinualTrainer) -> dict[str, Any]:

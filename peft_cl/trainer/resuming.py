@@ -144,6 +144,7 @@ class ResumableTrainer(ObservingTrainer):
             "train_seconds": self.seconds(),
             "query_seconds": self.query_seconds,
             "most_trainable": self.most_trainable,
+            "flops": self.flops.total,
             "steps": self.steps_before + self.state.global_step,
             "without_prompts": self.without_prompts.state(),
             **self.learnt_state(),
@@ -201,6 +202,8 @@ class ResumableTrainer(ObservingTrainer):
         self.details, self.baseline = state.get("details", {}), state.get("baseline")
         self.without_prompts.take(state.get("without_prompts", {}))
         self.train_seconds, self.query_seconds = state["train_seconds"], state.get("query_seconds", 0.0)
+        if self.flops.counts:
+            self.flops.total = state.get("flops") or 0
         # Runs of earlier versions do not say.
         self.steps_before, self.most_trainable = state.get("steps", 0), state.get("most_trainable", 0)
         for task in self.scenario[: self.finished_tasks]:

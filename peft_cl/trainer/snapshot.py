@@ -133,6 +133,7 @@ MORE_KINDS: dict[str, Any] = {
     "learnt": list,
     "query_seconds": (int, float),
     "most_trainable": int,
+    "flops": (int, type(None)),
     "steps": int,
     "without_prompts": dict,
     "scaler": dict,

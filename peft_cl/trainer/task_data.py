@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -66,7 +66,8 @@ class TaskData(Trainer):
             return over_processes(self.accelerator, len(getattr(task, split)), of_rows)
 
         began = time.perf_counter()
-        with self.uncounted(), self.accelerator.autocast():  # in the precision of the steps
+        counted = self.flops.counted() if split == "train" else nullcontext()
+        with self.uncounted(), counted, self.accelerator.autocast():  # in the precision of the steps
             found = self.queries.queries(tasks, split, self.tuner, queries)
         if split == "train":
             self.query_seconds += time.perf_counter() - began
@@ -75,7 +76,7 @@ class TaskData(Trainer):
     def _queries_of_draw(self, examples: TaskExamples, draw: int) -> torch.Tensor:
         """Queries of augmented images, (examples, D) float32."""
         examples.begin_epoch(draw)
-        with self.accelerator.autocast():
+        with self.flops.counted(), self.accelerator.autocast():
             return over_processes(
                 self.accelerator,
                 len(examples),

@@ -20,6 +20,7 @@ from .arguments import ContinualTrainingArguments
 from .bad_images import ImageReader, check_range, mended
 from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size, warn_of_empty_classes
+from .costs import Flops
 from .examples import EpochDraws, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
@@ -40,6 +41,7 @@ class TaskTrainer(TaskData):
         began: when the training of the task under way began, None between tasks; what is no training moves it on.
         query_seconds: seconds that the training images' queries took which are kept.
         steps_before: steps of the optimizer before the present `fit`, those of an interrupted run included.
+        flops: what learning has taken so far, if it is counted.
         selected_rows: collects the pool rows chosen for each image, (batch, choices), while it is a list.
     """
 
@@ -106,6 +108,7 @@ class TaskTrainer(TaskData):
             batch=args.eval_batch_size,
         )
         self.images = ImageCache(args.image_cache_dir, plain, scenario.image_column) if args.image_cache_dir else None
+        self.flops = Flops(args.count_flops)
         self.task: Task | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.selected_rows: list[torch.Tensor] | None = None
@@ -185,6 +188,7 @@ class TaskTrainer(TaskData):
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         output = super().train(resume_from_checkpoint=checkpoint)
+        self.flops.end_steps(self.state.global_step * self.args.gradient_accumulation_steps)
         if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
             self._nothing_left(checkpoint)
         return output
@@ -255,6 +259,13 @@ class TaskTrainer(TaskData):
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        with self.flops.step():
+            loss = self._learn_from(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self.strategy.after_backward(self)
+        return loss
+
+    def _learn_from(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         self._weight = self._weights.pop(0) if self._weights else 1.0
         # Of weight 0 is an example that another process learns: it must not be counted.
         with nullcontext() if self._weight else kept_counts(self.tuner):
@@ -263,10 +274,7 @@ class TaskTrainer(TaskData):
                 with torch.no_grad():
                     augmented = self.batch_augmentation(inputs["pixel_values"])
                 inputs["pixel_values"] = of_that_shape(augmented, inputs["pixel_values"])
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self.strategy.after_backward(self)
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -223,8 +223,9 @@ class ContinualTrainer(MeasuringTrainer):
         output = self.strategy.learn(self, task)
         if self.args.world_size > 1:
             self.join_counts()
-        self.strategy.end_task(self, task)
-        self.observe(task)
+        with self.flops.counted():
+            self.strategy.end_task(self, task)
+            self.observe(task)
         self.forget_learnt(self.strategy.tasks(self, task))
         self.train_seconds, self.began = self.seconds(), None
         self.learnt.append(learnt_of(self, self._took))
@@ -270,7 +271,8 @@ class ContinualTrainer(MeasuringTrainer):
         self.progress.begin_task(task.name, number, len(self.whole_matrix))
         self.look_before(task)
         self._start(task)
-        self.strategy.begin_task(self, task)
+        with self.flops.counted():
+            self.strategy.begin_task(self, task)
         self.most_trainable = max(self.most_trainable, self.model.get_nb_trainable_parameters()[0])
 
     def fit(self, tasks: Sequence[Task]) -> TrainOutput | None:
