@@ -1,4 +1,4 @@
-"""The command `peft-cl`: train, evaluate, predict, look at an adapter, draw runs, or see the demonstration.
+"""The command `peft-cl`: train, tune, evaluate, predict, look at an adapter, draw runs, or see the demonstration.
 
 `python -m peft_cl.cli` is the same, so `accelerate launch -m peft_cl.cli train CONFIG.yaml` trains on several devices.
 Only the module of the word that is given is imported: help and version need no torch.
@@ -22,16 +22,20 @@ from .version import __version__
 #: What there is to do; each is a module of `commands` with `add_arguments` and `run`.
 WORDS = {
     "train": "learn a task sequence as a configuration file says",
+    "tune": "search settings of a run on held-out training images",
     "evaluate": "measure a saved adapter on a data set",
     "predict": "say what a saved adapter takes images for",
     "info": "say what is in an adapter's folder",
+    "compare": "run a suite of methods and seeds, and put the results into tables",
     "plot": "draw the pictures of a run, or of several side by side",
     "demo": "compare the methods on small images; needs no network",
 }
+#: Those that take a configuration, whose settings are options too, and what an interruption leaves of them.
+CONFIGURED = {"train": "tasks", "tune": "trials"}
 
 
 def make_parser(word: str | None = None) -> argparse.ArgumentParser:
-    """Make the parser of the command line; `train` also takes dotted names, which are read apart from it.
+    """Make the parser of the command line; `train` and `tune` also take dotted names, which are read apart from it.
 
     Args:
         word: The one of `WORDS` whose options are wanted; the others are known by name. `None`: all by name.
@@ -93,11 +97,11 @@ def _run(words: list[str]) -> int:
     try:
         with plain_warnings():
             no_bars_in_files()
-            if word != "train":
-                return module_of(word).run(parser.parse_args(words)) or 0
-            rest, overrides = split_overrides(words[1:], flags=("--overwrite", "--resume", "--help"))
-            arguments = parser.parse_args(["train", *rest])
-            module_of("train").run(arguments, overrides, command=shlex.join(["peft-cl", *words]))
+            module = module_of(word)
+            if word not in CONFIGURED:
+                return module.run(parser.parse_args(words)) or 0
+            rest, overrides = split_overrides(words[1:], (*module.FLAGS, "--help"), module.OPTIONS)
+            module.run(parser.parse_args([word, *rest]), overrides, command=shlex.join(["peft-cl", *words]))
         return 0
     except CommandError as error:
         from .commands.wording import for_the_command_line
@@ -105,7 +109,7 @@ def _run(words: list[str]) -> int:
         complain(for_the_command_line(str(error), word))
         return 2
     except KeyboardInterrupt:
-        advice = " The tasks finished are saved; --resume goes on with them." if word == "train" else ""
+        advice = f" The {CONFIGURED[word]} finished are saved; --resume goes on with them." if word in CONFIGURED else ""
         complain(f"interrupted.{advice}")
         return 130
 

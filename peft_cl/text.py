@@ -99,6 +99,29 @@ def rounded(value: float, decimals: int) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words.
+
+    Example:
+        >>> duration(9.96), duration(90), duration(3700)
+        ('10.0 s', '1 min 30 s', '1 h 02 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words.
+
+    Example:
+        >>> size(512), size(1_500_000)
+        ('0.5 kB', '1.50 MB')
+    """
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 #: Text that Markdown and HTML show as it stands, in a line or in a cell of a table.
 _HARMLESS = re.compile(r"[\w(…][\w ()/.,;'\"+:%°±=#…{}|?\[\]-]*")
 #: In such a text: addresses, which become links; marks of emphasis; brackets that make a link; the start of a list.

@@ -104,12 +104,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def split_overrides(arguments: Sequence[str], flags: Collection[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+def split_overrides(
+    arguments: Sequence[str], flags: Collection[str], options: Collection[str] = ()
+) -> tuple[list[str], list[tuple[str, Any]]]:
     """Divide a command line into what argparse knows and the changes `--dotted.key value` (or `--dotted.key=value`).
 
     Args:
-        arguments: The words after `train`.
-        flags: Options that belong to argparse; none of them takes a value.
+        arguments: The words after `train` or `tune`.
+        flags: Options that belong to argparse and take no value.
+        options: Options that belong to argparse and take one.
 
     Returns:
         The words for argparse, and the pairs of key and value, read as YAML.
@@ -130,6 +133,9 @@ def split_overrides(arguments: Sequence[str], flags: Collection[str]) -> tuple[l
             if not words or words[0].startswith("--"):
                 raise CommandError(f"--{key} has no value. Write `--{key} VALUE`.")
             value = words.pop(0)
+        if f"--{key}" in options:
+            rest += [f"--{key}", value]
+            continue
         overrides.append((key, parse_yaml(value, f"The value of --{key}, {brief(value)},")))
     return rest, overrides
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
@@ -22,6 +22,7 @@ from .earlier import make_earlier_test
 from .errors import CommandError, explained, unknown
 from .methods import METHODS, STRATEGIES, Method
 from .options import check_names, convert, fill
+from .own_metrics import make_metrics
 from .sections import ONLY, SEQUENCE, STREAM, DatasetSettings, ModelSettings, ScenarioSettings
 
 
@@ -38,6 +39,7 @@ SECTIONS = (
     "scenario",
     "augmentation",
     "training",
+    "metrics",
     "output_dir",
 )
 SCALED_RATE = "learning_rate_per_256"
@@ -60,6 +62,7 @@ class RunSettings:
     scenario: ScenarioSettings
     augmentation: RandomResizedCropFlip | None
     training: ContinualTrainingArguments
+    metrics: list[Callable]
     learning_rate_note: str
     output_dir: str
 
@@ -111,12 +114,15 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         scenario=scenario,
         augmentation=_make_augmentation(config.get("augmentation")),
         training=training,
+        metrics=make_metrics(config.get("metrics")),
         learning_rate_note=note,
         output_dir=training.output_dir,  # without ~
     )
 
 
 def _unknown_section(name: str) -> CommandError:
+    if name == "search":
+        return CommandError("The section search is for `peft-cl tune`. Take it out, or give the file to that command.")
     error = unknown("section", name, SECTIONS)
     owners = {
         "training": ContinualTrainingArguments.__dataclass_fields__,

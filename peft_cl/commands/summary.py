@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..metrics import RunResults, results_table
 from ..metrics.chance import chance_level, compared_without_prompts, standard_error
+from ..metrics.own import means_over_tasks
 from ..text import counted, percent, plain
 from ..trainer import ContinualTrainer
 from ..trainer.resuming import checkpoint_folder
@@ -23,6 +24,8 @@ def summary(results: RunResults) -> str:
         for name, value in results.metrics.items()
         if value == value  # not NaN
     ]
+    own = means_over_tasks(results.own_metrics or {})
+    metrics += [f"{plain(name).replace('_', ' ')} {value:.4g}" for name, value in own.items() if value == value]
     return "\n".join([results_table([results]), "", ", ".join(metrics), *judged(results)]) + "\n"
 
 

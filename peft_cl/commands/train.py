@@ -42,6 +42,8 @@ from .summary import going_on, next_commands, summary
 
 
 CARD_FILE = "README.md"
+#: Options without a value, and those with one that are no settings.
+FLAGS, OPTIONS = ("--overwrite", "--resume"), ()
 #: Sections that the row without prompts has of its own.
 OF_THE_METHOD = ("method", "preset", "adapter", "strategy", "augmentation", "output_dir")
 
@@ -173,11 +175,19 @@ def clear(folder: Path) -> None:
     remove(folder / BACKBONE_FOLDER)
 
 
-def make_trainer(settings: RunSettings) -> ContinualTrainer:
-    """Load data, processor and backbone, and put the trainer together; every fault of the input shows here."""
+def make_trainer(
+    settings: RunSettings, scenario: Scenario | None = None, trainer_class: type[ContinualTrainer] = ContinualTrainer
+) -> ContinualTrainer:
+    """Load data, processor and backbone, and put the trainer together; every fault of the input shows here.
+
+    Args:
+        settings: The run.
+        scenario: Its tasks, where they are not those of the whole data.
+        trainer_class: What the trainer is made of.
+    """
     # One process downloads and prepares, the others find it done.
     with settings.training.main_process_first(desc="data and backbone"):
-        scenario = make_scenario(settings)
+        scenario = scenario or make_scenario(settings)
         model, earlier = settings.model, settings.continue_from
         processor = load_processor(
             (earlier and earlier.processor) or model.name, settings.processor, model.trust_remote_code
@@ -190,12 +200,13 @@ def make_trainer(settings: RunSettings) -> ContinualTrainer:
     with explained(f"training.seed is {settings.training.seed}"):
         set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
-        return ContinualTrainer(
+        return trainer_class(
             put_adapter_on(backbone, settings),
             settings.training,
             scenario,
             processing_class=processor,
             augmentation=settings.augmentation,
+            compute_metrics=settings.metrics,
             strategy=settings.strategies,
             earlier_test=earlier_test,
             validation=validation,

@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from statistics import fmean, stdev
 from typing import Any
 
-from ..text import in_markdown, percent
+from ..text import duration, in_markdown, percent, size
 from .results import RunResults, to_json
 
 
@@ -168,7 +168,7 @@ def row_of(runs: list[RunResults], details: str = "") -> str:
         method,
         _percent([run.metrics.get("average_accuracy", math.nan) for run in runs]),
         _percent([run.metrics.get("forgetting", math.nan) for run in runs]),
-        _duration(fmean(run.train_seconds + (run.query_seconds or 0.0) for run in runs)),
+        duration(fmean(run.train_seconds + (run.query_seconds or 0.0) for run in runs)),
         f"{round(fmean(run.trainable_parameters for run in runs)):,}",
         _sizes(runs),
     )
@@ -182,20 +182,9 @@ def _percent(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {percent(stdev(values), 2)}"
 
 
-def _duration(seconds: float) -> str:
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _sizes(runs: list[RunResults]) -> str:
     """Of the adapter, and of the sums that learning on needs beside it."""
     sizes = [run.adapter_bytes for run in runs if run.adapter_bytes is not None]
     sums = [run.sums_bytes for run in runs if run.sums_bytes is not None]
-    adapter = _size(fmean(sizes)) if sizes else "–"
-    return f"{adapter} + {_size(fmean(sums))} of sums" if sums else adapter
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    adapter = size(fmean(sizes)) if sizes else "–"
+    return f"{adapter} + {size(fmean(sums))} of sums" if sums else adapter

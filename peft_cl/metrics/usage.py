@@ -65,6 +65,35 @@ def usage_overlap(counts: ArrayLike) -> np.ndarray:
     return np.stack([np.minimum(shares, task).sum(axis=1) for task in shares])
 
 
+def selection_diversity(counts: ArrayLike) -> float:
+    """How evenly all tasks together choose among the rows: the entropy of all choices over that of an even choice.
+
+    Returns:
+        0 (one row is chosen for every image) to 1 (all rows equally often); 0 for a pool of one row.
+
+    Example:
+        >>> selection_diversity([[2, 2, 0, 0], [0, 0, 2, 2]]), selection_diversity([[5, 0]])
+        (1.0, 0.0)
+    """
+    table = checked_counts(counts)
+    rows = table.shape[1]
+    return float(usage_entropy(table.sum(axis=0)[None])[0] / np.log2(rows)) if rows > 1 else 0.0
+
+
+def usage_density(counts: ArrayLike) -> float:
+    """Share of the pool that a task uses: 2 to the power of its entropy, over the number of rows; mean over tasks.
+
+    Returns:
+        1 / rows (each task chooses one row) to 1 (each task chooses all rows equally often).
+
+    Example:
+        >>> usage_density([[2, 2, 0, 0], [0, 0, 0, 9]])
+        0.375
+    """
+    table = checked_counts(counts)
+    return float(np.mean(2 ** usage_entropy(table)) / table.shape[1])
+
+
 def checked_counts(counts: ArrayLike) -> np.ndarray:
     """Return the counts as a float array, (tasks, rows).
 

@@ -1,0 +1,146 @@
+"""`peft-cl compare`: a matrix of runs, done, resumed and put into tables, as the file of a suite says."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from ..disk import local_path
+from ..scenarios import Scenario
+from ..text import counted
+from ..trainer.checks import check_fit
+from ..trainer.strategy import Combined
+from .errors import CommandError, explained
+from .options import apply_overrides, parse_yaml, read_config
+from .output import say
+from .settings import RunSettings, make_settings
+from .sources import load_backbone
+from .suites.launchers import make_launcher
+from .suites.report import write_report
+from .suites.running import check_same, finished, run_all
+from .suites.suite import Row, Suite, SuiteSettings, read_suite
+from .train import make_scenario, put_adapter_on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", metavar="SUITE.yaml", help="methods, seeds and tables; examples/suites has some")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--launcher",
+        default="processes",
+        choices=["processes", "slurm", "submitit"],
+        help="where runs are done: processes of this machine, jobs of a Slurm cluster, or submitit's own processes",
+    )
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of a cluster's jobs, as submitit names them, such as slurm_partition=gpu or timeout_min=600",
+    )
+    parser.add_argument("--tables", action="store_true", help="run nothing: only write the tables of what is there")
+    parser.add_argument("--check", action="store_true", help="run nothing: only check the suite and list its runs")
+    parser.add_argument("--overwrite", action="store_true", help="remove the suite's runs and begin anew")
+    parser.add_argument("--quiet", action="store_true", help="say nothing while it runs")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the suite by a dotted name, with a value in YAML: --set defaults.training.num_train_epochs=1",
+    )
+    parser.epilog = (
+        "Each run is a `peft-cl train` with a folder of its own. Given again after an interruption, the command goes "
+        "on, and repeats nothing that is finished. Several commands, on several machines with one disk, share the "
+        "runs. The exit status is 1 if a run failed."
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = read_config(arguments.suite)
+    apply_overrides(config, pairs("--set", arguments.set), SuiteSettings.__dataclass_fields__)
+    if arguments.jobs < 1:
+        raise CommandError(f"--jobs is {arguments.jobs}, but must be a whole number of at least 1.")
+    if isinstance(config.get("output_dir"), str):
+        config["output_dir"] = str(local_path(config["output_dir"]))
+    suite = read_suite(config)
+    if arguments.tables:
+        return finish(suite, [])
+    if arguments.overwrite:
+        shutil.rmtree(suite.folder / "runs", ignore_errors=True)
+    for each in suite.runs:
+        check_same(each)
+    check_rows(suite)
+    if arguments.check:
+        say("\n".join(each.title for each in suite.runs))
+        say(f"{counted(len(suite.runs), 'run')} of {counted(len(suite.rows), 'row')}: nothing wrong was found.")
+        return 0
+    options = pairs("--launcher-option", arguments.launcher_option)
+    launcher = make_launcher(arguments.launcher, arguments.jobs, suite.folder / "jobs", options)
+    return finish(suite, run_all(suite, launcher, arguments.quiet))
+
+
+def pairs(option: str, given: Sequence[str]) -> list[tuple[str, Any]]:
+    """The words `NAME=VALUE` of an option, their values read as YAML."""
+    found = []
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise CommandError(f"{option} is {word!r}, but must be NAME=VALUE. Write such as {option} name=1.")
+        found.append((name, parse_yaml(value, f"The value of {option} {name}")))
+    return found
+
+
+def check_rows(suite: Suite) -> None:
+    """Refuse what would fail in the middle: every row's settings, and its model, data and strategy together."""
+    left = [each for each in suite.runs if finished(each) is None]
+    first = {each.row.folder: each for each in reversed(left)}  # of each row one, of the first seed
+    ready = []
+    for each in first.values():
+        with told_of(each.row):
+            ready.append((each.row, make_settings(dict(each.config))))
+    scenarios: dict[str, Scenario] = {}
+    for row, settings in ready:
+        with told_of(row):
+            check_row(settings, scenarios)
+
+
+def check_row(settings: RunSettings, scenarios: dict[str, Scenario]) -> None:
+    """What the trainer would refuse before its first task; data that rows have in common is read once."""
+    key = repr((settings.datasets, settings.scenario))
+    if key not in scenarios:
+        scenarios[key] = make_scenario(settings)
+    model = settings.model
+    backbone = load_backbone(model.name, model.dtype, model.attn_implementation, model.trust_remote_code)
+    with explained("it cannot be set up"):
+        check_fit(put_adapter_on(backbone, settings), settings.training, scenarios[key], Combined(settings.strategies))
+
+
+class told_of:  # noqa: N801, as other context managers are named
+    """Says of a fault inside the block in which row it is."""
+
+    def __init__(self, row: Row):
+        self.row = row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, CommandError):
+            raise CommandError(f"{self.row.title}: {error}") from error
+
+
+def finish(suite: Suite, failed: Sequence[Any]) -> int:
+    """Write the report, and say what there is."""
+    if not any(finished(each) for each in suite.runs):
+        if failed:
+            raise CommandError(f"All runs failed. The log of the first: {failed[0].file('.log')}")
+        raise CommandError(f"No run of the suite in {str(suite.folder)!r} is finished, so there is nothing to show.")
+    tables, files = write_report(suite, failed)
+    say("\n\n".join(table.markdown() for table in tables))
+    say("\n" + "\n".join(map(str, files)))
+    for each in failed:
+        say(f"Failed: {each.title}; see {each.file('.log')}")
+    return 1 if failed else 0

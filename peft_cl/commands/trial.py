@@ -1,0 +1,185 @@
+"""One trial of a search: a run of `peft-cl train` on the first tasks, judged on held-out training images."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from ..scenarios import Scenario
+from ..text import plain
+from ..trainer import ContinualTrainer
+from ..trainer.checks import check_scenario
+from ..trainer.files import remove
+from ..tuning.holdout import first_tasks, hold_out
+from ..tuning.search import FAILED, FINISHED, PRUNED, Outcome, Watch
+from .errors import CommandError, explained
+from .options import apply_overrides
+from .sections import DatasetSettings
+from .settings import SECTIONS, RunSettings, make_settings
+from .sources import load_pair
+from .train import make_trainer
+
+
+#: Settings of the training that a trial has in the place of the configuration's: it is measured, and not kept.
+OF_A_TRIAL = {"pictures": False, "push_to_hub": False, "hub_token": None, "disable_tqdm": True}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a search have in common.
+
+    Attributes:
+        tasks: Number of tasks, the first ones of the scenario.
+        holdout: Share of each class's training images that is held out.
+        holdout_seed: Draws these.
+        seeds: Training seeds; a trial is judged by the mean over them.
+        metric: What is judged by, one of the record's metrics.
+        folder: Where the records of the trials go.
+    """
+
+    tasks: int
+    holdout: float
+    holdout_seed: int
+    seeds: tuple[int, ...]
+    metric: str
+    folder: Path
+
+
+class TrialTrainer(ContinualTrainer):
+    """A trainer that writes no adapter, no state to go on from, and no card."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.progress.say = lambda line: None  # the search says how far it is
+
+    def save(self) -> None:
+        pass
+
+    def save_snapshot(self) -> None:
+        pass
+
+
+class Trials:
+    """Makes trials of a search: `trials(number, settings, watch)` learns the tasks and returns the outcome.
+
+    Args:
+        config: Sections of the run, without those of the search.
+        plan: What the trials have in common.
+    """
+
+    def __init__(self, config: Mapping[str, Any], plan: Plan):
+        self.config, self.plan = config, plan
+
+    @cached_property
+    def whole(self) -> Scenario:
+        """All tasks, with held-out training images in the place of the test images, which are not read."""
+        settings = self.base
+        with explained("Training images cannot be held out"):
+            parts = {name: self._divided(each, settings) for name, each in settings.datasets.items()}
+        with explained("With held-out training images in the place of test images, the tasks cannot be made"):
+            return settings.scenario.make(parts, settings.datasets)
+
+    @cached_property
+    def scenario(self) -> Scenario:
+        """The tasks that a trial learns."""
+        with explained("The first tasks cannot be judged on held-out training images"):
+            return first_tasks(self.whole, self.plan.tasks)
+
+    @property
+    def base(self) -> RunSettings:
+        """Settings of any run of the search: data and scenario are the same in all."""
+        return make_settings({**self.config, "output_dir": str(self.plan.folder)})
+
+    def _divided(self, data: DatasetSettings, settings: RunSettings) -> tuple[Any, Any]:
+        train, _ = load_pair(data)
+        columns = [data.label_column]
+        if settings.scenario.kind == "domain-incremental":
+            columns.append(settings.scenario.domain_column or "domain")
+        return hold_out(train, columns, self.plan.holdout, self.plan.holdout_seed)
+
+    def __call__(self, number: int, settings: Mapping[str, Any], watch: Watch) -> Outcome:
+        """Make a trial; what goes wrong in it is its outcome, and stops no other."""
+        began = time.perf_counter()
+        try:
+            metrics = self._measured(number, settings, watch)
+            outcome = Outcome(PRUNED if metrics is None else FINISHED, metrics or {})
+        except CommandError as error:
+            outcome = Outcome(FAILED, reason=str(error))
+        except Exception as error:
+            outcome = Outcome(FAILED, reason=plain(f"{type(error).__name__}: {' '.join(str(error).split())}", 1000))
+        free_memory()
+        return Outcome(outcome.state, outcome.metrics, time.perf_counter() - began, outcome.reason)
+
+    def _measured(self, number: int, settings: Mapping[str, Any], watch: Watch) -> dict[str, float] | None:
+        """The metrics, means over the seeds; None if the trial was given up."""
+        found: list[Mapping[str, float]] = []
+        for seed in self.plan.seeds:
+            trainer = self.trainer(settings, seed, self.plan.folder / f"{number:04d}" / f"seed_{seed}")
+            for task in trainer.scenario:
+                trainer.train_task(task)
+                step = len(found) * len(trainer.scenario) + task.index
+                if watch(step, self._judged(trainer.metrics)):
+                    return None
+            remove(trainer.folder)  # checkpoints within tasks
+            trainer.results.save(trainer.folder)
+            found.append(trainer.metrics)
+        return means(found)
+
+    def _judged(self, metrics: Mapping[str, float]) -> float:
+        value = metrics.get(self.plan.metric, float("nan"))
+        if value != value:
+            raise CommandError(
+                f"{self.plan.metric} was not measured, so the trial cannot be judged. Choose another by --metric."
+            )
+        return value
+
+    def trainer(self, settings: Mapping[str, Any], seed: int, folder: Path) -> TrialTrainer:
+        """The trainer of one run of a trial.
+
+        Raises:
+            CommandError: The settings do not do, for the first tasks or for all of them.
+        """
+        run = make_settings(with_settings(self.config, settings, seed, folder))
+        trainer = make_trainer(run, self.scenario, TrialTrainer)
+        config = trainer.tuner.peft_config[trainer.model.active_adapter]
+        with explained("With all tasks of the scenario this run cannot be set up"):
+            check_scenario(config, trainer.args, self.whole, trainer.strategy, 0)
+        return trainer
+
+
+def with_settings(
+    config: Mapping[str, Any], settings: Mapping[str, Any], seed: int | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    """Return a configuration with the settings of a trial, by their dotted names; with a seed and a folder that of one
+    of its runs."""
+    changed = deepcopy(dict(config))
+    for section, name in (("model", "name"), ("strategy", None)):  # a text stands for a mapping
+        value = changed.get(section)
+        if isinstance(value, str) and any(each.startswith(f"{section}.") for each in settings):
+            changed[section] = {value: None} if name is None else {name: value}
+    apply_overrides(changed, list(settings.items()), SECTIONS)
+    if folder is not None:
+        own = {"training.seed": seed, **{f"training.{name}": value for name, value in OF_A_TRIAL.items()}}
+        apply_overrides(changed, [*own.items(), ("output_dir", str(folder))], SECTIONS)
+    return changed
+
+
+def means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over runs."""
+    return {name: fmean(each[name] for each in metrics) for name in metrics[0]}
+
+
+def free_memory() -> None:
+    """Let go of what a trainer leaves behind, which refers to itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
