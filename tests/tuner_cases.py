@@ -21,6 +21,7 @@ CASES: dict[str, tuple[type, str | None, dict[str, Any]]] = {
     "dualprompt": (DualPromptConfig, None, {"pool_size": 5, "prompt_length": 3, "g_layers": [0], "layers": [1, 2]}),
     "dualprompt-coda": (DualPromptConfig, "coda", {"prompt_length": 3, "g_layers": [0], "layers": [1, 2]}),
     "dualprompt-textbook": (DualPromptConfig, "textbook", {"prompt_length": 3, "separation_coefficient": 0.1}),
+    "dualprompt-general": (DualPromptConfig, None, {"g_prompt_length": 3, "g_layers": [0, 1], "layers": []}),
     "coda": (CodaPromptConfig, None, {"components_per_task": 2, "prompt_length": 4, "layers": [0, 2]}),
     "coda-paper": (CodaPromptConfig, "paper", {"components_per_task": 2, "prompt_length": 4, "layers": [0, 2]}),
     "coda-textbook": (CodaPromptConfig, "textbook", {"components_per_task": 2, "prompt_length": 3}),

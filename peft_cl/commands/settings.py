@@ -80,7 +80,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
     """
     for name in config:
         if name not in SECTIONS:
-            raise _unknown_section(name)
+            raise unknown_section(name)
     for name in ("method", "preset", "output_dir"):
         if not isinstance(config.get(name), (str, type(None))):
             raise CommandError(f"{name} is {brief(config[name])}, but must be text. Give one name.")
@@ -120,7 +120,8 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
     )
 
 
-def _unknown_section(name: str) -> CommandError:
+def unknown_section(name: str) -> CommandError:
+    """Make the error for a section that there is none of, with where a setting of its name is."""
     if name == "search":
         return CommandError("The section search is for `peft-cl tune`. Take it out, or give the file to that command.")
     error = unknown("section", name, SECTIONS)

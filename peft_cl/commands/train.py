@@ -20,6 +20,7 @@ from ..hub.terms import NOT_SETTINGS
 from ..plots.run import MATRIX_FILE, PICTURE_FILES
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
+from ..strategies.lora import LORA_FOLDER
 from ..text import counted
 from ..trainer import ContinualTrainer
 from ..trainer.bad_images import BadImageError
@@ -172,7 +173,8 @@ def clear(folder: Path) -> None:
     if (folder / BACKBONE_FOLDER).is_dir() and not (folder / BACKBONE_FOLDER).is_symlink():
         for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places
             (folder / path.name).unlink(missing_ok=True)
-    remove(folder / BACKBONE_FOLDER)
+    for name in (BACKBONE_FOLDER, LORA_FOLDER):
+        remove(folder / name)
 
 
 def make_trainer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..metrics import RunResults
 from ..scenarios import Scenario
 from ..text import plain
 from ..trainer import ContinualTrainer
@@ -22,15 +22,11 @@ from ..trainer.files import remove
 from ..tuning.holdout import first_tasks, hold_out
 from ..tuning.search import FAILED, FINISHED, PRUNED, Outcome, Watch
 from .errors import CommandError, explained
-from .options import apply_overrides
 from .sections import DatasetSettings
-from .settings import SECTIONS, RunSettings, make_settings
+from .settings import RunSettings, make_settings
 from .sources import load_pair
 from .train import make_trainer
-
-
-#: Settings of the training that a trial has in the place of the configuration's: it is measured, and not kept.
-OF_A_TRIAL = {"pictures": False, "push_to_hub": False, "hub_token": None, "disable_tqdm": True}
+from .tune_input import of_a_trial, with_settings
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Trials:
 
     @property
     def base(self) -> RunSettings:
-        """Settings of any run of the search: data and scenario are the same in all."""
+        """The configuration's own settings; data and scenario are the same in all trials."""
         return make_settings({**self.config, "output_dir": str(self.plan.folder)})
 
     def _divided(self, data: DatasetSettings, settings: RunSettings) -> tuple[Any, Any]:
@@ -116,6 +112,8 @@ class Trials:
             outcome = Outcome(FAILED, reason=str(error))
         except Exception as error:
             outcome = Outcome(FAILED, reason=plain(f"{type(error).__name__}: {' '.join(str(error).split())}", 1000))
+        if outcome.state != FINISHED:
+            remove(self.plan.folder / f"{number:04d}")
         free_memory()
         return Outcome(outcome.state, outcome.metrics, time.perf_counter() - began, outcome.reason)
 
@@ -123,16 +121,26 @@ class Trials:
         """The metrics, means over the seeds; None if the trial was given up."""
         found: list[Mapping[str, float]] = []
         for seed in self.plan.seeds:
-            trainer = self.trainer(settings, seed, self.plan.folder / f"{number:04d}" / f"seed_{seed}")
-            for task in trainer.scenario:
-                trainer.train_task(task)
-                step = len(found) * len(trainer.scenario) + task.index
-                if watch(step, self._judged(trainer.metrics)):
-                    return None
-            remove(trainer.folder)  # checkpoints within tasks
-            trainer.results.save(trainer.folder)
-            found.append(trainer.metrics)
+            folder = self.plan.folder / f"{number:04d}" / f"seed_{seed}"
+            remove(folder)  # of an interrupted process
+            try:
+                trainer = self.trainer(with_settings(self.config, settings), seed, folder)
+                results = self._learnt(trainer, watch, len(found) * self.plan.tasks)
+            finally:
+                remove(folder)  # checkpoints within tasks
+            if results is None:
+                return None
+            results.save(folder)
+            found.append(results.metrics)
         return means(found)
+
+    def _learnt(self, trainer: TrialTrainer, watch: Watch, before: int) -> RunResults | None:
+        """The record of a run; None if it was given up. `before`: tasks of the seeds before."""
+        for task in trainer.scenario:
+            trainer.train_task(task)
+            if watch(before + task.index, self._judged(trainer.metrics)):
+                return None
+        return trainer.results
 
     def _judged(self, metrics: Mapping[str, float]) -> float:
         value = metrics.get(self.plan.metric, float("nan"))
@@ -142,35 +150,17 @@ class Trials:
             )
         return value
 
-    def trainer(self, settings: Mapping[str, Any], seed: int, folder: Path) -> TrialTrainer:
-        """The trainer of one run of a trial.
+    def trainer(self, config: Mapping[str, Any], seed: int, folder: Path) -> TrialTrainer:
+        """The trainer of one run of a trial with this configuration.
 
         Raises:
             CommandError: The settings do not do, for the first tasks or for all of them.
         """
-        run = make_settings(with_settings(self.config, settings, seed, folder))
-        trainer = make_trainer(run, self.scenario, TrialTrainer)
+        trainer = make_trainer(make_settings(of_a_trial(config, seed, folder)), self.scenario, TrialTrainer)
         config = trainer.tuner.peft_config[trainer.model.active_adapter]
         with explained("With all tasks of the scenario this run cannot be set up"):
             check_scenario(config, trainer.args, self.whole, trainer.strategy, 0)
         return trainer
-
-
-def with_settings(
-    config: Mapping[str, Any], settings: Mapping[str, Any], seed: int | None = None, folder: Path | None = None
-) -> dict[str, Any]:
-    """Return a configuration with the settings of a trial, by their dotted names; with a seed and a folder that of one
-    of its runs."""
-    changed = deepcopy(dict(config))
-    for section, name in (("model", "name"), ("strategy", None)):  # a text stands for a mapping
-        value = changed.get(section)
-        if isinstance(value, str) and any(each.startswith(f"{section}.") for each in settings):
-            changed[section] = {value: None} if name is None else {name: value}
-    apply_overrides(changed, list(settings.items()), SECTIONS)
-    if folder is not None:
-        own = {"training.seed": seed, **{f"training.{name}": value for name, value in OF_A_TRIAL.items()}}
-        apply_overrides(changed, [*own.items(), ("output_dir", str(folder))], SECTIONS)
-    return changed
 
 
 def means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

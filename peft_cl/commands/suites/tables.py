@@ -108,7 +108,8 @@ class Found:
         numbers = [value[-1] if isinstance(value, tuple) else value for value in values]
         are_numbers = numbers and all(isinstance(value, (int, float)) for value in numbers)
         text = measure.cell(values) if values else NOTHING
-        return Cell(text, fmean(numbers) if are_numbers else None, named=text != NOTHING and measure is MEASURES["category"])
+        is_name = measure is MEASURES["category"] and text != NOTHING
+        return Cell(text, fmean(numbers) if are_numbers else None, named=is_name)
 
 
 def make_table(suite: Suite, found: Found, settings: TableSettings) -> Table:

@@ -9,6 +9,7 @@ from torch import nn
 from .config import PromptPoolConfig
 from .digests import base_digests, is_another_base
 from .encoder import PromptedEncoder
+from .merged import merged
 
 
 def note_base(model: nn.Module, config: PromptPoolConfig) -> None:
@@ -18,7 +19,7 @@ def note_base(model: nn.Module, config: PromptPoolConfig) -> None:
     """
     if config.inference_mode and config.base_weights:
         return
-    config.base_weights = base_digests(_encoder(model).base_layer) or None
+    config.base_weights = base_digests(merged(_encoder(model).base_layer)) or None
 
 
 def warn_of_another_base(model: nn.Module, config: PromptPoolConfig, adapter_name: str) -> None:

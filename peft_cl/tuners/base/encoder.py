@@ -121,6 +121,11 @@ class PromptedEncoder(AdapterLayer):
         return self.family.hidden_size(self.base_layer)
 
     @property
+    def learns(self) -> bool:
+        """Whether the base encoder itself is trained."""
+        return any(weight.requires_grad for weight in self.base_layer.parameters())
+
+    @property
     def query_features(self) -> Features:
         """What `query` is made of: the CLS feature, and more if the active adapter's head reads more."""
         pool: PromptPool | None = self.active

@@ -13,6 +13,7 @@ from ...heads.files import SUMS_FILE, load_sums, save_sums
 from ...text import brief
 from .digests import digest_in_bfloat16, digest_of_tensors, digest_of_weights
 from .encoder import evaluation_mode
+from .merged import merged
 from .saved import file_beside
 
 
@@ -128,7 +129,7 @@ class HeadTools:
 
     def backbone_digest(self) -> str:
         """A digest of the backbone's weights, the same in float32 and in bfloat16."""
-        return digest_in_bfloat16(self.encoder.base_layer)
+        return digest_in_bfloat16(merged(self.encoder.base_layer))
 
     # ----------------------------------------------------------------------------------------------- classes
 

@@ -42,6 +42,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
     pool_class: type[PromptPool]
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}
+    #: Whether the backbone's weights are trained too, which a strategy says.
+    trains_backbone: bool = False
 
     # ----------------------------------------------------------------------------------------------- tasks
 
@@ -112,18 +114,19 @@ class PromptPoolModel(HeadTools, BaseTuner):
 
     def _grow_head(self, head: Head, known: int) -> None:
         """Give the head a row for each class, of which the first `known` are there. Under a head that is computed a
-        linear one is trained as long as prompts learn."""
+        linear one is trained as long as prompts or the backbone learn."""
         config = self._active_config()[1]
         head.check_classes(len(config.classes))
         head.grow(len(config.classes), keep=known)
         if head.evidence is not None:
             head.evidence.grow()
         head.describe(config.classes, self.model)
-        self._set_training_head(head, config, known)
+        self._set_training_head(head, config, known, self.encoder.learns)
         self.head.forget_rows()
 
-    def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int = 0) -> None:
-        learns = not config.prompts_frozen and any(True for _ in self.pool.parameters())
+    def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int = 0, backbone: bool = False) -> None:
+        learning = backbone or self.trains_backbone or any(True for _ in self.pool.parameters())
+        learns = learning and not config.prompts_frozen
         is_trained = any(name for name, _ in head.named_parameters() if not name.startswith("training_head"))
         if not head.observes or head.guides_prompts or is_trained or not learns:
             head.training_head = None
@@ -366,7 +369,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
         the adapter notes the weights of the backbone that it fits."""
         note_base(model, config)
         found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
-        return {key: value for key, value in found.items() if TRAINING_HEAD not in key}
+        # Not what LoRA in the backbone has.
+        return {key: value for key, value in found.items() if f".{cls.prefix}" in key and TRAINING_HEAD not in key}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -38,7 +38,10 @@ class DualPromptConfig(KeyPoolConfig):
     )
     layers: list[int | float] | str = field(
         default_factory=lambda: [2, 3, 4],
-        metadata={"help": "Layers with the expert prompt, from 0; or fractions of the depth; or 'all'."},
+        metadata={
+            "help": "Layers with the expert prompt, from 0; or fractions of the depth; or 'all'. Empty: the general "
+            "prompt alone."
+        },
     )
     g_layers: list[int | float] | str = field(
         default_factory=lambda: [0, 1], metadata={"help": "Layers with the general prompt, likewise; may be empty."}
@@ -96,18 +99,25 @@ class DualPromptConfig(KeyPoolConfig):
         if self.pool_size is not None:
             self._check_positive("pool_size")
         self._check_not_negative("pull_coefficient", "separation_coefficient")
-        self._check_layers("layers")
+        self._check_layers("layers", empty_allowed=True)
         self._check_layers("g_layers", empty_allowed=True)
-        if self.prompt_type == "tokens" and (self.layers != [0] or self.g_layers not in ([0], [])):
+        if not self.layers and (not self.g_layers or self.keys_per_layer):
+            raise ValueError(
+                "layers is empty, so there is no expert prompt, "
+                + ("but g_layers is empty too" if not self.g_layers else "but keys_per_layer is True")
+                + ". Name layers for one of the two prompts; keys_per_layer is for expert prompts."
+            )
+        if self.prompt_type == "tokens" and any(each not in ([0], []) for each in (self.layers, self.g_layers)):
             raise ValueError(
                 f"layers is {self.layers} and g_layers {self.g_layers}, but tokens enter once, at layer 0. Set both "
                 "to [0], or prompt_type='prefix'."
             )
-        if self.separation_coefficient and not self.g_layers:
-            raise ValueError(
-                f"separation_coefficient is {self.separation_coefficient}, but g_layers is empty: there is no general "
-                "prompt to separate from. Name its layers or set the coefficient to 0."
-            )
+        for name, prompt in (("g_layers", "general"), ("layers", "expert")):
+            if self.separation_coefficient and not getattr(self, name):
+                raise ValueError(
+                    f"separation_coefficient is {self.separation_coefficient}, but {name} is empty: there is no "
+                    f"{prompt} prompt to separate from. Name its layers or set the coefficient to 0."
+                )
 
     @property
     def prompted_layers(self) -> tuple[int, ...]:

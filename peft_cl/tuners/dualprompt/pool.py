@@ -19,7 +19,8 @@ class DualPromptPool(PromptPool):
     """Parameters: `g_prompts` (g of the paper), (G layers, 2, L_g, D); `prompts` (e_t), (E layers, 2, rows, L_e, D);
     `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values; as tokens it is an axis of 1. `prompts`
     and `keys` hold the current task's row, `past_prompts` and `past_keys` those before. For a stream they hold all
-    `pool_size` rows, from which each image takes the one with the nearest key, in training too.
+    `pool_size` rows, from which each image takes the one with the nearest key, in training too. Without expert layers
+    there is `g_prompts` alone.
     """
 
     config: DualPromptConfig
@@ -33,6 +34,9 @@ class DualPromptPool(PromptPool):
         wide = geometry.size_at(config.prompted_layers)  # a layer may take both prompts
         general = (len(config.g_layers), parts, config.g_prompt_length, wide)
         self.g_prompts = nn.Parameter(draw_rows(config.init, *general))
+        if not config.layers:  # the general prompt alone: nothing is chosen
+            self.row_axes = {}
+            return
         rows = config.pool_size if config.stream else 1
         self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, rows, config.prompt_length, wide))
         self.keys = nn.Parameter(draw_rows(config.init, sets, rows, size))
@@ -45,9 +49,11 @@ class DualPromptPool(PromptPool):
 
     @property
     def rows_in_use(self) -> int:
-        return self.past_keys.shape[-2] + self.keys.shape[-2]
+        return self.past_keys.shape[-2] + self.keys.shape[-2] if self.row_axes else 0
 
     def begin_task(self, index: int) -> None:
+        if not self.row_axes:
+            return
         shared = self.config.shared_prompt_pool
         copied = self.prompts.detach().clone() if shared else draw_rows(self.config.init, *self.prompts.shape)
         self._grow("prompts", copied)
@@ -63,6 +69,9 @@ class DualPromptPool(PromptPool):
 
     def select(self, query: torch.Tensor) -> Prompts:
         config, losses = self.config, {}
+        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(config.g_layers)}
+        if not self.row_axes:
+            return Prompts(self._inject(general, {}))
         if self.training:
             similarity = cosine(query, self.keys)  # (sets, B, rows); of a task there is one row, which all take
             chosen = similarity.argmax(-1, keepdim=True)
@@ -80,7 +89,6 @@ class DualPromptPool(PromptPool):
                 layer: self._chosen(place, selected[place if config.keys_per_layer else 0, :, 0])
                 for place, layer in enumerate(config.layers)
             }
-        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(config.g_layers)}
         parts = {}
         if self.training and config.separation_coefficient:
             parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
