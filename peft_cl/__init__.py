@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         task_incremental,
         to_rgb,
     )
-    from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy
+    from .trainer import ContinualTrainer, ContinualTrainingArguments, Strategy, register_strategy
     from .tuners import (
         CodaPromptConfig,
         CodaPromptModel,
@@ -54,7 +54,7 @@ NAMES = {
         "task_incremental",
         "to_rgb",
     ),
-    "trainer": ("ContinualTrainer", "ContinualTrainingArguments", "Strategy"),
+    "trainer": ("ContinualTrainer", "ContinualTrainingArguments", "Strategy", "register_strategy"),
     "tuners": (
         "CodaPromptConfig",
         "CodaPromptModel",

@@ -33,6 +33,10 @@ WORDS = {
 #: Those that take a configuration, whose settings are options too, and what an interruption leaves of them.
 CONFIGURED = {"train": "tasks", "tune": "trials"}
 
+#: Those that know methods, heads and backbones by name, so that a user's own can be among them.
+IMPORTING = ("train", "compare", "tune", "evaluate", "predict", "info")
+IMPORTING_HELP = "run your own code first (a file or a module): the strategies, heads and families it registers"
+
 
 def make_parser(word: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of the command line; `train` and `tune` also take dotted names, which are read apart from it.
@@ -47,6 +51,8 @@ def make_parser(word: str | None = None) -> argparse.ArgumentParser:
         of_word = words.add_parser(name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
         if name == word:
             module_of(name).add_arguments(of_word)
+            if name in IMPORTING:  # taken out before the words are parsed
+                of_word.add_argument("--import", metavar="FILE.py", action="append", help=IMPORTING_HELP)
     return parser
 
 
@@ -90,6 +96,7 @@ def _run(words: list[str]) -> int:
         parser.parse_args(words)  # help, version, or a fault: it ends the process
     from .commands.bars import no_bars_in_files
     from .commands.errors import CommandError
+    from .commands.importing import import_given
     from .commands.options import split_overrides
 
     # PEFT asks each model for a property that transformers has renamed: nothing that a user could mend.
@@ -97,6 +104,7 @@ def _run(words: list[str]) -> int:
     try:
         with plain_warnings():
             no_bars_in_files()
+            words = import_given(words)
             module = module_of(word)
             if word not in CONFIGURED:
                 return module.run(parser.parse_args(words)) or 0
@@ -109,7 +117,9 @@ def _run(words: list[str]) -> int:
         complain(for_the_command_line(str(error), word))
         return 2
     except KeyboardInterrupt:
-        advice = f" The {CONFIGURED[word]} finished are saved; --resume goes on with them." if word in CONFIGURED else ""
+        advice = (
+            f" The {CONFIGURED[word]} finished are saved; --resume goes on with them." if word in CONFIGURED else ""
+        )
         complain(f"interrupted.{advice}")
         return 130
 

@@ -122,6 +122,7 @@ def make_trainer(tiny_vit, data, processor, tmp_path):
             "earlier_test",
             "validation",
             "loss",
+            "compute_metrics",
             *REPLACEMENTS,
         )
         own = {name: training.pop(name) for name in names if name in training}

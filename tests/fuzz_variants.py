@@ -212,6 +212,7 @@ KINDS: dict[str, Variant] = {
             "scenario": {"name": ["x"], "class_order": 1, "classes_per_task": "ab"},
             "versions": {"a": [1]},
             "prompt_usage": [[1e308, 1e308], [float("nan"), 1]],
+            "own_metrics": {"<b>": [1e400, [[[[[[[[[1]]]]]]]]]]},
             "test_sizes": [10**30, 1],
             "train_seconds": 1e400,
             "base_model": "<script>alert(1)</script>",

@@ -3,8 +3,10 @@
 METHOD is a method's name, followed by `+checkpoints` (within a task too), `+short`, `+stream`, `+augmented`, `+cached`
 (queries in files), `+stopping` (early, with checkpoints), `+best` (checkpoint at the end), `+uneven` (tasks that
 batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+sharded` (layers), `+er`, `+ewc`,
-`+finetuning`; a head: `+lda`, `+ridge`, `+aligned`, `+fusion` (with `+first`: prompts are learnt in the first task,
-with `+drift`: sums follow them).
+`+finetuning`, `+packnet`, `+hat` (on tasks that are known at test), `+balanced` (ER), `+gem`, `+agem`, `+der`,
+`+icarl` (with its head); a head: `+lda`, `+ridge`, `+aligned`, `+fusion`
+(with `+first`: prompts are learnt in the first task, with `+drift`: sums follow them). `+metrics`: some of the user's
+own.
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -35,8 +37,20 @@ from peft_cl import (
     RandomResizedCropFlip,
     class_incremental,
     task_free,
+    task_incremental,
 )
+from peft_cl.metrics import confusion_matrix, top_k_accuracy
 from peft_cl.strategies import EWC, ExperienceReplay, FineTuning
+from peft_cl.strategies.dark_experience_replay import DarkExperienceReplay
+from peft_cl.strategies.gem import AGEM, GEM
+from peft_cl.strategies.hat import HAT
+from peft_cl.strategies.icarl import ICaRL
+from peft_cl.strategies.lora import FirstSessionLoRA, SequentialLoRA
+from peft_cl.strategies.lwf import LearningWithoutForgetting
+from peft_cl.strategies.osf import OSF
+from peft_cl.strategies.packnet import PackNet
+from peft_cl.strategies.slow_learner import SlowLearner
+from peft_cl.strategies.synaptic_intelligence import SynapticIntelligence
 from peft_cl.trainer import shard_backbone
 
 
@@ -49,6 +63,7 @@ CONFIGS = {
     "probe": lambda **more: LinearProbeConfig(**more),
 }
 HEADS = {
+    "icarl": {"head": "ncm", "head_options": {"metric": "cosine", "normalize": True}, "head_features": "cls"},
     "lda": {"head": "lda", "head_features": "cls+mean", "head_layers": 2, "head_options": {"shrinkage": 0.1}},
     "ridge": {"head": "ridge", "head_options": {"projection": 40}},
     "aligned": {"head": "aligned", "head_options": {"samples": 16}},
@@ -58,7 +73,25 @@ HEADS = {
         "head_options": {"query_options": {"shrinkage": 0.1}},
     },
 }
-STRATEGIES = {"er": lambda: ExperienceReplay(8), "ewc": lambda: EWC(10.0, 8), "finetuning": FineTuning}
+STRATEGIES = {
+    "er": lambda: ExperienceReplay(8),
+    "ewc": lambda: EWC(10.0, 8),
+    "finetuning": FineTuning,
+    "lora": lambda: SequentialLoRA(2),
+    "firstlora": lambda: FirstSessionLoRA(2),
+    "osf": OSF,
+    "online": lambda: EWC(10.0, 8, online=True, decay=0.8),
+    "si": lambda: SynapticIntelligence(0.1),
+    "lwf": LearningWithoutForgetting,
+    "slow": SlowLearner,
+    "packnet": PackNet,
+    "hat": HAT,
+    "balanced": lambda: ExperienceReplay(8, memory="balanced"),
+    "gem": lambda: GEM(9, 0.1),
+    "agem": lambda: AGEM(9),
+    "der": lambda: DarkExperienceReplay(8),
+    "icarl": lambda: ICaRL(12),
+}
 #: Kinds of the moments so far.
 events: list[str] = []
 kill_at, training_steps = 0, 0
@@ -142,7 +175,8 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     augmented = "augmented" in options or not os.environ.get("PLAIN")
     settings = head_settings(options)
     settings |= {"task_evidence": 2.0} if name == "l2p" and not strategies and not settings else {}
-    if strategies or "unmasked" in options:
+    known = not {"packnet", "hat"}.isdisjoint(options)
+    if (strategies and not known) or "unmasked" in options:
         settings["train_mask"] = False
     if "checkpoints" in options:
         training = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "num_train_epochs": 2}
@@ -189,7 +223,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
     trainer = ContinualTrainer(
         divided(model, options),
         arguments,
-        (task_free if stream else class_incremental)(
+        (task_free if stream else task_incremental if known else class_incremental)(
             # 11, 10 and 9 images: of the last batch of 4 the first of two processes has 2, 2 and 1, the other 1, 0, 0.
             (examples([6, 5, 5, 5, 5, 4] if "uneven" in options else 6, 0), examples(3, 1)),
             3,
@@ -198,6 +232,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         processing_class=ViTImageProcessorPil(size={"height": 16, "width": 16}),
         augmentation=RandomResizedCropFlip(size=16) if augmented else None,
         strategy=strategies,
+        compute_metrics=[top_k_accuracy(2), confusion_matrix()] if "metrics" in options else None,
         callbacks=[EarlyStoppingCallback(2, 100.0)] if "stopping" in options else None,
         validation=examples(3, 1) if {"stopping", "best"} & set(options) else None,
     )

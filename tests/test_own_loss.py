@@ -156,7 +156,6 @@ def test_what_is_no_loss_is_told_before_training(loss, message, make_trainer):
         ("optimizers", (torch.optim.SGD([torch.zeros(1)], 0.1), None), "Set optim, optim_args and learning_rates"),
         ("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.1}), "Set optim, optim_args and learning_rates"),
         ("preprocess_logits_for_metrics", lambda logits, labels: logits, r"predicted classes from predict\(task\)"),
-        ("compute_metrics", lambda prediction: {}, "Read accuracy_matrix and metrics"),
         ("data_collator", lambda examples: examples, "Give augmentation= or batch_augmentation="),
         ("model_init", lambda: None, "in a loop of your own"),
     ],

@@ -25,7 +25,9 @@ from .train import make_scenario, put_adapter_on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", metavar="SUITE.yaml", help="methods, seeds and tables; examples/suites has some")
+    parser.add_argument(
+        "suites", metavar="SUITE.yaml", nargs="+", help="methods, seeds and tables; examples/suites has some"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument(
         "--launcher",
@@ -59,27 +61,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = read_config(arguments.suite)
-    apply_overrides(config, pairs("--set", arguments.set), SuiteSettings.__dataclass_fields__)
+    """Check all suites, then run one after the other; the exit status is 1 if a run failed."""
     if arguments.jobs < 1:
         raise CommandError(f"--jobs is {arguments.jobs}, but must be a whole number of at least 1.")
+    changes, options = pairs("--set", arguments.set), pairs("--launcher-option", arguments.launcher_option)
+    suites = [read(path, changes) for path in arguments.suites]
+    refuse_one_folder(suites)
+    if arguments.tables:
+        return max(finish(suite, []) for suite in suites)
+    if arguments.overwrite:
+        for suite in suites:
+            shutil.rmtree(suite.folder / "runs", ignore_errors=True)
+    for suite in suites:
+        for each in suite.runs:
+            check_same(each)
+        check_rows(suite)
+    if arguments.check:
+        for suite in suites:
+            say("\n".join(each.title for each in suite.runs))
+            say(f"{counted(len(suite.runs), 'run')} of {counted(len(suite.rows), 'row')}: nothing wrong was found.")
+        return 0
+    status = 0
+    for suite in suites:
+        launcher = make_launcher(arguments.launcher, arguments.jobs, suite.folder / "jobs", options)
+        status = max(status, finish(suite, run_all(suite, launcher, arguments.quiet)))
+    return status
+
+
+def read(path: str, changes: Sequence[tuple[str, Any]]) -> Suite:
+    """The suite in a file, with changes by dotted names."""
+    config = read_config(path)
+    apply_overrides(config, changes, SuiteSettings.__dataclass_fields__)
     if isinstance(config.get("output_dir"), str):
         config["output_dir"] = str(local_path(config["output_dir"]))
-    suite = read_suite(config)
-    if arguments.tables:
-        return finish(suite, [])
-    if arguments.overwrite:
-        shutil.rmtree(suite.folder / "runs", ignore_errors=True)
-    for each in suite.runs:
-        check_same(each)
-    check_rows(suite)
-    if arguments.check:
-        say("\n".join(each.title for each in suite.runs))
-        say(f"{counted(len(suite.runs), 'run')} of {counted(len(suite.rows), 'row')}: nothing wrong was found.")
-        return 0
-    options = pairs("--launcher-option", arguments.launcher_option)
-    launcher = make_launcher(arguments.launcher, arguments.jobs, suite.folder / "jobs", options)
-    return finish(suite, run_all(suite, launcher, arguments.quiet))
+    return read_suite(config)
+
+
+def refuse_one_folder(suites: Sequence[Suite]) -> None:
+    """Two suites in one folder would write over each other's tables."""
+    folders = [str(suite.folder) for suite in suites]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise CommandError(f"Two suites have the output_dir {folder!r}. Give each its own.")
 
 
 def pairs(option: str, given: Sequence[str]) -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
+from ..strategies import OSF, FineTuning, FirstSessionLoRA, NearestClassMean, SequentialLoRA, SlowLearner
 from ..trainer import Strategy
 from ..tuners import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig
 from ..tuners.base.config import PromptPoolConfig
@@ -46,6 +46,7 @@ class Method:
         return self.config_class.from_preset(preset, **settings) if preset else self.config_class(**settings)
 
 
+UNMASKED = (("train_mask", False),)
 METHODS = {
     "l2p": Method(L2PConfig, preset="best"),
     "dualprompt": Method(DualPromptConfig, preset="best"),
@@ -53,9 +54,10 @@ METHODS = {
     "frozen": Method(LinearProbeConfig, preset="best"),
     "linear-probe": Method(LinearProbeConfig),
     # Fine-tuning means the plain cross-entropy over all classes seen, without the mask that the prompt methods have.
-    "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=(("train_mask", False),)),
+    "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=UNMASKED),
+    "slow-learner": Method(LinearProbeConfig, SlowLearner),
+    "lora": Method(LinearProbeConfig, SequentialLoRA),
+    "first-session-lora": Method(LinearProbeConfig, FirstSessionLoRA),
+    "osf": Method(LinearProbeConfig, OSF),
     "nearest-class-mean": Method(LinearProbeConfig, NearestClassMean),
 }
-
-#: What may be added to a method.
-STRATEGIES = {"er": ExperienceReplay, "ewc": EWC, "joint": JointTraining}

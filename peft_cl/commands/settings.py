@@ -16,11 +16,12 @@ from ..scenarios import RandomResizedCropFlip
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
 from ..text import brief
 from ..trainer import ContinualTrainingArguments, Strategy
+from ..trainer.strategy import STRATEGIES
 from ..tuners.base.config import PromptPoolConfig
 from .adapters import SavedAdapter
 from .earlier import make_earlier_test
 from .errors import CommandError, explained, unknown
-from .methods import METHODS, STRATEGIES, Method
+from .methods import METHODS, Method
 from .options import check_names, convert, fill
 from .own_metrics import make_metrics
 from .sections import ONLY, SEQUENCE, STREAM, DatasetSettings, ModelSettings, ScenarioSettings
@@ -103,7 +104,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         method=method,
         preset=preset,
         adapter=adapter,
-        strategies=[method.strategy_class(), *_make_strategies(config.get("strategy"))],
+        strategies=_make_strategies(config.get("strategy"), method),
         continue_from=earlier,
         earlier_test=make_earlier_test(config.get("earlier_test"), earlier),
         model=model,
@@ -210,15 +211,17 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
     return name, METHODS[name], None, earlier
 
 
-def _make_strategies(values: Any) -> list[Strategy]:
-    """The section `strategy`: a name, or a mapping of names and their settings."""
-    strategies = []
+def _make_strategies(values: Any, method: Method) -> list[Strategy]:
+    """The section `strategy`: a name, or a mapping of names and their settings; with the method's own, which may stand
+    there with other settings."""
+    strategies: list[Strategy] = []
     for name, settings in check_names("strategy", _expand(values, values) or {}, STRATEGIES).items():
         known = [each for each in inspect.signature(STRATEGIES[name]).parameters if each not in ("args", "kwargs")]
         given = check_names(f"strategy.{name}", None if settings == name else settings, known)
         with explained("strategy is wrong"):
             strategies.append(STRATEGIES[name](**given))
-    return strategies
+    has_own = any(type(each) is method.strategy_class for each in strategies)
+    return strategies if has_own else [method.strategy_class(), *strategies]
 
 
 def _make_augmentation(values: Any) -> RandomResizedCropFlip | None:

@@ -130,6 +130,7 @@ class Trials:
                 remove(folder)  # checkpoints within tasks
             if results is None:
                 return None
+            folder.mkdir(parents=True)
             results.save(folder)
             found.append(results.metrics)
         return means(found)

@@ -32,6 +32,7 @@ from .bars import no_bars
 from .errors import CommandError, explained
 from .given import FILE as GIVEN_FILE
 from .given import recall, remember
+from .importing import IMPORTED, import_all
 from .options import apply_overrides, parse_yaml
 from .output import say
 from .settings import SECTIONS, make_settings
@@ -162,13 +163,15 @@ def make_all(search: Search, trials: Trials, options: Options, write: Callable[[
             runner.here(trials)
         else:
             around = surroundings(options.jobs, os.environ, os.cpu_count() or 1, torch.cuda.device_count())
-            runner.in_processes(partial(trials_of_a_worker, trials.config, trials.plan), around)
+            runner.in_processes(partial(trials_of_a_worker, trials.config, trials.plan, tuple(IMPORTED)), around)
     finally:
         progress.close()
 
 
-def trials_of_a_worker(config: Mapping[str, Any], plan: Plan) -> Trials:
-    """What makes trials in a process of their own, which says nothing itself."""
+def trials_of_a_worker(config: Mapping[str, Any], plan: Plan, imported: Sequence[str] = ()) -> Trials:
+    """What makes trials in a process of their own, with the user's code; what it would warn of is said by the first
+    process, which has put a trainer together too."""
+    import_all(imported)
     no_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -206,7 +209,7 @@ def refuse_another(kept: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier search wrote; a run of its best configuration stays."""
     if (folder / FILE).exists():
-        for name in (FILE, f"{FILE}-journal", CSV_FILE, JSON_FILE, BEST_FILE, GIVEN_FILE, TRIALS_FOLDER):
+        for name in (FILE, f"{FILE}.lock", CSV_FILE, JSON_FILE, BEST_FILE, GIVEN_FILE, TRIALS_FOLDER):
             remove(folder / name)
 
 

@@ -23,6 +23,8 @@ class ClassMeansHead(SolvedHead):
     Args:
         metric: `"euclidean"` or `"cosine"`.
         scale: of the cosines, so that their softmax is not flat.
+        normalize: bring each feature to length 1 before the mean is taken (iCaRL, arXiv 1611.07725, Alg. 1), so that
+            images with large features count no more than others.
     """
 
     title = "nearest class mean"
@@ -35,10 +37,18 @@ class ClassMeansHead(SolvedHead):
         *,
         metric: Literal["euclidean", "cosine"] = "euclidean",
         scale: float = 16.0,
+        normalize: bool = False,
     ):
         self.metric = check_choice("metric", metric, ("euclidean", "cosine"))
         self.scale = check_number("scale", scale, above=0)
+        self.normalize = check_choice("normalize", normalize, (True, False))
         super().__init__(sizes, classes)
+
+    def map(self, features):
+        return F.normalize(features, dim=-1) if self.normalize else features
+
+    def _map_settings(self):
+        return (*super()._map_settings(), self.normalize)
 
     def forward(self, features, query=None):
         return super().forward(F.normalize(features.float(), dim=-1) if self.metric == "cosine" else features)

@@ -1,11 +1,13 @@
-"""What a card says of an adapter's parts that are not from its method's paper."""
+"""What a card says of what only some adapters have: parts that are not from the method's paper, own metrics."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..metrics import RunResults
+from ..metrics.own import means_over_tasks
 from ..text import code, in_markdown
 
 
@@ -38,3 +40,23 @@ def evidence_added(adapter: Mapping[str, Any]) -> list[str]:
         "task's mean query is added to the logits of the task's classes. "
         '`model.peft_config["default"].task_evidence = 0` switches it off.'
     ]
+
+
+def own_metrics_added(results: RunResults) -> list[str]:
+    """The user's own metrics that are numbers; lists, such as a confusion matrix, are in the record."""
+    means = means_over_tasks(results.own_metrics or {})
+    if not means:
+        return []
+    header = ["Metric", "Mean", *map(in_markdown, results.task_names[: results.finished_tasks])]
+    rows = [[in_markdown(name), *map(_number, [mean, *results.own_metrics[name]])] for name, mean in means.items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    lines.insert(1, f"|---|{'---:|' * (len(header) - 1)}")
+    return [
+        "### Other metrics",
+        "Of functions that the run was given, on the test images of the task of the column, after the last task:",
+        "\n".join(lines),
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "not measured"

@@ -20,7 +20,7 @@ from ..metrics import RunResults, chance_level, results_table, standard_error
 from ..metrics.chance import compared_without_prompts
 from ..metrics.same_rows import same_rows
 from ..text import code, in_markdown, percent, plain
-from .additions import evidence_added, head_added
+from .additions import evidence_added, head_added, own_metrics_added
 from .papers import PAPERS, Paper
 from .sources import Source, find_source, without_folders
 from .terms import METRICS, NOT_SETTINGS, SETTINGS
@@ -251,6 +251,7 @@ def _measured(results: RunResults) -> str:
         "### Accuracy matrix",
         "Accuracy in % on the task of the column, after training on the task of the row:",
         "\n".join([header, *rows]),
+        *own_metrics_added(results),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -19,6 +19,7 @@ from .matrix import (
 )
 from .predictions import accuracy_matrix, class_accuracies, task_identification_accuracy
 from .results import RunResults
+from .scores import confusion_matrix, f1, top_k_accuracy
 from .table import results_table
 from .usage import usage_entropy, usage_overlap, usage_shares
 
@@ -34,7 +35,9 @@ __all__ = [
     "backward_transfer",
     "chance_level",
     "class_accuracies",
+    "confusion_matrix",
     "continual_metrics",
+    "f1",
     "final_average_accuracy",
     "finished_tasks",
     "forgetting",
@@ -45,6 +48,7 @@ __all__ = [
     "results_table",
     "standard_error",
     "task_identification_accuracy",
+    "top_k_accuracy",
     "usage_entropy",
     "usage_overlap",
     "usage_shares",

@@ -67,8 +67,11 @@ def _check_numbers(results: RunResults) -> None:
     counts = {name: getattr(results, name) for name in ("trainable_parameters", "total_parameters", "finished_tasks")}
     optional = ("adapter_bytes", "sums_bytes", "peak_memory_bytes", "flops")
     counts |= {name: getattr(results, name) or 0 for name in optional}
-    _check_names("kept_bytes", results.kept_bytes or {})
-    counts |= {f"kept_bytes[{brief(name)}]": value for name, value in (results.kept_bytes or {}).items()}
+    for field in ("kept_bytes", "backbone"):
+        _check_names(field, getattr(results, field) or {})
+        counts |= {f"{field}[{brief(name)}]": value for name, value in (getattr(results, field) or {}).items()}
+    if results.backbone is not None and not set(results.backbone) >= {"parameters", "trained", "saved_bytes"}:
+        raise ValueError(_wrong("backbone", results.backbone, "parameters, trained and saved_bytes by name"))
     sizes = [("test_sizes", size) for size in _list_of("test_sizes", results.test_sizes)]
     for name, value in [*counts.items(), *sizes]:
         _check_count(name, value)
@@ -83,6 +86,7 @@ def _check_accuracies(results: RunResults) -> None:
     _check_fractions("baseline", _list_of("baseline", results.baseline or []))
     _check_names("per_class_accuracy", results.per_class_accuracy or {})
     _check_fractions("per_class_accuracy", (results.per_class_accuracy or {}).values())
+    _check_names("own_metrics", results.own_metrics or {})  # the values are checked where they are taken
     _check_names("without_prompts", results.without_prompts or {})
     if results.without_prompts is not None:
         _check_text("without_prompts.head", results.without_prompts.get("head"))

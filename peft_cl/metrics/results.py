@@ -15,6 +15,7 @@ import numpy as np
 from ..disk import check_file, replacing
 from ..text import brief
 from .matrix import intransigence
+from .own import own_values
 from .record_checks import check_record
 from .usage import checked_counts, usage_entropy, usage_overlap
 
@@ -31,6 +32,8 @@ ADDED_LATER = {
     "query_seconds",
     "learnt",
     "without_prompts",
+    "own_metrics",
+    "backbone",
     "kept_bytes",
     "peak_memory_bytes",
     "flops",
@@ -81,6 +84,11 @@ class RunResults:
             `None` where it is not known; `None` in records of earlier versions.
         without_prompts: What the frozen model's features give on the same tasks after the last finished one, where
             they are at hand: the name of the `head` on them, and `accuracies`, one for each task; `None` where not.
+        own_metrics: What metrics of the user's own (`compute_metrics`) gave after the last finished task: by name a
+            value for each finished task, a number or lists of numbers, NaN where it was not measured. `None` without
+            such metrics.
+        backbone: Of the backbone the number of `parameters`, how many of them are `trained`, and `saved_bytes`: what
+            it takes of `adapter_bytes` because it is saved with the adapter; `None` in records of earlier versions.
         kept_bytes: Bytes that must be kept to learn the next task and that predicting does not need, by what they are
             (`"memory"`: the images of a comparison method's memory as the model reads them); `None` in records of
             earlier versions.
@@ -121,6 +129,8 @@ class RunResults:
     query_seconds: float | None = None
     learnt: list[dict[str, Any]] | None = None
     without_prompts: dict[str, Any] | None = None
+    own_metrics: dict[str, list] | None = None
+    backbone: dict[str, int] | None = None
     kept_bytes: dict[str, int] | None = None
     peak_memory_bytes: int | None = None
     flops: int | None = None
@@ -154,6 +164,8 @@ class RunResults:
                     f"prompt_usage has {len(self.prompt_usage)} entries, but finished_tasks is {self.finished_tasks}; "
                     "give the counts of each finished task, or None."
                 )
+        if self.own_metrics is not None:
+            self.own_metrics = own_values(self.own_metrics, self.finished_tasks)
 
     def save(self, path: str | Path) -> Path:
         """Writes the record as JSON and returns the file's path; an older file is replaced at once or not at all.

@@ -11,7 +11,7 @@ from PIL import Image
 
 
 # What an example may bring beside its image and its label.
-BESIDE = ("query", "task_ids")
+BESIDE = ("query", "task_ids", "place")
 
 
 class ContinualCollator:
@@ -69,9 +69,9 @@ class ContinualCollator:
 
         Returns:
             `pixel_values`, as the transform gives them, `labels`, int64 of shape (examples,), unless unlabelled, and
-            `query` and `task_ids`, stacked, if the examples bring them. Examples that bring a `model_label` have the
-            model's own; a `draw` is the seed of the example's augmentation. `image_bytes` stay bytes, a quarter of
-            the pixels' size on the way to a device, where `ImageTransform.from_bytes` makes pixels of them.
+            `query`, `task_ids` and `place`, stacked, if the examples bring them. Examples that bring a `model_label`
+            have the model's own; a `draw` is the seed of the example's augmentation. `image_bytes` stay bytes, a
+            quarter of the pixels' size on the way to a device, where `ImageTransform.from_bytes` makes pixels of them.
 
         Raises:
             ValueError: A column is missing, or a label is not among the classes of the scenario.

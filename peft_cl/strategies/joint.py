@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..scenarios import Task
-from ..trainer import ContinualTrainer, Strategy
+from ..trainer import ContinualTrainer, Strategy, register_strategy
 
 
+@register_strategy("joint")
 class JointTraining(Strategy):
     """At each task, train on the examples of all tasks so far, from the weights of the task before ("cumulative").
 

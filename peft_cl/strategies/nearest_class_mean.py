@@ -11,13 +11,14 @@ from peft import PeftModel
 from ..heads import ClassMeansHead, LinearHead, Sizes
 from ..scenarios import Task
 from ..scenarios.columns import check_flag
-from ..trainer import ContinualTrainer, Strategy
+from ..trainer import ContinualTrainer, Strategy, register_strategy
 
 
 #: Of a class of a stream that was not seen yet, which is out of the question.
 UNSEEN = -1e4
 
 
+@register_strategy("nearest-class-mean")
 class NearestClassMean(Strategy):
     """Classify by the nearest mean of the training features of each class (Janson et al. 2022, arXiv 2210.04428).
 

@@ -53,14 +53,14 @@ RULES = {
         "None: the column of the labels is the scenario's label_column",
     ),
     "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
+    "include_for_metrics": (
+        lambda value: not value,
+        "empty: metrics are computed from scores and labels, and the images of all tasks would lie in memory at once",
+    ),
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
     "metric_for_best_model": (
-        lambda value: (
-            value is None
-            or (name := str(value).removeprefix("eval_")) in ("loss", "average_accuracy")
-            or name.startswith("accuracy_")
-        ),
-        "'loss', 'average_accuracy' or 'accuracy_<name of the first task>'",
+        lambda value: value is None or (isinstance(value, str) and bool(value)),  # the trainer knows the names
+        "the name of what is measured, such as 'average_accuracy', or None",
     ),
     **dict.fromkeys(
         ("logging_steps", "save_steps"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,6 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
             )
     check_images(args, scenario)
     check_transformed(scenario)
-    check_metric(args, scenario)
     if args.dataloader_drop_last:
         for task in scenario[finished_tasks:]:
             if len(task.train) < args.train_batch_size * args.world_size:
@@ -76,16 +75,28 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
     check_ahead(config, args, scenario)
 
 
-def check_metric(args: ContinualTrainingArguments, scenario: Scenario) -> None:
-    """Refuse a metric that some task would lack: a task is measured from the time on when it is learnt."""
+def check_metric(args: ContinualTrainingArguments, scenario: Scenario, own: Sequence[str]) -> None:
+    """Refuse a metric that is not measured, or that some task would lack: a task is measured from the time on when it
+    is learnt.
+
+    Args:
+        own: names of the user's own metrics that are numbers.
+    """
     name, first = (args.metric_for_best_model or "").removeprefix("eval_"), scenario[0].name
-    if name.startswith("accuracy_") and name != f"accuracy_{first}":
-        known = name.removeprefix("accuracy_") in [task.name for task in scenario]
-        why = "is not measured while earlier tasks are learnt" if known else "is none of the scenario's tasks"
+    known = ["loss", "average_accuracy", f"accuracy_{first}", *own, *(f"{metric}_{first}" for metric in own)]
+    if not name or name in known:
+        return
+    if name.startswith("accuracy_"):
+        is_task = name.removeprefix("accuracy_") in [task.name for task in scenario]
+        why = "is not measured while earlier tasks are learnt" if is_task else "is none of the scenario's tasks"
         raise ValueError(
             f"metric_for_best_model is {args.metric_for_best_model!r}, but {name.removeprefix('accuracy_')!r} {why}. "
             f"Take 'average_accuracy', 'loss' or 'accuracy_{first}'."
         )
+    raise ValueError(
+        f"metric_for_best_model is {args.metric_for_best_model!r}, but must be one of {', '.join(known)}. Take one of "
+        "them, or give the trainer compute_metrics=, a function that returns a number of this name."
+    )
 
 
 def check_callbacks(args: ContinualTrainingArguments, callbacks: Any) -> None:
@@ -114,7 +125,6 @@ REPLACEMENTS = {
     "train_dataset": "Give the data to the scenario",
     "eval_dataset": "Give the data to the scenario",
     "data_collator": "Give augmentation= or batch_augmentation=",
-    "compute_metrics": "Read accuracy_matrix and metrics, or call predict(task)",
     "preprocess_logits_for_metrics": "Read the predicted classes from predict(task), or override Strategy.predict",
     "compute_loss_func": "Give it as loss=, a function (logits, labels, class_names) to which the method's own terms "
     "and masks are applied",

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset
 
 from ..metrics.predictions import evaluation_details
 from ..scenarios import Task
 from .earlier import EarlierTasks
 from .examples import TaskExamples, row_counts
+from .own_metrics import OwnMetrics, Values, by_task, entries
 from .predictions import NamedPredictions
 from .restarting import RestartingTrainer
 
@@ -24,17 +26,22 @@ class MeasuringTrainer(RestartingTrainer):
 
     Attributes:
         earlier: the tasks that the adapter had learnt before this run; set before `__init__`.
+        own_metrics: the user's own metrics; set before `__init__`.
     """
 
     earlier: EarlierTasks
+    own_metrics: OwnMetrics
     #: For each task of the scenario one whose test images are those to choose by within a task; empty without such.
     validation: list[Task]
     #: The scenario's tasks as they were given, before they got their names on record.
     _given: list[Task]
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, compute_metrics=self._accuracies, **kwargs)
+        measures = {"compute_metrics": self._accuracies, "preprocess_logits_for_metrics": self._kept_of}
+        super().__init__(*args, **measures, **kwargs)
         self._measured: list[Task] = []
+        #: Values of own metrics that are no numbers, of the measurement under way: they are not logged.
+        self._lists: Values = {}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -48,7 +55,8 @@ class MeasuringTrainer(RestartingTrainer):
 
         Returns:
             dict with `eval_loss`, `eval_average_accuracy` (mean over tasks) and `eval_accuracy_<task name>`; for other
-            examples `eval_loss` and `eval_accuracy`.
+            examples `eval_loss` and `eval_accuracy`. With own metrics also `eval_<name>`, for numbers the mean over
+            tasks, and `eval_<name>_<task name>`.
         """
         if eval_dataset is None:
             self._measured = self._to_measure()
@@ -66,7 +74,7 @@ class MeasuringTrainer(RestartingTrainer):
         finally:
             measured, self._measured, self.selected_rows = self._measured, [], None
         self._note(measured, metrics, metric_key_prefix)
-        return metrics
+        return metrics | self._taken_lists(metric_key_prefix)
 
     def _to_measure(self) -> list[Task]:
         """The tasks seen that there are test images of; with `measure_ahead` those to come too. Before anything is
@@ -130,6 +138,9 @@ class MeasuringTrainer(RestartingTrainer):
             output = super().predict(examples, ignore_keys, metric_key_prefix)
         finally:
             self.data_collator = collator
+        if isinstance(output.predictions, tuple):  # own metrics had scores beside the rows
+            lists = self._taken_lists(metric_key_prefix)
+            output = output._replace(predictions=output.predictions[0], metrics=output.metrics | lists)
         config = self.tuner.peft_config[self.tuner.active_adapters[0]]
         return NamedPredictions.of(output, config.classes)
 
@@ -179,23 +190,53 @@ class MeasuringTrainer(RestartingTrainer):
         """Names of the model's classes, those to come included."""
         return list(dict.fromkeys([*self.classes_before, *self.scenario.classes]))
 
+    def _kept_of(self, logits: torch.Tensor, labels: torch.Tensor | None) -> Any:
+        """What is kept of a batch: the rows predicted; the scores too where own metrics are computed from them."""
+        rows = logits.argmax(dim=-1)
+        return (rows, logits.float()) if self.own_metrics and labels is not None else rows
+
     def _accuracies(self, prediction: Any) -> dict[str, float]:
-        correct = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)
+        rows, scores = prediction.predictions if self.own_metrics else (prediction.predictions, None)
+        rows, labels = np.asarray(rows), np.asarray(prediction.label_ids)
+        correct = rows == labels
         if not self._measured:
-            return {"accuracy": float(correct.mean())}
+            return {"accuracy": float(correct.mean()), **self._logged(*self._own(scores, labels, []))}
         ends = np.cumsum([len(task.test) for task in self._measured])
         if len(correct) != ends[-1]:
             raise RuntimeError(f"{len(correct)} predictions came back for {ends[-1]} test examples")
         accuracies = [part.mean() for part in np.split(correct, ends[:-1])]
         seen = sum(self.task is None or task.index <= self.task.index for task in self._measured)
+        own, names = self._own(scores, labels, ends[:-1]), [task.name for task in self._measured]
         if self.began is None and self.task is not None:
-            self.details = self._details(prediction, self._measured[:seen])
+            self.details = self._details(rows, labels, self._measured[:seen])
+            if own:
+                places = [len(self.earlier) + task.index for task in self._measured[:seen]]
+                self.details["own_metrics"] = by_task(own[:seen], places, self.tasks_before + self.task.index + 1)
         return {
             "average_accuracy": float(np.mean(accuracies[:seen])),
-            **{f"accuracy_{task.name}": float(value) for task, value in zip(self._measured, accuracies, strict=True)},
+            **{f"accuracy_{name}": float(value) for name, value in zip(names, accuracies, strict=True)},
+            **self._logged(entries(own, names, seen)),
         }
 
-    def _details(self, prediction: Any, seen: Sequence[Task]) -> dict[str, Any]:
+    def _own(self, scores: np.ndarray | None, labels: np.ndarray, ends: Sequence[int]) -> list[Values]:
+        """Own metrics of each task that is measured, or of examples that are none; empty without such metrics."""
+        if scores is None:
+            return []
+        names = [f"the images of {task.name}" for task in self._measured] or ["the examples given"]
+        parts = zip(np.split(scores, ends), np.split(labels, ends), names, strict=True)
+        return [self.own_metrics.measure(*part) for part in parts]
+
+    def _logged(self, own: Values | None = None) -> dict[str, float]:
+        """The numbers among the values; lists are kept, for `_taken_lists`."""
+        self._lists = {name: value for name, value in (own or {}).items() if isinstance(value, list)}
+        return {name: value for name, value in (own or {}).items() if name not in self._lists}
+
+    def _taken_lists(self, prefix: str) -> Values:
+        """The lists of the last measurement, by their names in what it returns; once."""
+        lists, self._lists = self._lists, {}
+        return {f"{prefix}_{name}": value for name, value in lists.items()}
+
+    def _details(self, rows: np.ndarray, labels: np.ndarray, seen: Sequence[Task]) -> dict[str, Any]:
         """What is told by predictions for the tasks seen, beside their accuracies."""
         sizes = np.array([len(task.test) for task in seen])
         # Of some tasks alone it would look better than it is.
@@ -203,8 +244,8 @@ class MeasuringTrainer(RestartingTrainer):
         asked = whole and self.scenario.boundaries and not self.scenario.task_known
         disjoint = sum(len(task.classes) for task in seen) == len({name for task in seen for name in task.classes})
         details = evaluation_details(
-            np.asarray(prediction.predictions)[: sizes.sum()],
-            np.asarray(prediction.label_ids)[: sizes.sum()],
+            rows[: sizes.sum()],
+            labels[: sizes.sum()],
             np.repeat(np.arange(len(sizes)), sizes),
             self._classes(),
             [task.classes for task in seen] if asked and disjoint else None,

@@ -35,7 +35,7 @@ class ObservingTrainer(TaskTrainer):
         config = self.tuner.head.config
         is_first = not config.tasks
         follows = config.drift_compensation and self.scenario.boundaries and not is_first
-        self._features_before = self._features_of_all(task) if follows else None
+        self._features_before = self.features_of_all(task) if follows else None
 
     def observe(self, task: Task) -> None:
         """Show the head what `task` was learnt from, and compute it."""
@@ -45,13 +45,11 @@ class ObservingTrainer(TaskTrainer):
         self.tuner.need_sums()
         # A stream is observed as it comes, in its steps; without steps it is gone through here, in its order.
         if self.scenario.boundaries or not self._trains():
-            tasks = self.strategy.tasks(self, task)
-            if len(tasks) > 1:  # all of them come again
+            tasks = self.strategy.observed(self, task)
+            if any(each is not task for each in tasks):  # all of them come again
                 head.forget_observed()
             if self._features_before is not None:
-                head.move(
-                    self._features_before, self._features_of_all(task), self.tuner.head.config.drift_compensation
-                )
+                head.move(self._features_before, self.features_of_all(task), self.tuner.head.config.drift_compensation)
             for each in tasks:
                 self._show(each, head)
             if self.args.world_size > 1:
@@ -77,7 +75,7 @@ class ObservingTrainer(TaskTrainer):
             head.observe(features, batch["labels"][:left], query)
             left -= len(features)
 
-    def _features_of_all(self, task: Task) -> torch.Tensor:
+    def features_of_all(self, task: Task) -> torch.Tensor:
         """Features of all of the task's training images, (examples, F), on the CPU; the same on every process."""
 
         def of_rows(rows: Sequence[int]) -> torch.Tensor:

@@ -20,8 +20,17 @@ from .examples import has_transform
 from .tensor_files import TensorFiles
 
 
-#: Of a backbone's configuration: names of it and of classes, which a task changes, and which no feature depends on.
-NO_PART_OF_IT = ("_name_or_path", "architectures", "id2label", "label2id", "num_labels", "transformers_version")
+#: Of a configuration of a backbone: names of it and of classes, which a task changes, and no feature depends on. The
+#: number format is read from the weights: a model that is saved notes it in its configuration.
+NO_PART_OF_IT = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "transformers_version",
+)
 
 
 class QueryCache:

@@ -68,12 +68,25 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         finished_tasks=len(earlier) + trainer.finished_tasks,
         prompt_usage=usage_of_finished_tasks(trainer),
         baseline=trainer.baseline,
+        backbone=_backbone_of(trainer),
         kept_bytes=strategy.kept_bytes(trainer),
         peak_memory_bytes=_most(peak_memory(trainer.args.device), before and before.peak_memory_bytes),
         flops=_flops_of(trainer),
         learnt=[*learnt_before(earlier), *(task["took"] for task in trainer.learnt)],
-        **(trainer.details if trainer.finished_tasks else {}),
+        **_details_of(trainer),
     )
+
+
+def _backbone_of(trainer: ContinualTrainer) -> dict[str, int]:
+    """Its parameters, how many of them are trained, and the bytes it takes beside the adapter if it is saved too."""
+    weights = list(trainer.tuner.encoder.base_layer.parameters())
+    total, trained = (sum(weight.numel() for weight in weights if weight.requires_grad or not only) for only in (0, 1))
+    changes = 2 * trained > total  # layers that PEFT puts into a frozen backbone are few, and none of its own
+    return {
+        "parameters": total if changes else total - trained,
+        "trained": trained,
+        "saved_bytes": trainer.strategy.saved_bytes(trainer, 0) if changes else 0,
+    }
 
 
 def _most(*values: int | None) -> int | None:
@@ -88,6 +101,17 @@ def _flops_of(trainer: ContinualTrainer) -> int | None:
     if own is None or before is None or not trainer.finished_tasks:
         return None
     return own * trainer.args.world_size + before
+
+
+def _details_of(trainer: ContinualTrainer) -> dict[str, Any]:
+    """What the last measurement told; of own metrics the values of finished tasks, as one may be measured that is not
+    saved yet."""
+    if not trainer.finished_tasks:
+        return {}
+    details, done = dict(trainer.details), len(trainer.earlier) + trainer.finished_tasks
+    if details.get("own_metrics"):
+        details["own_metrics"] = {name: values[:done] for name, values in details["own_metrics"].items()}
+    return details
 
 
 def facts_of(trainer: ContinualTrainer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from ..scenarios import Scenario, Task
-from ..tuners.base.digests import digest_of_weights
+from ..tuners.base.merged import layers_of_others
 from .files import explained_writes, finish_writing
 from .longer import is_longer, start_of_last_task, without_length
 from .observing import ObservingTrainer
@@ -63,8 +63,6 @@ class ResumableTrainer(ObservingTrainer):
         super().__init__(*args, **kwargs)
         self.whole_matrix = self._empty_matrix(self.scenario)
         self.whole_matrix[: self.tasks_before, : self.tasks_before] = self.earlier.matrix
-        # Of the weights as they were given: a strategy may train them.
-        self._backbone = digest_of_weights(self.tuner.encoder.base_layer)[:12]
         self._examples: dict[int, str] = {}
         self.finished_tasks = 0
         self.prompt_usage: np.ndarray | None = None
@@ -151,11 +149,17 @@ class ResumableTrainer(ObservingTrainer):
         }
 
     def _own_weights(self) -> dict[str, torch.Tensor]:
-        """The adapter's weights, and those of the backbone that are trained."""
+        """The adapter's weights, those of the backbone that are trained, and those that a strategy has put into it."""
         model = self.accelerator.unwrap_model(self.model)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        others = layers_of_others(self.tuner.encoder.base_layer).values()
+        places = {place for layer in others for place in layer.adapter_layer_names}
         prefix = f".{self.tuner.prefix}"
-        return {name: value for name, value in model.state_dict().items() if name in trained or prefix in name}
+        return {
+            name: value
+            for name, value in model.state_dict().items()
+            if name in trained or prefix in name or not places.isdisjoint(name.split("."))
+        }
 
     def save_snapshot(self) -> None:
         """Write the state between tasks, on the first process."""
@@ -370,6 +374,7 @@ class ResumableTrainer(ObservingTrainer):
         state = load_snapshot(Path(self.state.best_model_checkpoint))
         self._take_weights(state["weights"])
         self._take_sums(state)
+        self.strategy.load_state_dict(state["strategy"])  # what it learnt with these weights
         self.leave_counts_to_first()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

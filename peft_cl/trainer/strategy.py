@@ -41,11 +41,22 @@ class Strategy:
     #: Whether it makes sense on a stream, whose stretches are no tasks.
     learns_streams = True
 
+    #: Whether it trains the backbone's weights, or puts trained ones into it: one strategy can at a time.
+    trains_backbone = False
+
     #: Whether batches hold classes of earlier tasks, so that their logits must not be masked.
     trains_earlier_classes = False
 
     #: Why it cannot do with a head that is computed from sums over features; empty if it can.
     why_trained_head = ""
+
+    #: Whether a computed head observes images of all classes again after each task (`observed`), so that it may read
+    #: features of a backbone that is trained.
+    observes_anew = False
+
+    #: Whether batches of training bring the `place` of each image, (B, 2): its task's number, its row in the task. The
+    #: strategy's `batch` takes it out.
+    needs_places = False
 
     def title(self, adapter: str) -> str:
         """Name of the method in tables. Default: that of the adapter's method, and the strategy's if it has one."""
@@ -69,6 +80,11 @@ class Strategy:
     def tasks(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
         """Tasks whose training examples are gone through to learn `task`. Default: its own."""
         return [task]
+
+    def observed(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
+        """Tasks whose training examples a computed head observes after `task`. Where there are others than `task`, it
+        forgets what it observed before. Default: those that it was learnt from."""
+        return self.tasks(trainer, task)
 
     def begin_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Called when the model's head has the task's classes, before the first step."""
@@ -134,6 +150,33 @@ class Strategy:
         return {}
 
 
+#: Name in configurations and suites -> class.
+STRATEGIES: dict[str, type[Strategy]] = {}
+
+
+def register_strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:
+    """Enter a strategy under the name that `strategy:` in a configuration or a suite gives. A module that is loaded
+    again may repeat it.
+
+    Raises:
+        ValueError: another strategy has this name.
+
+    Example:
+        >>> @register_strategy("my-method")         # doctest: +SKIP
+        ... class MyMethod(Strategy): ...
+    """
+
+    def enter(strategy: type[Strategy]) -> type[Strategy]:
+        known = STRATEGIES.get(name)
+        own = (strategy.__module__, strategy.__qualname__)
+        if known is not None and (known.__module__, known.__qualname__) != own:
+            raise ValueError(f"The strategy {name!r} is {known.__qualname__} already. Give yours another name.")
+        STRATEGIES[name] = strategy
+        return strategy
+
+    return enter
+
+
 class AfterStep(TrainerCallback):
     """Tells the trainer's strategy of each step of the optimizer."""
 
@@ -148,7 +191,8 @@ class Combined(Strategy):
     """Several strategies as one; each hook is called for all of them, in order.
 
     Raises:
-        ValueError: two of one kind, or more than one with a way of its own to learn a task or to choose its tasks.
+        ValueError: two of one kind, or more than one with a way of its own to learn a task or to choose its tasks; one
+            that needs the places of a batch's images beside another that changes the batch.
     """
 
     def __init__(self, strategies: Sequence[Strategy]):
@@ -162,15 +206,33 @@ class Combined(Strategy):
         kinds = [type(each).__name__ for each in strategies]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once. Take the others out.")
+        training = [str(each.name) for each in strategies if each.trains_backbone]
+        if len(training) > 1:
+            raise ValueError(
+                f"{' and '.join(training)} cannot be combined: each has a way of its own to train the backbone. Give "
+                "one of them."
+            )
         # What stands for the whole method comes first, in names and in what is done.
         self.strategies = sorted(strategies, key=lambda each: each.title("") != each.name)
         self.name = " + ".join(each.name for each in self.strategies if each.name) or None
         self.learns_streams = all(each.learns_streams for each in strategies)
         self.limits = tuple(limit for each in strategies for limit in each.limits)
         self.has_task_evidence = all(each.has_task_evidence for each in strategies)
-        reasons = [f"{each.name} {each.why_trained_head}" for each in strategies if each.why_trained_head]
+        anew = any(each.observes_anew for each in strategies)
+        reasons = [
+            f"{each.name} {each.why_trained_head}"
+            for each in strategies
+            if each.why_trained_head and not (anew and each.trains_backbone)
+        ]
         self.why_trained_head = ", and ".join(reasons)
         self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
+        self.needs_places = any(each.needs_places for each in strategies)
+        changing = [each for each in strategies if type(each).batch is not Strategy.batch]
+        if self.needs_places and len(changing) > 1:
+            names = " and ".join(str(each.name or type(each).__name__) for each in changing)
+            raise ValueError(
+                f"{names} cannot be combined: each puts images of its own into the batch. Give one of them."
+            )
         self.own = {}
         for hook in ("learn", "tasks", "loss"):
             owners = [each for each in self.strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
@@ -208,6 +270,9 @@ class Combined(Strategy):
 
     def tasks(self, trainer, task):
         return self.own["tasks"].tasks(trainer, task)
+
+    def observed(self, trainer, task):
+        return self.own["tasks"].observed(trainer, task)
 
     def begin_task(self, trainer, task):
         for each in self.strategies:
@@ -259,4 +324,8 @@ class Combined(Strategy):
         return adapter_bytes
 
     def kept_bytes(self, trainer):
-        return {what: count for each in self.strategies for what, count in each.kept_bytes(trainer).items()}
+        kept: dict[str, int] = {}
+        for each in self.strategies:
+            for what, count in each.kept_bytes(trainer).items():
+                kept[what] = kept.get(what, 0) + count
+        return kept

@@ -88,7 +88,6 @@ class TaskTrainer(TaskData):
             data_collator=self._collators[False],
             train_dataset=scenario[0].train,
             processing_class=processing_class,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
             **kwargs,
         )
         self.tuner.head.own_loss = loss or strategy.own_loss  # of the last trainer, if it had one, no more
@@ -163,6 +162,19 @@ class TaskTrainer(TaskData):
         """What is applied to each training image."""
         return self._transforms[True].augmentation
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images as the model reads them; where the processor does not say, the backbone's."""
+        size = self._transforms[False].output_size
+        if size is None:
+            size = self.tuner.family.image_config(self.tuner.model).image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def weight_of_batch(self) -> float:
+        """What the mean over the batch under way counts for; 0: its only example is another process's."""
+        return self._weight
+
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Inside the block time passes that is none of training."""
@@ -184,6 +196,10 @@ class TaskTrainer(TaskData):
         self.model_wrapped = self.model
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train", images=self._images_of_a_fit(tasks))
+        if self.strategy.needs_places:
+            self.train_dataset.tensors["place"] = torch.tensor(
+                [(task.index, row) for task in tasks for row in range(len(task.train))]
+            )
         self.forget_steps()
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
@@ -287,6 +303,7 @@ class TaskTrainer(TaskData):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)  # once, and so that strategies read them too
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         selected = self.tuner.head.last_selected
         if self.selected_rows is not None and selected is not None:

@@ -18,8 +18,9 @@ from ..metrics.same_rows import same_rows
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from ..text import percent
+from ..tuners.base.digests import digest_of_weights
 from .arguments import ContinualTrainingArguments
-from .checks import check_callbacks, check_fit, check_functions, check_optimizer, check_replacements
+from .checks import check_callbacks, check_fit, check_functions, check_metric, check_optimizer, check_replacements
 from .choosing import check_choices, given_validation, keep_back, warn_of_test_images
 from .earlier import earlier_tasks
 from .extras import spared
@@ -27,6 +28,7 @@ from .files import check_writable, explained_writes, written_aside
 from .learning_rates import check_parts
 from .loss import check_loss
 from .measuring import MeasuringTrainer
+from .own_metrics import OwnMetrics
 from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .strategy import Combined, Strategy
 
@@ -54,6 +56,16 @@ class ContinualTrainer(MeasuringTrainer):
             among them, and of `class_names`, their k names. It returns the mean over the batch, or (B,). What the
             method adds (the pull of keys, orthogonality, ...) is added to it as ever. Weighted, focal and smoothed
             losses are one line each: see the example.
+        compute_metrics: what is measured beside the accuracies, after each task on the test images of each task seen:
+            a function of `transformers.EvalPrediction` (`predictions`: scores (N, classes seen), float32, `label_ids`
+            (N,), rows of the head) that returns numbers or lists of numbers by name; a list of such functions; or a
+            dict of them, whose keys are put before their names (a function that returns one value by itself is named
+            by its key). Ready-made in `peft_cl.metrics`: `top_k_accuracy(5)`, `f1("macro")`, `confusion_matrix()`.
+            Where the task of an image is known, scores of other tasks' classes are -inf. Numbers are logged as
+            `eval_<name>_<task>` and `eval_<name>`, their mean over the tasks, which `metric_for_best_model` may name
+            (with `greater_is_better=False` for errors); `results.own_metrics` has all values. All functions are tried
+            before training; one that fails later is NaN there, with a warning. With such functions the scores of all
+            test images are in memory at once.
         strategy: a comparison method, or a list of them; None trains the adapter as it is.
         earlier_test: test images of tasks that a loaded adapter had learnt before, which are measured on then: one
             split (`Dataset`) whose images are told apart by their classes, a dict of them by the task's name, or the
@@ -83,6 +95,9 @@ class ContinualTrainer(MeasuringTrainer):
         >>> def weighted(logits, labels, class_names):  # a rare class counts five times
         ...     weight = torch.tensor([5.0 if name == "snake" else 1.0 for name in class_names])
         ...     return torch.nn.functional.cross_entropy(logits, labels, weight.to(logits.device))
+        >>> def balanced(prediction):  # compute_metrics=[balanced, top_k_accuracy(5)]
+        ...     predicted = prediction.predictions.argmax(-1)
+        ...     return {"balanced": sklearn.metrics.balanced_accuracy_score(prediction.label_ids, predicted)}
     """
 
     def __init__(
@@ -95,6 +110,7 @@ class ContinualTrainer(MeasuringTrainer):
         augmentation: Callable | None = None,
         batch_augmentation: Callable | None = None,
         loss: Callable | None = None,
+        compute_metrics: Any = None,
         strategy: Strategy | Sequence[Strategy] | None = None,
         earlier_test: Any = None,
         validation: Any = None,
@@ -112,7 +128,11 @@ class ContinualTrainer(MeasuringTrainer):
                 f"loss is given, but {strategy.name} has a loss of its own in the place of the cross-entropy. Leave "
                 "one of them out."
             )
-        check_loss(loss, scenario, model.peft_config[model.active_adapter])
+        config = model.peft_config[model.active_adapter]
+        check_loss(loss, scenario, config)
+        self.own_metrics = OwnMetrics(compute_metrics)
+        self.own_metrics.check(scenario, config)
+        check_metric(args, scenario, self.own_metrics.numbers)
         check_callbacks(args, kwargs.get("callbacks"))
         check_optimizer(args)
         check_replacements(kwargs)
@@ -125,6 +145,8 @@ class ContinualTrainer(MeasuringTrainer):
             scenario, self.validation = keep_back(scenario, args)
         if args.process_index == 0:
             check_writable(Path(args.output_dir), model.peft_config)
+        # As they were given: a strategy may train them, or put weights into it that are drawn.
+        self._backbone = digest_of_weights(model.base_model.encoder.base_layer)[:12]
         strategy.prepare(model)
         check_parts(args.learning_rates or {}, model)  # of what is trained now
         super().__init__(
@@ -252,6 +274,7 @@ class ContinualTrainer(MeasuringTrainer):
         given = self.scenario.with_task(data, **columns)
         longer = self.earlier.named_on(given)
         check_fit(self.model, self.args, longer, self.strategy, self.finished_tasks)
+        self.own_metrics.check(longer, self.tuner.head.config)
         if self.validation and self.args.validation_fraction is None:
             raise ValueError(
                 "The trainer chooses by validation images that were given, and there are none of an added task. Make "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import CommandError, explained
+from ..importing import as_words
 
 
 try:
@@ -38,13 +39,13 @@ class InWork(Exception):
 
 def words_of(config: Path) -> list[str]:
     """The command of a run, which goes on where it was interrupted."""
-    return [sys.executable, "-m", "peft_cl.cli", "train", str(config), "--resume"]
+    return [sys.executable, "-m", "peft_cl.cli", "train", str(config), "--resume", *as_words()]
 
 
 class LocalJob:
     """A process of this machine. It holds a lock on its run as long as it lives, whatever becomes of its parent."""
 
-    def __init__(self, config: Path, log: Path, lock: Path, environment: dict[str, str]):
+    def __init__(self, words: list[str], log: Path, lock: Path, environment: dict[str, str]):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(lock, "a") as held, open(log, "ab") as output:
             if fcntl is not None:
@@ -54,7 +55,7 @@ class LocalJob:
                     raise InWork(str(lock)) from None
             kept = [held.fileno()] if fcntl is not None else []
             self.process = subprocess.Popen(
-                words_of(config),
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -94,7 +95,7 @@ class LocalLauncher:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         if self.gpus:  # one for each process: several to one process are refused
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
-        job = LocalJob(config, log, lock, environment)
+        job = LocalJob(words_of(config), log, lock, environment)
         self._taken[id(job)] = place
         return job
 
@@ -145,18 +146,17 @@ class SubmitItLauncher:
 
     def start(self, config: Path, log: Path, lock: Path) -> Job:
         log.parent.mkdir(parents=True, exist_ok=True)
-        return SubmitItJob(self.executor.submit(work, str(config), str(log), str(lock)))
+        return SubmitItJob(self.executor.submit(work, words_of(config), str(log), str(lock)))
 
     def forget(self, job: Job) -> None:
         pass
 
 
-def work(config: str, log: str, lock: str) -> None:
+def work(words: list[str], log: str, lock: str) -> None:
     """What a job of a cluster does: the run, in a process of its own."""
-    job = LocalJob(Path(config), Path(log), Path(lock), dict(os.environ))
-    status = job.process.wait()
+    status = LocalJob(words, Path(log), Path(lock), dict(os.environ)).process.wait()
     if status:
-        raise RuntimeError(f"peft-cl train {config} ended with {status}; see {log}")
+        raise RuntimeError(f"{' '.join(words)} ended with {status}; see {log}")
 
 
 def make_launcher(name: str, jobs: int, folder: Path, options: Sequence[tuple[str, Any]]) -> Any:
