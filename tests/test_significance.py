@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from peft_cl.commands.methods import METHODS
 from peft_cl.metrics.measures import MEASURES, millions
 from peft_cl.metrics.significance import holm, paired_difference
 from peft_cl.metrics.usage import selection_diversity, usage_density
+from peft_cl.trainer.strategy import STRATEGIES
+
+
+def test_the_page_on_comparing_names_all_there_is():
+    page = (Path(__file__).parents[1] / "docs" / "comparing.md").read_text()
+    assert [name for name in (*MEASURES, *STRATEGIES, *METHODS) if f"`{name}`" not in page] == [
+        "l2p",
+        "dualprompt",
+        "coda",
+    ]
 
 
 def test_the_paired_test_is_scipys():

@@ -58,6 +58,6 @@ METHODS = {
     "slow-learner": Method(LinearProbeConfig, SlowLearner),
     "lora": Method(LinearProbeConfig, SequentialLoRA),
     "first-session-lora": Method(LinearProbeConfig, FirstSessionLoRA),
-    "osf": Method(LinearProbeConfig, OSF),
+    "osf": Method(LinearProbeConfig, OSF, defaults=UNMASKED),
     "nearest-class-mean": Method(LinearProbeConfig, NearestClassMean),
 }

@@ -183,8 +183,12 @@ def _percent(values: list[float]) -> str:
 
 
 def _sizes(runs: list[RunResults]) -> str:
-    """Of the adapter, and of the sums that learning on needs beside it."""
+    """Of the adapter, and of what learning on needs beside it: sums, images of a memory, Fisher information, ..."""
     sizes = [run.adapter_bytes for run in runs if run.adapter_bytes is not None]
-    sums = [run.sums_bytes for run in runs if run.sums_bytes is not None]
+    kept: dict[str, list[int]] = {}
+    for run in runs:
+        own = {"sums": run.sums_bytes} if run.sums_bytes is not None else {}
+        for name, count in {**own, **(run.kept_bytes or {})}.items():
+            kept.setdefault(name, []).append(count)
     adapter = size(fmean(sizes)) if sizes else "–"
-    return f"{adapter} + {size(fmean(sums))} of sums" if sums else adapter
+    return " + ".join([adapter, *(f"{size(fmean(counts))} of {in_markdown(name)}" for name, counts in kept.items())])
