@@ -247,12 +247,6 @@ def main() -> None:
     parser.add_argument("--num-tasks", type=int, default=10)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument(
-        "--holdout",
-        type=float,
-        metavar="SHARE",
-        help="to choose settings: measure on this share of the training images, held back, and leave the test alone",
-    )
     parser.add_argument("--evidence", type=float, default=6.0, help="weight of the task evidence")
     parser.add_argument(
         "--dtype",
@@ -274,8 +268,6 @@ def main() -> None:
             check_same_settings(results, name, options)
     if not options.table:
         data = load_dataset(options.data)
-        if options.holdout:
-            data = data["train"].train_test_split(options.holdout, seed=0, stratify_by_column="label")
         for name, seed, folders in wanted:
             if not all(map(finished, folders)):
                 run(name, seed, data, options)

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from trainer_cases import CONFIGS
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, LinearProbeConfig, Strategy, class_incremental
 from peft_cl.strategies import EWC, ExperienceReplay, FineTuning, JointTraining, NearestClassMean
@@ -213,3 +215,18 @@ def test_names_in_tables(make_trainer):
     )
     for order in ([FineTuning(), EWC()], [EWC(), FineTuning()]):
         assert make_trainer(unmasked("linear-probe"), strategy=order).results.method == "Fine-tuning + EWC"
+
+
+@pytest.mark.parametrize("strategy", [EWC(fisher_samples=8), ExperienceReplay(20)], ids=lambda each: each.name)
+def test_on_a_backbone_that_takes_no_prompts(strategy, make_trainer):
+    """A convolutional network has no tokens to put prompts among; these methods need none."""
+    base = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=6, layer_type="basic")
+    )
+    weights = list(base.resnet.parameters())
+    before = [value.detach().clone() for value in weights]
+    model = get_peft_model(base, LinearProbeConfig(train_mask=False))
+    trainer = make_trainer(None, model=model, num_tasks=2, num_train_epochs=1, strategy=[FineTuning(), strategy])
+    trainer.train()
+    assert sum(trainer.results.kept_bytes.values()) > 0
+    assert any((value != old).any() for value, old in zip(weights, before, strict=True))
