@@ -254,7 +254,7 @@ def test_a_setting_may_be_columns(suite, capsys):
         ({"seeds": []}, "seeds is [], but must be different whole numbers"),
         ({"seeds": [1, 1]}, "seeds is [1, 1], but must be different whole numbers"),
         ({"settings": {"adapter.top_k": 5}}, "settings.adapter.top_k is 5, but must be a list of values"),
-        ({"settings": {"adaptor.top_k": [5]}}, "There is no option or section --adaptor. Did you mean --adapter?"),
+        ({"settings": {"adaptor.top_k": [5]}}, "There is no section for settings adaptor. Did you mean adapter?"),
         ({"published": [{"method": "A", "source": "b", "values": {"forgeting": 1}}]}, "There is no column forgeting"),
         (
             {"methods": {"PackNet": {"method": "fine-tuning", "strategy": "packnet"}}, "reference": None},

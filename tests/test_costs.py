@@ -72,3 +72,36 @@ def test_a_step_within_a_counted_block_is_not_counted_twice():
         weight @ weight
     flops.end_steps(10)
     assert flops.total == 2 * 4**3
+
+
+def product(size: int) -> int:
+    """Multiplies two matrices; returns the operations that it takes."""
+    weight = torch.ones(size, size, requires_grad=True)
+    weight @ weight
+    return 2 * size**3
+
+
+def test_batches_that_are_accumulated_are_one_step():
+    """GEM computes the gradients of its memory with the last of them."""
+    flops = Flops(True)
+    for _ in range(5):
+        for size in (2, 4):
+            with flops.step(ends=size == 4):
+                product(size)
+    flops.end_steps(5)
+    assert flops.total == 5 * (product(2) + product(4))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+def test_the_larger_of_the_first_two_steps_stands_for_the_others(first, second):
+    """The first may find a memory empty, and the second may have the last batch of an epoch."""
+    flops = Flops(True)
+    for size in (first, second, 3, 3):
+        with flops.step():
+            product(size)
+    flops.end_steps(4)
+    assert flops.total == product(first) + product(second) + 2 * product(4)
+    with flops.step():
+        product(2)
+    flops.end_steps(1)
+    assert flops.total == product(first) + product(second) + 2 * product(4) + product(2)

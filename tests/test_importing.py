@@ -79,8 +79,11 @@ def test_what_cannot_be_imported(tmp_path, capsys):
     for words, message in (
         (["--import"], "--import has no value"),
         (["--import", str(tmp_path / "none.py")], "but there is no such file. Correct the path"),
-        (["--import", "no_module_of_this_name"], "--import no_module_of_this_name fails: No module named"),
-        (["--import", str(tmp_path / "broken.py")], "fails: No module named 'nothing_of_this_name'"),
+        (["--import", "no_module_of_this_name"], "--import is 'no_module_of_this_name', but there is no such module"),
+        (
+            ["--import", str(tmp_path / "broken.py")],
+            "broken.py, line 1: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        ),
     ):
         assert main(["train", "run.yaml", *words]) == 2
         assert message in capsys.readouterr().err

@@ -10,7 +10,13 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.metrics
-from own_metrics_cases import NAMES, READY_MADE, Spy, accuracy, make_run  # noqa: F401
+from own_metrics_cases import (
+    NAMES,
+    READY_MADE,
+    Spy,
+    accuracy,
+    make_run,  # noqa: F401
+)
 from transformers import TrainerCallback
 
 from peft_cl import LinearProbeConfig, domain_incremental, task_free, task_incremental

@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from own_metrics_cases import NAMES, READY_MADE, Spy, accuracy, make_run  # noqa: F401
+from own_metrics_cases import (
+    NAMES,
+    READY_MADE,
+    make_run,  # noqa: F401
+)
 from peft import PeftModel
 from trainer_cases import CONFIGS, whole_and_resumed
 from transformers import EarlyStoppingCallback, TrainerCallback

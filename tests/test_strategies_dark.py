@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from replay_cases import STRATEGIES, Interrupt, config_for, make_small, on_backbone, weights_of  # noqa: F401
+from replay_cases import (
+    config_for,
+    make_small,  # noqa: F401
+    on_backbone,
+)
 
 from peft_cl import Strategy
 from peft_cl.strategies.dark_experience_replay import DarkExperienceReplay, logit_distance, widened

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from replay_cases import STRATEGIES, Interrupt, config_for, make_small, on_backbone, weights_of  # noqa: F401
+from replay_cases import (
+    config_for,
+    make_small,  # noqa: F401
+    on_backbone,
+)
 from scipy.optimize import LinearConstraint, minimize
 
 from peft_cl import Strategy
@@ -87,9 +91,9 @@ def test_gems_steps_are_along_the_gradients_of_all_earlier_tasks(on, make_traine
             parameters = [value for value in trainer.model.parameters() if value.grad is not None]
             turned.append(any(not torch.equal(a, b.grad) for a, b in zip(before.gradients, parameters, strict=True)))
             gradient = torch.cat([value.grad.flatten() for value in parameters])
-            for part in gem.store.parts:
+            for each in zip(gem.store.parts, gem.memories, strict=True):
                 with kept_counts(trainer.tuner):
-                    memory = gradient_of(trainer, parameters, own_batches(trainer, part))
+                    memory = gradient_of(trainer, parameters, own_batches(trainer, *each))
                 assert memory.any()
                 along.append(float(F.cosine_similarity(memory, gradient, dim=0)))
 
@@ -118,3 +122,18 @@ def test_a_gems_step_is_along_the_reference(make_trainer):
     trainer.train()
     assert len(seen) == 6 and any(not torch.equal(before, after) for before, after in seen)
     assert all(after.norm() <= before.norm() * (1 + 1e-5) for before, after in seen)
+
+
+def test_gem_looks_queries_up_once_for_each_task(make_trainer):
+    """Each time the whole backbone is read, to see whether it is still the same."""
+    trainer = make_trainer(config_for(GEM(), "l2p"), strategy=GEM(12), num_train_epochs=2)
+    looked_up, queries = [], trainer.queries.queries
+
+    def counted(tasks, split, *more):
+        looked_up.append(split)
+        return queries(tasks, split, *more)
+
+    trainer.queries.queries = counted
+    trainer.train()
+    # Of three tasks; of the memory in the second and the third, and in them of each earlier task.
+    assert looked_up.count("train") == 3 + 2 + (1 + 2)

@@ -352,7 +352,7 @@ def test_kill_and_resume_gives_the_same_bits(method, tmp_path):
         (LearningWithoutForgetting, "strength", (-1, True, "1", float("nan")), "a number of at least 0"),
         (LearningWithoutForgetting, "temperature", (0, -2, True, "2", float("nan")), "a number above 0"),
         (SlowLearner, "rate_ratio", (0, -1, 1.5, True, "1", float("nan")), "a number above 0 and at most 1"),
-        (partial(EWC, online=True), "decay", (-0.1, 1.1, True, "1", float("nan")), "a number from 0 to 1"),
+        (partial(EWC, online=True), "decay", (-1, 2, True, "1", float("nan")), "a number of at least 0 and at most 1"),
         (EWC, "online", (1, "no", None), "True or False"),
     ],
 )

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from replay_cases import EXEMPLARS, STRATEGIES, Interrupt, config_for, make_small, on_backbone, weights_of  # noqa: F401
+from replay_cases import (
+    EXEMPLARS,
+    config_for,
+    make_small,  # noqa: F401
+    on_backbone,
+)
 
 from peft_cl import CodaPromptConfig, Strategy, domain_incremental
 from peft_cl.strategies import EWC, FineTuning
@@ -146,3 +151,16 @@ def test_a_computed_head_on_a_trained_backbone_needs_exemplars(make_trainer):
         make_trainer(config_for(ICaRL()), strategy=FineTuning())
     with pytest.raises(ValueError, match="EWC holds weights"):
         make_trainer(config_for(ICaRL()), strategy=[FineTuning(), ICaRL(), EWC()])
+
+
+def test_of_exemplars_that_were_laid_out_before_nothing_is_kept(make_trainer, tmp_path):
+    icarl = ICaRL(12)
+    images = {"image_cache_dir": str(tmp_path / "images")}
+    trainer = make_trainer(config_for(icarl, "l2p"), strategy=icarl, num_train_epochs=1, **images)
+    trainer.train()
+    tests, parts = (
+        [id(data) for data in group]
+        for group in ([task.test for task in trainer.scenario], [part.train for part in icarl.store.parts])
+    )
+    assert set(trainer.queries._queries) == {*tests, *parts}
+    assert {place for place in trainer.images._images if place not in tests} == set(parts)

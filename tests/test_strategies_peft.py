@@ -22,9 +22,9 @@ from transformers import (
 
 from peft_cl import LinearProbeConfig, Strategy, task_free
 from peft_cl.strategies import EWC, FineTuning
-from peft_cl.strategies.lora import FirstSessionLoRA, SequentialLoRA, lora_parameters
+from peft_cl.strategies.lora import FirstSessionLoRA, SequentialLoRA
 from peft_cl.strategies.osf import OSF, preserved_rank
-from peft_cl.tuners.base.merged import layers_of_others, merged
+from peft_cl.tuners.base.merged import layers_of_others, merged, parameters_of_others
 
 
 class Watch(Strategy):
@@ -156,13 +156,13 @@ def test_the_linear_head_goes_on_after_the_first_session(make_trainer):
     with trainer.model.disable_adapter():
         pass
     trainer.train_task({"train": images(2, 3), "test": images(2, 4)}, name="more")  # PEFT unfreezes what was off
-    assert not any(value.requires_grad for value in lora_parameters(backbone_of(trainer.model)))
+    assert not any(value.requires_grad for value in parameters_of_others(backbone_of(trainer.model)))
 
 
 def test_lora_has_a_rate_of_its_own(make_trainer):
     trainer = made(make_trainer, "sequential", settings={"learning_rate": 1e-4}, max_steps=1)
     trainer.train_task(trainer.scenario[0])
-    own = {id(value) for value in lora_parameters(backbone_of(trainer.model))}
+    own = {id(value) for value in parameters_of_others(backbone_of(trainer.model))}
     rates = {
         ("lora" if id(value) in own else "head"): group["initial_lr"]
         for group in trainer.optimizer.param_groups
@@ -184,7 +184,7 @@ def test_lora_learns_a_stream(make_trainer, data):
     words = {"scenario": stream, "num_train_epochs": 1, "lr_scheduler_type": "constant"}
     trainer = make_trainer(config_of("sequential"), strategy=SequentialLoRA(), **words)
     trainer.train()
-    assert any(value.any() for value in lora_parameters(backbone_of(trainer.model))[1::2])
+    assert any(value.any() for value in parameters_of_others(backbone_of(trainer.model))[1::2])
     for strategy in (FirstSessionLoRA(), OSF()):
         with pytest.raises(ValueError, match=f"{strategy.name} needs tasks with an end"):
             make_trainer(config_of("first"), strategy=strategy, **words)
@@ -236,7 +236,7 @@ def test_queries_and_values_are_found_in_every_family(name):
     layers = layers_of_others(backbone)
     assert len(layers) == 2 * 3
     assert all(re.fullmatch(r"q_proj|v_proj|query|value", part.rpartition(".")[2]) for part in layers)
-    for value in lora_parameters(backbone):
+    for value in parameters_of_others(backbone):
         torch.nn.init.normal_(value, std=0.3)
     pixels = PIXELS[:, :, :16, :16]
     found, plain = logits(model, pixels), merged(backbone)
@@ -265,7 +265,7 @@ def test_a_backbone_without_attention_needs_names(make_trainer):
 def test_lora_in_a_backbone_of_16_bits_is_float32(make_trainer, tiny_vit):
     model = get_peft_model(tiny_vit().bfloat16(), config_of("first"))
     trainer = make_trainer(None, model=model, strategy=FirstSessionLoRA(), num_tasks=2, num_train_epochs=1)
-    assert {value.dtype for value in lora_parameters(backbone_of(model))} == {torch.float32}
+    assert {value.dtype for value in parameters_of_others(backbone_of(model))} == {torch.float32}
     trainer.train()
     base = AutoModelForImageClassification.from_pretrained(trainer.folder / "backbone")
     assert base.dtype == torch.bfloat16  # what was merged is rounded

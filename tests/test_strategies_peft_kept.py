@@ -21,9 +21,9 @@ from transformers import (
 
 from peft_cl import class_incremental
 from peft_cl.commands.train import clear
-from peft_cl.strategies.lora import FirstSessionLoRA, SequentialLoRA, lora_parameters
+from peft_cl.strategies.lora import FirstSessionLoRA, SequentialLoRA
 from peft_cl.strategies.osf import OSF
-from peft_cl.tuners.base.merged import merged
+from peft_cl.tuners.base.merged import merged, parameters_of_others
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -76,6 +76,19 @@ def test_osf_counts_the_whole_backbone(make_trainer):
     assert trainer.results.adapter_bytes == size + (trainer.folder / "adapter_model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("osf", {"target_modules": ["q_proj", "v_proj"]}), ("sequential", {}), ("first", {})]
+)
+def test_the_record_tells_the_backbones_own_weights(name, settings, make_trainer, tiny_vit):
+    """Of OSF a few are trained, and LoRA's are not the backbone's own, also when they are frozen."""
+    trainer = made(make_trainer, name, settings=settings, num_tasks=2)
+    trainer.train()
+    own = [value.numel() for value in tiny_vit().vit.parameters()]
+    found = trainer.results.backbone
+    assert found["parameters"] == sum(own) and found["saved_bytes"] == (4 * sum(own) if name == "osf" else 0)
+    assert (found["trained"] > 0) == (name != "first")
+
+
 # ------------------------------------------------------------------------------------------------ going on
 
 
@@ -98,7 +111,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(name, cut, make_trai
         model, strategy = get_peft_model(tiny_vit(), config_of(name)), ALL[name][0]()
         again = make_trainer(None, model=model, strategy=strategy, folder=folder, num_tasks=2, max_steps=3, **words)
         if name in LORA:  # LoRA begins with other numbers in each process
-            torch.nn.init.normal_(lora_parameters(backbone_of(model))[0])
+            torch.nn.init.normal_(parameters_of_others(backbone_of(model))[0])
         again.train(resume_from_checkpoint=True)
         expected = whole.model.state_dict()
         assert again.model.state_dict().keys() == expected.keys()
@@ -154,12 +167,12 @@ def test_a_saved_adapter_learns_on(make_trainer, data):
 def test_a_model_in_memory_learns_on_with_the_lora_that_it_has(make_trainer, data):
     first = made(make_trainer, "sequential", num_tasks=2)
     first.train()
-    before = [value.clone() for value in lora_parameters(backbone_of(first.model))]
+    before = [value.clone() for value in parameters_of_others(backbone_of(first.model))]
     words = {"model": first.model, "scenario": class_incremental(data, num_tasks=1), "folder": "more"}
     with pytest.raises(ValueError, match=r"has 12 layers of Linear in it, which are not those .* r=4.*Load it anew"):
         make_trainer(None, strategy=SequentialLoRA(4), **words)
     again = make_trainer(None, strategy=SequentialLoRA(), **words)
-    same = zip(before, lora_parameters(backbone_of(again.model)), strict=True)
+    same = zip(before, parameters_of_others(backbone_of(again.model)), strict=True)
     assert all(torch.equal(*pair) for pair in same)
     with pytest.raises(
         ValueError, match="has 12 layers of Linear in it, but OSF decomposes its weights. Load it anew"

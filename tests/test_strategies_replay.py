@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from replay_cases import STRATEGIES, Interrupt, config_for, make_small, on_backbone, weights_of  # noqa: F401
+from replay_cases import (
+    STRATEGIES,
+    Interrupt,
+    config_for,
+    make_small,  # noqa: F401
+    on_backbone,
+    weights_of,
+)
 from test_processes import check_same, run
 from trainer_cases import whole_and_resumed
 
@@ -184,7 +191,7 @@ def test_settings_are_numbers_that_json_knows():
 
 def test_what_der_cannot_be_combined_with(make_trainer):
     config = config_for(DarkExperienceReplay())
-    with pytest.raises(ValueError, match=r"DER\+\+ and ER cannot be combined: each puts images"):
+    with pytest.raises(ValueError, match=r"DER\+\+ and ER cannot be combined: each keeps a memory"):
         make_trainer(config, strategy=[DarkExperienceReplay(), ExperienceReplay()])
     with pytest.raises(ValueError, match="loss is given, but DER.. has a loss of its own"):
         make_trainer(config, strategy=DarkExperienceReplay(), loss=F.cross_entropy)

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import yaml
 from cli_fixtures import COLOURS, EXAMPLES
-from tune_cases import SEARCH, make_configuration, make_tuned, outcomes, tune, unfit  # noqa: F401
+from tune_cases import (
+    SEARCH,
+    make_configuration,  # noqa: F401
+    make_tuned,  # noqa: F401
+    outcomes,
+    tune,
+    unfit,
+)
 
 from peft_cl import ContinualTrainer, RunResults
 from peft_cl.cli import main

@@ -6,7 +6,10 @@ import importlib.util
 
 import pytest
 import yaml
-from tune_cases import SEARCH, make_configuration, make_tuned, outcomes, tune, unfit  # noqa: F401
+from tune_cases import (
+    make_configuration,  # noqa: F401
+    tune,
+)
 
 from peft_cl.cli import main
 from peft_cl.commands.options import read_config
@@ -62,6 +65,7 @@ def test_a_search_that_cannot_work_is_refused_before_the_first_trial(refused, se
         (["--sampler-seed", "-1"], "--sampler-seed is -1, but must be a whole number of at least 0"),
         (["--metric", "acuracy"], "Known: average_accuracy"),
         (["--metric", "forward_transfer"], "only training.measure_ahead measures"),
+        (["--metric", "forgetting", "--tasks", "1"], "which is 0 after a single task"),
         (["--dataset.label_column", "lable"], "There is no column 'lable'"),
         (["--adapter.layers", "[0, 7]"], "2 layers"),
         (["--adapter.pool_size", "3"], "pool_size is 3"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import CommandError, explained
+from .errors import CommandError
 
 
 OPTION = "--import"
-
 
 #: What this process was told to import, such that it holds in any folder: other processes of a command need it too.
 IMPORTED: list[str] = []
@@ -62,9 +62,23 @@ def import_all(names: Sequence[str]) -> list[str]:
     """
     found = []
     for name in names:
-        with explained(f"{OPTION} {name} fails"):
+        try:
             found.append(str(_import_file(Path(name))) if name.endswith(".py") else _import_module(name))
+        except CommandError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a user's code may raise
+            raise CommandError(f"{OPTION} {name} fails{_place(error)}: {type(error).__name__}: {error}") from error
     return found
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code it was raised, if it got that far."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" in {error.filename}, line {error.lineno}"
+    ours = (__file__, importlib.__file__)
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename not in ours]
+    own = [each for each in frames if not each.filename.startswith("<")]
+    return f" in {own[0].filename}, line {own[0].lineno}" if own else ""
 
 
 def _import_file(path: Path) -> Path:
@@ -79,5 +93,15 @@ def _import_file(path: Path) -> Path:
 
 
 def _import_module(name: str) -> str:
-    importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.split(".")[: error.name.count(".") + 1] == error.name.split("."):
+            raise CommandError(
+                f"{OPTION} is {name!r}, but there is no such module. Give the path of a file that ends with .py, or a "
+                "module that Python finds."
+            ) from error
+        raise
+    if getattr(module, "__file__", None) is None:
+        raise CommandError(f"{OPTION} is {name!r}, but that is a folder without code. Give a file that ends with .py.")
     return name

@@ -33,6 +33,8 @@ DEFAULTS = {
 TASKS = 3
 #: Metrics of which a lower value is a better one.
 LOWER_IS_BETTER = ("forgetting", "per_step_forgetting")
+#: Metrics of what tasks do to each other.
+OF_SEVERAL_TASKS = (*LOWER_IS_BETTER, "backward_transfer", "forward_transfer")
 #: What says what is judged, and on what: the same for all trials.
 FIXED = ("dataset", "scenario", "earlier_test", "continue_from", "output_dir", "training.seed")
 #: Combinations with other settings that a value is tried in before it is taken for refused.

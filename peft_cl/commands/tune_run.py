@@ -39,7 +39,17 @@ from .settings import SECTIONS, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE
 from .train import refuse_own_source
 from .trial import Plan, Trials, free_memory
-from .tune_input import LOWER_IS_BETTER, TASKS, Options, check_edges, check_names, resolved, search_file, with_settings
+from .tune_input import (
+    LOWER_IS_BETTER,
+    OF_SEVERAL_TASKS,
+    TASKS,
+    Options,
+    check_edges,
+    check_names,
+    resolved,
+    search_file,
+    with_settings,
+)
 
 
 BEST_FILE, BEST_FOLDER, TRIALS_FOLDER = "best.yaml", "best", "trials"
@@ -68,6 +78,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
     if options.metric == "forward_transfer" and not base.training.measure_ahead:
         raise CommandError("--metric is forward_transfer, which only training.measure_ahead measures. Set it to true.")
     trials = make_trials(examples, folder, options, base.training.seed)
+    refuse_single_task(options.metric, trials.plan.tasks)
     rehearse(trials, examples, options.jobs)
     facts = facts_of(config, space, trials, options)
     refuse_another(kept, facts)
@@ -94,6 +105,15 @@ def refuse_existing(folder: Path, arguments: argparse.Namespace) -> None:
         raise CommandError(
             f"The output folder {str(folder)!r} holds a search already ({FILE}). Give another output_dir, --resume to "
             "go on with it, or --overwrite to replace it."
+        )
+
+
+def refuse_single_task(metric: str, tasks: int) -> None:
+    """Refuse to judge by what is 0 for any single task."""
+    if tasks == 1 and metric in OF_SEVERAL_TASKS:
+        raise CommandError(
+            f"--metric is {metric}, which is 0 after a single task, so that no trial would be better than another. "
+            "Give another, or --tasks of at least 2."
         )
 
 

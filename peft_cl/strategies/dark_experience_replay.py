@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from ..scenarios import Task
-from ..scenarios.columns import is_number, plain
-from ..trainer import ContinualTrainer, register_strategy
+from ..trainer import ContinualTrainer, Strategy, register_strategy
+from ..trainer.strategy import cannot_combine, overrides
 from .memory import MemoryStrategy, drawn, joined
+from .settings import check_number
 
 
 def logit_distance(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -28,7 +30,9 @@ def logit_distance(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def widened(kept: torch.Tensor, rows: int, classes: int) -> torch.Tensor:
-    """Kept logits (images, C) with room for more rows and classes, which are NaN."""
+    """Kept logits (images, C) with room for more rows and classes, which are NaN; they themselves if there is room."""
+    if len(kept) >= rows and kept.shape[1] >= classes:
+        return kept
     wide = kept.new_full((max(rows, len(kept)), max(classes, kept.shape[1])), torch.nan)
     wide[: len(kept), : kept.shape[1]] = kept
     return wide
@@ -69,10 +73,8 @@ class DarkExperienceReplay(MemoryStrategy):
 
     def __init__(self, memory_size: int = 500, alpha: float = 0.1, beta: float = 0.5):
         super().__init__(memory_size)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not is_number(value) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value!r}, but must be a number of at least 0. Give one such as 0.5.")
-        self.alpha, self.beta = plain(alpha), plain(beta)
+        self.alpha = check_number("alpha", alpha, 0.1, least=0)
+        self.beta = check_number("beta", beta, 0.5, least=0)
         self._empty()
 
     def _empty(self) -> None:
@@ -89,6 +91,12 @@ class DarkExperienceReplay(MemoryStrategy):
     def prepare(self, model: PeftModel) -> None:
         super().prepare(model)
         self._empty()
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        super().check_beside(others)
+        for other in others:
+            if overrides(other, "batch"):
+                raise cannot_combine([self, other], "each puts images of its own into the batch")
 
     # ----------------------------------------------------------------------------------------------- a step
 

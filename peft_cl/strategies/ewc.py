@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from ..scenarios import Task
-from ..scenarios.columns import check_flag, is_count, is_number, plain
+from ..scenarios.columns import check_flag
 from ..trainer import ContinualTrainer, Strategy, register_strategy
+from .settings import check_count, check_number
 
 
 #: Of online EWC, where none is given.
@@ -61,20 +62,12 @@ class EWC(Strategy):
     def __init__(
         self, strength: float = 1000.0, fisher_samples: int = 256, online: bool = False, decay: float = DECAY
     ):
-        check_strength(strength, 1000.0)
-        if not is_count(fisher_samples):
-            raise ValueError(
-                f"fisher_samples is {fisher_samples!r}, but must be a whole number of at least 1. Give one such as "
-                "256."
-            )
+        self.strength = check_number("strength", strength, 1000, least=0)
+        self.fisher_samples = check_count("fisher_samples", fisher_samples, 256)
         self.online = check_flag("online", online)
-        if not is_number(decay) or not 0 <= decay <= 1:
-            raise ValueError(f"decay is {decay!r}, but must be a number from 0 to 1. Give one such as {DECAY}.")
+        self.decay = check_number("decay", decay, DECAY, least=0, most=1)
         if not online and decay != DECAY:
             raise ValueError(f"decay is {decay!r}, but without online=True nothing fades. Set online=True.")
-        self.strength = plain(strength)
-        self.fisher_samples = plain(fisher_samples)
-        self.decay = plain(decay)
         self.name = "online EWC" if online else "EWC"
         self.limits = (limit_of_holding(self.name),)
         #: By parameter, the parabola: sum of F_k, and sum of F_k w*_k over it; or online, F* and the latest weights.
@@ -215,11 +208,3 @@ def limit_of_holding(name: str) -> str:
         "learning it forgets about as much as plain fine-tuning does: this is known of the method (arXiv 1904.07734), "
         "and no sign of a fault."
     )
-
-
-def check_strength(strength: object, example: float) -> None:
-    """Raise a `ValueError` for a strength that is no number of at least 0."""
-    if not is_number(strength) or not 0 <= strength < float("inf"):
-        raise ValueError(
-            f"strength is {strength!r}, but must be a number of at least 0. Give one such as {example:g}."
-        )

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..trainer import ContinualTrainer, register_strategy
-from .memory import MemoryStrategy, check_size, drawn, joined
+from .memory import MemoryStrategy, drawn, joined
+from .settings import check_count
 
 
 #: How the memory may be filled.
@@ -53,7 +54,7 @@ class ExperienceReplay(MemoryStrategy):
                 f"memory is {memory!r}, but must be one of {', '.join(map(repr, RULES))}. Give one of them."
             )
         super().__init__(memory_size, memory)
-        self.replay_batch_size = check_size("replay_batch_size", replay_batch_size, 32, or_none=True)
+        self.replay_batch_size = check_count("replay_batch_size", replay_batch_size, 32, or_none=True)
 
     @property
     def memory(self) -> np.ndarray:

@@ -124,7 +124,6 @@ class FineTuning(Strategy):
 
     def prepare(self, model: PeftModel) -> None:
         unfreeze(self.name, model.base_model.encoder.base_layer.parameters())
-        model.base_model.trains_backbone = True
 
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:
         save_backbone(trainer, folder)

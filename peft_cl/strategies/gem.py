@@ -10,10 +10,11 @@ import torch
 
 from ..heads.sums import cholesky
 from ..scenarios import Task
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainer, register_strategy
+from ..trainer.examples import TaskExamples
 from ..trainer.processes import kept_counts
-from .memory import MemoryStrategy, check_size, drawn
+from .memory import MemoryStrategy, drawn
+from .settings import check_count, check_number
 
 
 def project(gradient: torch.Tensor, constraints: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
@@ -115,15 +116,27 @@ class GEM(_Projecting):
 
     def __init__(self, memory_size: int = 500, margin: float = 0.5):
         super().__init__(memory_size, "tasks")
-        if not is_number(margin) or not 0 <= margin < float("inf"):
-            raise ValueError(f"margin is {margin!r}, but must be a number of at least 0. Give one such as 0.5.")
-        self.margin = plain(margin)
+        self.margin = check_number("margin", margin, 0.5, least=0)
+        #: The memory of each earlier task.
+        self.memories: list[TaskExamples] = []
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "margin": self.margin}
 
+    def begin_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        super().begin_task(trainer, task)
+        # Once: to look up queries that are kept, the whole backbone is read.
+        self.memories = [
+            trainer.plain_examples(part, with_queries=trainer.args.cache_queries) for part in self.store.parts
+        ]
+
+    def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        super().end_task(trainer, task)
+        self.memories = []
+
     def projected(self, trainer, gradient, parameters):
-        rows = [gradient_of(trainer, parameters, own_batches(trainer, part)) for part in self.store.parts]
+        earlier = zip(self.store.parts, self.memories, strict=True)
+        rows = [gradient_of(trainer, parameters, own_batches(trainer, *each)) for each in earlier]
         constraints = trainer.accelerator.reduce(torch.stack(rows), "sum")
         if not (gradient.isfinite().all() and constraints.isfinite().all()):
             return overflown(trainer, gradient)
@@ -152,7 +165,7 @@ class AGEM(_Projecting):
 
     def __init__(self, memory_size: int = 500, reference_batch_size: int | None = None):
         super().__init__(memory_size, "balanced")
-        self.reference_batch_size = check_size("reference_batch_size", reference_batch_size, 32, or_none=True)
+        self.reference_batch_size = check_count("reference_batch_size", reference_batch_size, 32, or_none=True)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "reference_batch_size": self.reference_batch_size}
@@ -170,16 +183,16 @@ class AGEM(_Projecting):
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
-def own_batches(trainer: ContinualTrainer, task: Task) -> Iterable[tuple[dict[str, torch.Tensor], float]]:
-    """This process's share of a task's images, as batches with their share of all."""
-    count = len(task.train)
-    rows = range(trainer.args.process_index, count, trainer.args.world_size)
+def own_batches(
+    trainer: ContinualTrainer, task: Task, memory: TaskExamples
+) -> Iterable[tuple[dict[str, torch.Tensor], float]]:
+    """This process's share of the memory of a task, as batches with their share of all."""
+    rows = range(trainer.args.process_index, len(memory), trainer.args.world_size)
     if not len(rows):
         return
-    size, queries = trainer.args.train_batch_size, trainer.args.cache_queries
-    for batch in trainer.plain_batches(task, batch_size=size, rows=rows, with_queries=queries):
+    for batch in trainer.batches_of(memory, trainer.args.train_batch_size, rows=rows):
         images = len(batch["labels"])
-        yield {**batch, "task": torch.full((images,), task.index)}, images / count
+        yield {**batch, "task": torch.full((images,), task.index)}, images / len(memory)
 
 
 def gradient_of(

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..scenarios import Scenario, Task
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainer, register_strategy
 from ..trainer.record import adapter_folder
 from ..tuners.base.encoder import PromptedEncoder
 from .isolating import Isolating, check_task, encoder_of, read_beside
+from .settings import check_number
 
 
 #: File beside the adapter: the gates, (tasks, units), by the name of the module that reads the units.
@@ -78,16 +78,9 @@ class HAT(Isolating):
 
     def __init__(self, smax: float = 400.0, strength: float = 0.75, embedding_rate: float = 0.05):
         super().__init__()
-        infinity = float("inf")
-        if not is_number(smax) or not 1 < smax < infinity:
-            raise ValueError(f"smax is {smax!r}, but must be a number above 1. Give one such as 400.")
-        if not is_number(strength) or not 0 <= strength < infinity:
-            raise ValueError(f"strength is {strength!r}, but must be a number of at least 0. Give one such as 0.75.")
-        if not is_number(embedding_rate) or not 0 < embedding_rate < infinity:
-            raise ValueError(
-                f"embedding_rate is {embedding_rate!r}, but must be a number above 0. Give one such as 0.05."
-            )
-        self.smax, self.strength, self.embedding_rate = plain(smax), plain(strength), plain(embedding_rate)
+        self.smax = check_number("smax", smax, 400, above=1)
+        self.strength = check_number("strength", strength, 0.75, least=0)
+        self.embedding_rate = check_number("embedding_rate", embedding_rate, 0.05, above=0)
         #: s of the present step.
         self.scale = self.smax
         self._units: dict[str, Units] = {}

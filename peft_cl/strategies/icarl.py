@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from ..scenarios import Scenario, Task
-from ..trainer import ContinualTrainer, register_strategy
-from .memory import MemoryStrategy, places_of
+from ..trainer import ContinualTrainer, Strategy, register_strategy
+from ..trainer.examples import places_of
+from ..trainer.strategy import cannot_combine
+from .lwf import LearningWithoutForgetting
+from .memory import MemoryStrategy
 from .teacher import Teacher, check_teacher
 
 
@@ -72,7 +75,6 @@ class ICaRL(MemoryStrategy):
 
     name = "iCaRL"
     trains_earlier_classes = True
-    observes_anew = True
 
     def __init__(self, memory_size: int = 2000):
         super().__init__(memory_size)
@@ -81,6 +83,12 @@ class ICaRL(MemoryStrategy):
     def _begin(self, new_classes: Sequence[str], teacher: Teacher | None) -> None:
         #: Of the task under way: names of its classes, and the network before it (None in the first).
         self._new, self._teacher = frozenset(new_classes), teacher
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        super().check_beside(others)
+        for other in others:
+            if isinstance(other, LearningWithoutForgetting):
+                raise cannot_combine([self, other], "each distils from the network before a task")
 
     def check(self, model: PeftModel, scenario: Scenario) -> None:
         check_teacher(self.name, model, scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,13 @@ from ..heads.linear import TrainedRows
 from ..scenarios import Scenario
 from ..scenarios.columns import is_count
 from ..trainer import ContinualTrainer, Strategy
+from ..trainer.strategy import cannot_combine
 from ..tuners.base.encoder import PromptedEncoder
 from ..tuners.base.model import PromptPoolModel
+from .ewc import EWC
+from .lwf import LearningWithoutForgetting
+from .memory import MemoryStrategy
+from .synaptic_intelligence import SynapticIntelligence
 
 
 class Isolating(Strategy):
@@ -39,6 +45,14 @@ class Isolating(Strategy):
     def forget(self) -> None:
         """Forget what an earlier run left in the strategy."""
         raise NotImplementedError(f"{type(self).__name__} must define forget()")
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        """Refuse methods that keep or hold what is kept already, by the network of the newest task."""
+        for other in others:
+            if isinstance(other, (EWC, Isolating, LearningWithoutForgetting, MemoryStrategy, SynapticIntelligence)):
+                raise cannot_combine(
+                    [self, other], f"under {self.name} later tasks never change what earlier ones use"
+                )
 
     def check(self, model: PeftModel, scenario: Scenario) -> None:
         tuner, config = model.base_model, model.peft_config[model.active_adapter]

@@ -14,11 +14,11 @@ from torch import nn
 
 from ..backbones import Family
 from ..scenarios import Scenario, Task
-from ..scenarios.columns import is_count, is_number, plain
 from ..text import brief
 from ..trainer import ContinualTrainer, Strategy, register_strategy
-from ..tuners.base.merged import layers_of_others, merged
+from ..tuners.base.merged import layers_of_others, merged, parameters_of_others
 from .fine_tuning import BACKBONE_FOLDER, check_probe, check_whole, save_backbone
+from .settings import check_count, check_number
 
 
 #: Folder in the adapter's for LoRA alone, as PEFT saves it.
@@ -106,14 +106,9 @@ class _LoRA(Strategy):
         target_modules: Sequence[str] | str | None = None,
         learning_rate: float | None = None,
     ):
-        if not is_count(r):
-            raise ValueError(f"r is {r!r}, but must be a whole number of at least 1. Give one such as 8.")
-        for name, value in (("lora_alpha", lora_alpha), ("learning_rate", learning_rate)):
-            optional = name == "learning_rate" and value is None
-            if not optional and (not is_number(value) or not 0 < value < float("inf")):
-                remedy = "16" if name == "lora_alpha" else "0.0005"
-                raise ValueError(f"{name} is {value!r}, but must be a number above 0. Give one such as {remedy}.")
-        self.r, self.lora_alpha, self.learning_rate = plain(r), plain(lora_alpha), plain(learning_rate)
+        self.r = check_count("r", r, 8)
+        self.lora_alpha = check_number("lora_alpha", lora_alpha, 16, above=0)
+        self.learning_rate = check_number("learning_rate", learning_rate, 0.0005, above=0, or_none=True)
         self.target_modules = check_targets(target_modules)
 
     def settings(self) -> dict[str, Any]:
@@ -154,7 +149,7 @@ class _LoRA(Strategy):
                 base_model_name_or_path=config.base_model_name_or_path,
             )
             inject_adapter_in_model(lora, backbone, model.active_adapter)
-            for parameter in lora_parameters(backbone):  # PEFT does so for models that it wraps
+            for parameter in parameters_of_others(backbone):  # PEFT does so for models that it wraps
                 parameter.data = parameter.data.float()
 
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:
@@ -175,15 +170,8 @@ class _LoRA(Strategy):
 
     def saved_bytes(self, trainer: ContinualTrainer, adapter_bytes: int) -> int:
         """LoRA and the head: the base model is as it was, and the merged copy can be made again."""
-        parts = lora_parameters(trainer.tuner.encoder.base_layer)
+        parts = parameters_of_others(trainer.tuner.encoder.base_layer)
         return adapter_bytes + sum(value.numel() * value.element_size() for value in parts)
-
-
-def lora_parameters(backbone: nn.Module) -> list[nn.Parameter]:
-    """The parameters of LoRA in the backbone."""
-    layers = layers_of_others(backbone).values()
-    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
-    return [value for part in parts for value in part.parameters()]
 
 
 @register_strategy("lora")
@@ -305,7 +293,7 @@ class FirstSessionLoRA(_LoRA):
         self._freeze_if_learnt()
 
     def _freeze_if_learnt(self) -> None:
-        for parameter in lora_parameters(self._backbone):
+        for parameter in parameters_of_others(self._backbone):
             parameter.requires_grad_(not self._learnt)
 
     def save(self, trainer: ContinualTrainer, folder: Path) -> None:

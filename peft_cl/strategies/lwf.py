@@ -9,9 +9,8 @@ import torch
 from peft import PeftModel
 
 from ..scenarios import Scenario, Task
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainer, Strategy, register_strategy
-from .ewc import check_strength
+from .settings import check_number
 from .teacher import Teacher, check_teacher
 
 
@@ -49,10 +48,8 @@ class LearningWithoutForgetting(Strategy):
     learns_streams = False
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0):
-        check_strength(strength, 1.0)
-        if not is_number(temperature) or not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature!r}, but must be a number above 0. Give one such as 2.0.")
-        self.strength, self.temperature = plain(strength), plain(temperature)
+        self.strength = check_number("strength", strength, 1, least=0)
+        self.temperature = check_number("temperature", temperature, 2, above=0)
         self._forget_teacher()
 
     def _forget_teacher(self) -> None:

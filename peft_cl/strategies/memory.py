@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 
 from ..scenarios import Task
-from ..scenarios.columns import is_count, plain
 from ..trainer import ContinualTrainer, Strategy
-from ..trainer.examples import TaskExamples
+from ..trainer.examples import TaskExamples, places_of
+from ..trainer.strategy import cannot_combine
+from .settings import check_count
 
 
 class Memory:
@@ -49,7 +50,9 @@ class Memory:
     def _clear(self) -> None:
         self.parts: list[Task] = []
         self.examples: TaskExamples | None = None
+        #: Places of `examples`, a number for each in `_keys`, and the order in which those rise.
         self._laid_out = self.places[:0]
+        self._keys, self._order = keys_of(self._laid_out), np.arange(0)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -97,7 +100,7 @@ class Memory:
             tasks: in the scenario's order.
             whole: tasks all of whose images are laid out behind these, as they may come into the memory.
         """
-        self._clear()
+        self.forget(trainer)
         laid_out = []
         for task in tasks:
             rows = np.sort(self.places[self.places[:, 0] == task.index, 1])
@@ -107,6 +110,8 @@ class Memory:
         laid_out += [places_of(task) for task in whole]
         if laid_out:
             self._laid_out = np.concatenate(laid_out)
+            self._keys = keys_of(self._laid_out)
+            self._order = np.argsort(self._keys)
             self.examples = trainer.examples([*self.parts, *whole], "train")
 
     def forget(self, trainer: ContinualTrainer) -> None:
@@ -116,9 +121,7 @@ class Memory:
 
     def indices_of(self, places: np.ndarray) -> np.ndarray:
         """Where images at `places` are in `examples`, (images,)."""
-        keys, wanted = (each[:, 0] << 32 | each[:, 1] for each in (self._laid_out, places))
-        order = np.argsort(keys)
-        return order[np.searchsorted(keys, wanted, sorter=order)]
+        return self._order[np.searchsorted(self._keys, keys_of(places), sorter=self._order)]
 
     def tasks_of(self, indices: Sequence[int]) -> torch.Tensor:
         """Numbers of the tasks, (images,), that images of `examples` belong to."""
@@ -154,12 +157,17 @@ class MemoryStrategy(Strategy):
     learns_streams = False
 
     def __init__(self, memory_size: int, rule: str = "reservoir"):
-        self.memory_size = check_size("memory_size", memory_size, 500)
+        self.memory_size = check_count("memory_size", memory_size, 500)
         self.limits = (f"It was trained with a memory of {memory_size} training images.",)
         self.store = Memory(self.memory_size, rule)
 
     def settings(self) -> dict[str, Any]:
         return {"memory_size": self.memory_size}
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        for other in others:
+            if isinstance(other, MemoryStrategy):
+                raise cannot_combine([self, other], "each keeps a memory of images")
 
     def prepare(self, model: PeftModel) -> None:
         self.store.empty()  # its rows are of another trainer's scenario
@@ -181,26 +189,12 @@ class MemoryStrategy(Strategy):
         return {"memory": self.store.bytes(trainer)}
 
 
-def check_size(name: str, value: int | None, example: int, or_none: bool = False) -> int | None:
-    """The number of images that the user gave as `name`.
-
-    Raises:
-        ValueError: it is no whole number of at least 1.
-    """
-    if value is None and or_none:
-        return None
-    if not is_count(value):
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1. Give one such as {example}.")
-    return plain(value)
-
-
 # ------------------------------------------------------------------------------------------------------- choosing
 
 
-def places_of(task: Task) -> np.ndarray:
-    """Places of all training images of a task, (images, 2)."""
-    rows = np.arange(len(task.train))
-    return np.stack([np.full_like(rows, task.index), rows], axis=1)
+def keys_of(places: np.ndarray) -> np.ndarray:
+    """A number of each place, (images,)."""
+    return places[:, 0] << 32 | places[:, 1]
 
 
 def reservoir_slots(size: int, seen: int, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -12,10 +12,13 @@ from torch import nn
 
 from ..scenarios import Scenario, Task
 from ..scenarios.columns import is_count, is_number, plain
-from ..trainer import ContinualTrainer, register_strategy
+from ..trainer import ContinualTrainer, Strategy, register_strategy
+from ..trainer.strategy import cannot_combine
 from ..tuners.base.merged import layers_of_others
+from .ewc import EWC
 from .fine_tuning import FineTuning, check_probe, unfreeze
 from .lora import ALL_LINEAR, check_targets, targets_in
+from .synaptic_intelligence import SynapticIntelligence
 
 
 def preserved_rank(width: int, task: int, effective_rank: float, rank_growth: float) -> int:
@@ -99,6 +102,13 @@ class OSF(FineTuning):
             "rank_growth": self.rank_growth,
             "target_modules": self.target_modules,
         }
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        for other in others:
+            if isinstance(other, (EWC, SynapticIntelligence)):
+                raise cannot_combine(
+                    [self, other], f"{self.name} trains other parameters in each task, and {other.name} holds the same"
+                )
 
     def check(self, model: PeftModel, scenario: Scenario) -> None:
         check_probe(self.name, model)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..scenarios import Scenario, Task
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainer, register_strategy
 from ..trainer.record import adapter_folder
 from .isolating import Isolating, check_task, encoder_of, read_beside
+from .settings import check_number
 
 
 #: File beside the adapter: for each weight the number of its task, counted from 1.
@@ -68,14 +68,8 @@ class PackNet(Isolating):
 
     def __init__(self, prune: float = 0.5, retrain: float = 0.33):
         super().__init__()
-        if not is_number(prune) or not 0 < prune < 1:
-            raise ValueError(f"prune is {prune!r}, but must be a number above 0 and below 1. Give one such as 0.5.")
-        if not is_number(retrain) or not 0 <= retrain < 1:
-            raise ValueError(
-                f"retrain is {retrain!r}, but must be a number of at least 0 and below 1. Give one such as 0.33."
-            )
-        self.prune = plain(prune)
-        self.retrain = plain(retrain)
+        self.prune = check_number("prune", prune, 0.5, above=0, below=1)
+        self.retrain = check_number("retrain", retrain, 0.33, least=0, below=1)
         self.forget()
 
     def forget(self) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainingArguments, register_strategy
 from .fine_tuning import FineTuning
+from .settings import check_number
 
 
 @register_strategy("slow-learner")
@@ -45,11 +45,7 @@ class SlowLearner(FineTuning):
     )
 
     def __init__(self, rate_ratio: float = 0.01):
-        if not is_number(rate_ratio) or not 0 < rate_ratio <= 1:
-            raise ValueError(
-                f"rate_ratio is {rate_ratio!r}, but must be a number above 0 and at most 1. Give one such as 0.01."
-            )
-        self.rate_ratio = plain(rate_ratio)
+        self.rate_ratio = check_number("rate_ratio", rate_ratio, 0.01, above=0, most=1)
 
     def settings(self) -> dict[str, Any]:
         return {"rate_ratio": self.rate_ratio}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 
 from ..scenarios import Task
-from ..scenarios.columns import is_number, plain
 from ..trainer import ContinualTrainer, Strategy, register_strategy
-from .ewc import bytes_of, check_strength, first_rows, limit_of_holding, padded, penalty
+from ..trainer.strategy import cannot_combine
+from .ewc import EWC, bytes_of, first_rows, limit_of_holding, padded, penalty
+from .gem import AGEM, GEM
+from .settings import check_number
 
 
 @register_strategy("si")
@@ -52,10 +55,8 @@ class SynapticIntelligence(Strategy):
     limits = (limit_of_holding(name),)
 
     def __init__(self, strength: float = 0.1, damping: float = 0.001):
-        check_strength(strength, 0.1)
-        if not is_number(damping) or not 0 < damping < float("inf"):
-            raise ValueError(f"damping is {damping!r}, but must be a number above 0. Give one such as 0.001.")
-        self.strength, self.damping = plain(strength), plain(damping)
+        self.strength = check_number("strength", strength, 0.1, least=0)
+        self.damping = check_number("damping", damping, 0.001, above=0)
         #: Omega, by parameter; of a head, rows of the classes then.
         self.importance: dict[str, torch.Tensor] = {}
         self._leave_task()
@@ -69,6 +70,15 @@ class SynapticIntelligence(Strategy):
 
     def settings(self) -> dict[str, Any]:
         return {"strength": self.strength, "damping": self.damping}
+
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        for other in others:
+            if isinstance(other, EWC):
+                raise cannot_combine([self, other], "each pulls weights back to where they were")
+            if isinstance(other, (GEM, AGEM)):
+                raise cannot_combine(
+                    [self, other], f"{other.name} turns the gradients from which {self.name} tells what steps bring"
+                )
 
     def prepare(self, model: PeftModel) -> None:
         if not model.peft_config[model.active_adapter].tasks:  # an adapter that has learnt tasks may be held to them
@@ -114,6 +124,8 @@ class SynapticIntelligence(Strategy):
     def end_task(self, trainer: ContinualTrainer, task: Task) -> None:
         parameters = trainer.tuner.lasting_parameters()
         for name, path in self.path.items():
+            if name not in parameters:  # frozen at the task's end, as LoRA is after the first session
+                continue
             before = padded(self.importance.get(name, torch.zeros_like(path)), path)
             self.importance[name] = importance_after(before, path, parameters[name] - self.start[name], self.damping)
         self._leave_task()

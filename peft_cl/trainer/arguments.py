@@ -138,8 +138,8 @@ class ContinualTrainingArguments(TrainingArguments):
             matrix above its diagonal and gives `forward_transfer`. Later tasks must bring no new classes, as the
             domains of a domain-incremental scenario: the head has no rows for those yet.
         count_flops: count the floating-point operations of learning by torch's own counter, for the record (`flops`):
-            the first training step of each task, which stands for the others, and whatever is computed once for each
-            image. It slows what it counts.
+            the first steps of each task, which stand for the others, and whatever is computed once for each image. It
+            slows what it counts.
         pictures: whether `train()` ends by drawing the run into its folder (needs matplotlib): the accuracy matrix,
             curves, and the use of prompts and the similarity of keys where there are such.
         bad_images: what becomes of images that cannot be read (truncated, empty, missing, none). `"stop"`: training

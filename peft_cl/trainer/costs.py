@@ -26,11 +26,16 @@ ALSO_COUNTED = {
 }
 
 
+#: Steps of the optimizer that are counted in each task.
+COUNTED_STEPS = 2
+
+
 class Flops:
     """Floating-point operations of learning, counted by torch's own counter; two for a multiplication and addition.
 
-    Of the training steps of a task the first is counted and stands for all: counting takes time. What is computed once
-    for each image (queries, features, Fisher information) is counted whole. Evaluations are not counted.
+    Of a task's steps of the optimizer the first two are counted, and the larger one stands for all that follow:
+    counting takes time, the first may find a memory empty, and the second may have a smaller batch. What is computed
+    once for each image (queries, features, Fisher information) is counted whole. Evaluations are not counted.
 
     Args:
         counts: whether anything is counted.
@@ -42,7 +47,9 @@ class Flops:
     def __init__(self, counts: bool):
         self.counts = counts
         self.total: int | None = 0 if counts else None
-        self._of_step: int | None = None
+        #: Of the optimizer's steps that are counted; the last one is under way while `_ends` is False.
+        self._of_steps: list[int] = []
+        self._ends = True
         self._is_open = False
 
     @contextmanager
@@ -54,18 +61,22 @@ class Flops:
             self.total += counter.get_total_flops()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """The block is a training step."""
-        with self._counter() if self._of_step is None else nullcontext() as counter:
+    def step(self, ends: bool = True) -> Iterator[None]:
+        """The block is a batch's part of a step of the optimizer; the last one of the batches `ends` it."""
+        with nullcontext() if self._ends and len(self._of_steps) == COUNTED_STEPS else self._counter() as counter:
             yield
         if counter is not None:
-            self._of_step = counter.get_total_flops()
+            if self._ends:
+                self._of_steps.append(0)
+            self._of_steps[-1] += counter.get_total_flops()
+            self._ends = ends
 
     def end_steps(self, steps: int) -> None:
-        """`steps` training steps are done, one of which was counted."""
-        if self._of_step is not None:
-            self.total += self._of_step * steps
-        self._of_step = None
+        """`steps` steps of the optimizer are done, of which the first were counted."""
+        if self._of_steps:
+            counted = self._of_steps[:steps]
+            self.total += sum(counted) + max(self._of_steps) * (steps - len(counted))
+        self._of_steps, self._ends = [], True
 
     def _counter(self) -> Any:
         """Counts what is computed inside, unless a block around does already."""

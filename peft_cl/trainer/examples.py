@@ -11,6 +11,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
+from ..scenarios import Task
+
 
 if TYPE_CHECKING:
     from .bad_images import ImageReader
@@ -115,6 +117,12 @@ class EpochDraws(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.train_dataset.begin_epoch(int(state.epoch or 0))
+
+
+def places_of(task: Task) -> np.ndarray:
+    """Places of all training images of a task, int64 (images, 2): the task's number and the row in its data."""
+    rows = np.arange(len(task.train))
+    return np.stack([np.full_like(rows, task.index), rows], axis=1)
 
 
 def has_transform(data: Dataset) -> bool:

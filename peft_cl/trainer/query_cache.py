@@ -86,8 +86,7 @@ class QueryCache:
     @staticmethod
     def are_fixed(tuner: PromptPoolModel) -> bool:
         """Whether the same pixels have the same query each time, and the pool has a use for it."""
-        frozen = not any(parameter.requires_grad for parameter in tuner.encoder.base_layer.parameters())
-        return frozen and (tuner.pool.needs_query or tuner.pool.query_is_feature)
+        return not tuner.encoder.learns and (tuner.pool.needs_query or tuner.pool.query_is_feature)
 
     def forget(self, tasks: Sequence[Task]) -> None:
         """Drop the training queries of tasks that are learnt; their files stay."""

@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..heads.files import SUMS_FILE
 from ..metrics import RunResults, continual_metrics
+from ..tuners.base.merged import parameters_of_others
 from .bad_images import recorded
 from .choosing import described_choices
 from .costs import peak_memory
@@ -79,12 +80,13 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
 
 def _backbone_of(trainer: ContinualTrainer) -> dict[str, int]:
     """Its parameters, how many of them are trained, and the bytes it takes beside the adapter if it is saved too."""
-    weights = list(trainer.tuner.encoder.base_layer.parameters())
-    total, trained = (sum(weight.numel() for weight in weights if weight.requires_grad or not only) for only in (0, 1))
-    changes = 2 * trained > total  # layers that PEFT puts into a frozen backbone are few, and none of its own
+    backbone = trainer.tuner.encoder.base_layer
+    added = {id(weight) for weight in parameters_of_others(backbone)}  # by LoRA, for instance: none of its own
+    own = [weight for weight in backbone.parameters() if id(weight) not in added]
+    changes = any(weight.requires_grad for weight in own)
     return {
-        "parameters": total if changes else total - trained,
-        "trained": trained,
+        "parameters": sum(weight.numel() for weight in own),
+        "trained": sum(weight.numel() for weight in backbone.parameters() if weight.requires_grad),
         "saved_bytes": trainer.strategy.saved_bytes(trainer, 0) if changes else 0,
     }
 

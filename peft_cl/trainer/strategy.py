@@ -24,8 +24,8 @@ class Strategy:
     A comparison method overrides what it does differently and nothing else: what a task is learnt from (`tasks`,
     `batch`), what stands in the place of the cross-entropy (`loss`) and what is added to it (`losses`), what happens
     to gradients (`after_backward`) and weights (`after_step`), before and after a task (`begin_task`, `end_task`), and
-    how logits become a prediction (`predict`). What it cannot do with is refused by `check`. Several strategies may be
-    given to the trainer at once, as a list: each does its part in the list's order.
+    how logits become a prediction (`predict`). What it cannot work with is refused by `check`, and other strategies
+    by `check_beside`. Several may be given to the trainer at once, as a list: each does its part in the list's order.
     """
 
     #: Name in tables; None: that of the adapter's method alone.
@@ -47,12 +47,8 @@ class Strategy:
     #: Whether batches hold classes of earlier tasks, so that their logits must not be masked.
     trains_earlier_classes = False
 
-    #: Why it cannot do with a head that is computed from sums over features; empty if it can.
+    #: Why it cannot work with a head that is computed from sums over features; empty if it can.
     why_trained_head = ""
-
-    #: Whether a computed head observes images of all classes again after each task (`observed`), so that it may read
-    #: features of a backbone that is trained.
-    observes_anew = False
 
     #: Whether batches of training bring the `place` of each image, (B, 2): its task's number, its row in the task. The
     #: strategy's `batch` takes it out.
@@ -69,6 +65,9 @@ class Strategy:
     def check(self, model: PeftModel, scenario: Scenario) -> None:
         """Raise a `ValueError` for an adapter or a scenario that the method is not defined for."""
 
+    def check_beside(self, others: Sequence[Strategy]) -> None:
+        """Raise a `ValueError` (`cannot_combine`) for other strategies that the method makes no sense with."""
+
     def prepare(self, model: PeftModel) -> None:
         """Called once by each trainer, before its first task: change the model (unfreeze weights, for instance), and
         forget what an earlier run has left in the strategy."""
@@ -83,7 +82,10 @@ class Strategy:
 
     def observed(self, trainer: ContinualTrainer, task: Task) -> Sequence[Task]:
         """Tasks whose training examples a computed head observes after `task`. Where there are others than `task`, it
-        forgets what it observed before. Default: those that it was learnt from."""
+        forgets what it observed before. Default: those that it was learnt from.
+
+        A method that overrides it shows images of all classes seen after each task. So the head may read features of a
+        backbone that is trained."""
         return self.tasks(trainer, task)
 
     def begin_task(self, trainer: ContinualTrainer, task: Task) -> None:
@@ -187,12 +189,22 @@ class AfterStep(TrainerCallback):
         self.trainer.strategy.after_step(self.trainer)
 
 
+def cannot_combine(strategies: Sequence[Strategy], why: str) -> ValueError:
+    """The error for strategies that make no sense together."""
+    names = " and ".join(str(each.name or type(each).__name__) for each in strategies)
+    return ValueError(f"{names} cannot be combined: {why}. Give one of them.")
+
+
+def overrides(strategy: Strategy, hook: str) -> bool:
+    """Whether the method does something of its own in a hook."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
+
+
 class Combined(Strategy):
     """Several strategies as one; each hook is called for all of them, in order.
 
     Raises:
-        ValueError: two of one kind, or more than one with a way of its own to learn a task or to choose its tasks; one
-            that needs the places of a batch's images beside another that changes the batch.
+        ValueError: two of one kind, or two that cannot be combined.
     """
 
     def __init__(self, strategies: Sequence[Strategy]):
@@ -203,46 +215,44 @@ class Combined(Strategy):
                     "ExperienceReplay()]."
                 )
         strategies = [each for each in strategies if type(each) is not Strategy]
-        kinds = [type(each).__name__ for each in strategies]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once. Take the others out.")
-        training = [str(each.name) for each in strategies if each.trains_backbone]
-        if len(training) > 1:
-            raise ValueError(
-                f"{' and '.join(training)} cannot be combined: each has a way of its own to train the backbone. Give "
-                "one of them."
-            )
         # What stands for the whole method comes first, in names and in what is done.
         self.strategies = sorted(strategies, key=lambda each: each.title("") != each.name)
+        self._check_combination(strategies)
+        self.own = {hook: self._owner(hook) for hook in ("learn", "tasks", "loss")}
         self.name = " + ".join(each.name for each in self.strategies if each.name) or None
         self.learns_streams = all(each.learns_streams for each in strategies)
         self.limits = tuple(limit for each in strategies for limit in each.limits)
         self.has_task_evidence = all(each.has_task_evidence for each in strategies)
-        anew = any(each.observes_anew for each in strategies)
-        reasons = [
+        self.why_trained_head = ", and ".join(self._reasons_for_trained_head(strategies))
+        self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
+        self.needs_places = any(each.needs_places for each in strategies)
+
+    @staticmethod
+    def _check_combination(strategies: Sequence[Strategy]) -> None:
+        kinds = [type(each).__name__ for each in strategies]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"strategy has {', '.join(kinds)}, but each kind may be there once. Take the others out.")
+        training = [each for each in strategies if each.trains_backbone]
+        if len(training) > 1:
+            raise cannot_combine(training, "each has a way of its own to train the backbone")
+        for each in strategies:
+            each.check_beside([other for other in strategies if other is not each])
+
+    def _owner(self, hook: str) -> Strategy:
+        """The one strategy that does something of its own in a hook that has room for one."""
+        owners = [each for each in self.strategies if overrides(each, hook)]
+        if len(owners) > 1 or (hook == "learn" and owners and len(self.strategies) > 1):
+            raise cannot_combine(self.strategies, f"{owners[0].name} has a way of its own to learn a task ({hook})")
+        return owners[0] if owners else Strategy()
+
+    @staticmethod
+    def _reasons_for_trained_head(strategies: Sequence[Strategy]) -> list[str]:
+        anew = any(overrides(each, "observed") for each in strategies)
+        return [
             f"{each.name} {each.why_trained_head}"
             for each in strategies
             if each.why_trained_head and not (anew and each.trains_backbone)
         ]
-        self.why_trained_head = ", and ".join(reasons)
-        self.trains_earlier_classes = any(each.trains_earlier_classes for each in strategies)
-        self.needs_places = any(each.needs_places for each in strategies)
-        changing = [each for each in strategies if type(each).batch is not Strategy.batch]
-        if self.needs_places and len(changing) > 1:
-            names = " and ".join(str(each.name or type(each).__name__) for each in changing)
-            raise ValueError(
-                f"{names} cannot be combined: each puts images of its own into the batch. Give one of them."
-            )
-        self.own = {}
-        for hook in ("learn", "tasks", "loss"):
-            owners = [each for each in self.strategies if getattr(type(each), hook) is not getattr(Strategy, hook)]
-            if len(owners) > 1 or (hook == "learn" and owners and len(strategies) > 1):
-                names = " and ".join(str(each.name) for each in self.strategies)
-                raise ValueError(
-                    f"{names} cannot be combined: {owners[0].name} has a way of its own to learn a task ({hook}). "
-                    "Give one of them."
-                )
-            self.own[hook] = owners[0] if owners else Strategy()
 
     def title(self, adapter):
         for each in self.strategies:

@@ -80,7 +80,7 @@ class TaskData(Trainer):
             return over_processes(
                 self.accelerator,
                 len(examples),
-                lambda rows: self._queries_of(self._batches(examples, training=True, rows=rows)),
+                lambda rows: self._queries_of(self.batches_of(examples, training=True, rows=rows)),
             )
 
     def _queries_of(self, batches: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -128,22 +128,26 @@ class TaskData(Trainer):
         with_queries: bool = False,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Un-augmented batches of all of a task's examples (or of `rows`), in order, on this process alone."""
+        return self.batches_of(self.plain_examples(task, split, with_queries), batch_size, rows=rows)
+
+    def plain_examples(self, task: Task, split: str = "train", with_queries: bool = False) -> TaskExamples:
+        """A task's examples without augmentation, for `batches_of`, with the queries that are kept if asked for."""
         tensors = {"model_label": torch.from_numpy(self.scenario.model_labels(task, split, self.classes_before))}
         if with_queries:
             tensors["query"] = self.kept_queries([task], split)
         parts, names = [getattr(task, split)], [(task.name, split)]
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         images = self._image_bytes(parts, names)
-        examples = TaskExamples(parts, tensors, images=images, reader=self.reader, names=names)
-        return self._batches(examples, batch_size, rows=rows)
+        return TaskExamples(parts, tensors, images=images, reader=self.reader, names=names)
 
-    def _batches(
+    def batches_of(
         self,
         examples: TaskExamples,
         batch_size: int | None = None,
         training: bool = False,
         rows: Sequence[int] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of all of the examples (or of `rows`), in order, on this process alone."""
         # A generator of its own: the order of the training images must not depend on whether queries are cached.
         loader = DataLoader(
             examples,

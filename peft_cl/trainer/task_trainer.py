@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,7 +22,7 @@ from .bad_images import ImageReader, check_range, mended
 from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size, warn_of_empty_classes
 from .costs import Flops
-from .examples import EpochDraws, rows_by_image
+from .examples import EpochDraws, places_of, rows_by_image
 from .image_cache import ImageCache
 from .learning_rates import set_rates
 from .processes import kept_counts, true_everywhere, without_repeats
@@ -197,14 +198,12 @@ class TaskTrainer(TaskData):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         self.train_dataset = self.examples(tasks, "train", images=self._images_of_a_fit(tasks))
         if self.strategy.needs_places:
-            self.train_dataset.tensors["place"] = torch.tensor(
-                [(task.index, row) for task in tasks for row in range(len(task.train))]
-            )
+            self.train_dataset.tensors["place"] = torch.from_numpy(np.concatenate([places_of(task) for task in tasks]))
         self.forget_steps()
         self.steps_before, self.state.global_step = self.steps_before + self.state.global_step, 0
         checkpoint, self._was_stopped = self._checkpoint(), False
         output = super().train(resume_from_checkpoint=checkpoint)
-        self.flops.end_steps(self.state.global_step * self.args.gradient_accumulation_steps)
+        self.flops.end_steps(self.state.global_step)
         if checkpoint is not None and checkpoint.endswith(f"-{self.state.global_step}"):
             self._nothing_left(checkpoint)
         return output
@@ -275,7 +274,7 @@ class TaskTrainer(TaskData):
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        with self.flops.step():
+        with self.flops.step(ends=self.accelerator.sync_gradients):
             loss = self._learn_from(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
                 self.strategy.after_backward(self)

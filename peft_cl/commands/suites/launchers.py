@@ -37,6 +37,18 @@ class InWork(Exception):
     """Another process has the run in work."""
 
 
+def in_work(lock: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    if fcntl is None or not lock.is_file():
+        return False
+    with open(lock, "a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def words_of(config: Path) -> list[str]:
     """The command of a run, which goes on where it was interrupted."""
     return [sys.executable, "-m", "peft_cl.cli", "train", str(config), "--resume", *as_words()]

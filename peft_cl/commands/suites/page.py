@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...text import plain
 from .suite import Suite
-from .tables import Table
+from .tables import Cell, Table
 
 
 if TYPE_CHECKING:
@@ -54,11 +55,15 @@ def _table(table: Table) -> str:
 
 def _row(number: int, table: Table) -> str:
     cells = "".join(
-        f"<td{_kind(place, table)}{'' if cell.number is None else f' data-number={chr(34)}{cell.number!r}{chr(34)}'}>"
-        f"{_shown(cell.text)}</td>"
+        f"<td{_kind(place, table)}{_number(cell)}>{_shown(cell.text)}</td>"
         for place, cell in enumerate(table.rows[number])
     )
     return f"<tr{' class=published' if number in table.published else ''}>{cells}</tr>"
+
+
+def _number(cell: Cell) -> str:
+    """By which the page sorts."""
+    return "" if cell.number is None or not math.isfinite(cell.number) else f' data-number="{cell.number!r}"'
 
 
 def _kind(place: int, table: Table) -> str:

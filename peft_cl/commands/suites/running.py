@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +30,8 @@ from .suite import Run, Suite
 INTERVAL = 0.5
 #: Lines of a failed run's log that are told.
 TOLD = 3
+#: Columns of a terminal for how far a run is, beside its title.
+ROOM = 36
 
 
 class State(Enum):
@@ -39,12 +44,13 @@ class State(Enum):
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run is; `log_before` are the bytes of its log that earlier attempts wrote."""
 
     run: Run
     state: State = State.WAITING
     job: Job | None = None
     began: float = 0.0
+    log_before: int = 0
     seconds: float = 0.0
     shown: str = field(default="", compare=False)
 
@@ -77,7 +83,7 @@ def check_same(run: Run) -> None:
     path = run.file(".yaml")
     if not path.is_file() or not run.folder.is_dir():
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if before != json.loads(json.dumps(run.config)):
         differ = sorted(name for name in {*before, *run.config} if before.get(name) != run.config.get(name))
         raise CommandError(
@@ -135,9 +141,15 @@ def _start(left: Sequence[Progress], launcher: Any, board: Board) -> None:
     for each in sorted(left, key=lambda each: each.state == State.ELSEWHERE):
         if going >= launcher.jobs or each.state not in (State.WAITING, State.ELSEWHERE):
             continue
+        if finished(each.run):  # by another command, in the meantime
+            each.state = State.DONE
+            board.tell(each)
+            continue
         write_config(each.run)
+        log = each.run.file(".log")
+        each.log_before = log.stat().st_size if log.is_file() else 0
         try:
-            each.job = launcher.start(each.run.file(".yaml"), each.run.file(".log"), each.run.file(".lock"))
+            each.job = launcher.start(each.run.file(".yaml"), log, each.run.file(".lock"))
         except InWork:
             if each.state != State.ELSEWHERE:
                 each.state = State.ELSEWHERE
@@ -170,7 +182,7 @@ class Board:
             time_taken = f" ({duration(each.seconds)})" if each.seconds else ""
             say(f"[{done} of {len(self.runs)} done] {each.run.title}: {each.state.value}{time_taken}", flush=True)
             if each.state == State.FAILED:
-                say(f"  {each.run.file('.log')}: {last_words(each.run)}", flush=True)
+                say(f"  {ending(each)}{each.run.file('.log')}: {last_words(each)}", flush=True)
 
     def show(self) -> None:
         """Draw the table, twice a second at most."""
@@ -189,7 +201,8 @@ class Board:
         self._clear()
         yield
         if self.live:
-            lines = self._table()
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be taken back
+            lines = [fitted(line, width) for line in self._table(width)]
             print("\n".join(lines), file=sys.stderr, flush=True)
             self._lines = len(lines)
 
@@ -198,22 +211,48 @@ class Board:
             print(f"\x1b[{self._lines}F\x1b[J", end="", file=sys.stderr, flush=True)
         self._lines = 0
 
-    def _table(self) -> list[str]:
+    def _table(self, width: int) -> list[str]:
         counts = [(state, sum(each.state == state for each in self.runs)) for state in State]
         head = ", ".join(f"{count} {state.value}" for state, count in counts if count)
         going = [each for each in self.runs if each.state == State.GOING]
-        width = max((len(each.run.title) for each in going), default=0)
+        titles = [fitted(plain(each.run.title), max(10, width - ROOM)) for each in going]
+        longest = max(map(columns, titles), default=0)
         lines = [f"{counted(len(self.runs), 'run')}: {head}"]
-        for each in going[:10]:
+        for each, title in list(zip(going, titles, strict=True))[:10]:
             elapsed = duration(time.monotonic() - each.began)
-            lines.append(f"  {plain(each.run.title):<{width}}  {each.tasks()}, {elapsed}")
+            lines.append(f"  {title}{' ' * (longest - columns(title))}  {each.tasks()}, {elapsed}")
         return lines
 
 
-def last_words(run: Run) -> str:
-    """The end of a run's log."""
-    path = run.file(".log")
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of some scripts take two."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+
+
+def fitted(text: str, width: int) -> str:
+    """The text, cut to so many columns of a terminal."""
+    if columns(text) <= width:
+        return text
+    while columns(text) > width - 1:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def ending(each: Progress) -> str:
+    """Which signal ended a run's process, if one did: its log says nothing of it."""
+    status = each.job.ended()
+    if status is None or status >= 0:
+        return ""
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return f"ended by {name}{memory}; "
+
+
+def last_words(each: Progress) -> str:
+    """The end of what a run's last attempt wrote into its log."""
+    path = each.run.file(".log")
     if not path.is_file():
         return "it has no log"
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = path.read_bytes()[each.log_before :].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return plain(" / ".join(lines[-TOLD:]), 600) or "its log is empty"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -23,6 +25,8 @@ OWN = ("output_dir", "continue_from", "earlier_test")
 OF_RUNS = tuple(name for name in SECTIONS if name not in OWN)
 #: What else a method of a suite may have.
 OF_METHODS = ("category", "settings")
+#: Bytes that a row's folder may have in its name: systems refuse more than 255.
+LONGEST_FOLDER = 120
 #: Settings that each seed of a suite sets, unless it says otherwise.
 SEEDED = ["training.seed", "scenario.seed"]
 
@@ -50,9 +54,13 @@ class Row:
 
     @property
     def folder(self) -> str:
-        """Name of the folder that its runs are in: letters, digits and what no system minds."""
+        """Name of the folder that its runs are in: letters, digits and what no system minds; a long one is cut."""
         parts = [self.method, *(f"{name.split('.')[-1]}-{value}" for name, value in self.settings)]
-        return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-.").lower() for part in parts)
+        name = "_".join(re.sub(r"(?:[^\w.+-]|_)+", "-", part).strip("-.").lower() for part in parts)
+        if len(name.encode()) <= LONGEST_FOLDER:
+            return name
+        digest = hashlib.sha256(self.title.encode()).hexdigest()[:8]
+        return f"{name.encode()[: LONGEST_FOLDER - 9].decode(errors='ignore')}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,10 @@ class TableSettings:
     def __post_init__(self) -> None:
         if not self.columns:
             raise ValueError(f"columns is empty. Give one or more of {', '.join(MEASURES)}.")
+        if self.methods == []:
+            raise ValueError("methods is empty. Name one or more, or take it out for a table of all.")
+        for name, value in self.titles.items():
+            convert(f"titles.{name}", value, str)
         wrong = next((name for name in self.columns if name not in MEASURES), None)
         if wrong is not None:
             raise unknown("column", wrong, MEASURES)
@@ -102,7 +114,10 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of a paper, which stand in tables beside the measured ones, marked as such."""
+    """Figures of a paper, which stand in tables beside the measured ones, marked as such.
+
+    Tables with `across` leave them out: they do not say of which of its columns they are.
+    """
 
     method: str = field(metadata={"help": "Name of the row."})
     source: str = field(metadata={"help": "Paper, protocol and weights."})
@@ -113,7 +128,8 @@ class Published:
         if wrong is not None:
             raise unknown("column", wrong, MEASURES)
         for name, value in self.values.items():
-            convert(f"published.values.{name}", value, float)
+            if not math.isfinite(convert(f"published.values.{name}", value, float)):
+                raise ValueError(f"values.{name} is {value}, but must be a number. Take it out if it is not known.")
 
 
 @dataclass(frozen=True)
@@ -148,8 +164,22 @@ class SuiteSettings:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("methods is empty. Give one or more, such as `Frozen: {method: frozen}`.")
+        for name in self.methods:
+            if not isinstance(name, str) or not re.search(r"[^\W_]", name):
+                raise ValueError(
+                    f"methods has the name {brief(name)}, but a name must be text with a letter or a digit. Rename "
+                    "it; a number or a truth value needs quotes."
+                )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}, but must be different whole numbers, one or more.")
+        wrong = next((seed for seed in self.seeds if not 0 <= seed < 2**32), None)
+        if wrong is not None:
+            raise ValueError(f"seeds has {wrong}, but a seed must be a whole number from 0 to 2**32 - 1.")
+        if len(self.seeds) > 1 and not self.seeded:
+            raise ValueError(
+                f"seeded is empty, so that the runs of the seeds {brief(self.seeds)} would be the same. Give one "
+                f"seed, or the settings that it sets, such as {SEEDED}."
+            )
         for name in ("reference", "relative_to", "tested_against"):
             if getattr(self, name) is not None and getattr(self, name) not in self.methods:
                 raise unknown(f"method for {name}", getattr(self, name), self.methods)
@@ -188,6 +218,7 @@ def read_suite(config: Mapping[str, Any]) -> Suite:
     Raises:
         CommandError: an unknown name, a value of another kind, a row without a method, or two rows with one folder.
     """
+    _refuse_run(config)
     given = fill("suite", SuiteSettings, dict(config))
     tables = [fill(f"tables[{place}]", TableSettings, each) for place, each in enumerate(given.tables)]
     published = [fill(f"published[{place}]", Published, each) for place, each in enumerate(given.published)]
@@ -200,11 +231,38 @@ def read_suite(config: Mapping[str, Any]) -> Suite:
         across = table.across
         if across is not None and across not in given.settings:
             raise unknown("setting for across", across, given.settings)
+        _check_titles(table, given)
     counts = any(name in COUNTING for table in tables for name in table.columns)
     rows = [row for name in given.methods for row in _rows(name, given, counts)]
     _refuse_one_folder(rows)
     runs = [_run(row, seed, given) for seed in given.seeds for row in rows]
     return Suite(given, rows, runs, tables, published)
+
+
+def _refuse_run(config: Mapping[str, Any]) -> None:
+    """A file for `peft-cl train` is no suite, and a suite without its first sections is told what they are."""
+    of_run = [name for name in config if name in OF_RUNS]
+    if of_run and "methods" not in config:
+        raise CommandError(
+            f"This is no suite: it has the sections of one run ({', '.join(of_run)}), and no methods. Give it to "
+            "`peft-cl train`, or put these sections below `defaults:` and name the runs below `methods:`."
+        )
+    check_names("suite", config, SuiteSettings.__dataclass_fields__)
+    for name, example in (("methods", "`methods: {Frozen: {method: frozen}}`"), ("output_dir", "`output_dir: out/s`")):
+        if config.get(name) in (None, ""):
+            raise CommandError(f"The suite has no {name}. Write such as {example}.")
+
+
+def _check_titles(table: TableSettings, given: SuiteSettings) -> None:
+    """Heads are of columns, of settings, of the values that stand across, and of the methods' own column."""
+    own = [each.get("settings") for each in given.methods.values() if isinstance(each, dict)]
+    settings = [each for each in (given.settings, *own) if isinstance(each, dict)]
+    across = [values for each in settings for name, values in each.items() if name == table.across]
+    values = [str(value) for each in across if isinstance(each, list) for value in each]
+    known = {"method", *MEASURES, *(str(name) for each in settings for name in each), *values}
+    wrong = next((name for name in table.titles if str(name) not in known), None)
+    if wrong is not None:
+        raise unknown("column or setting for titles", wrong, known)
 
 
 def _rows(name: str, given: SuiteSettings, counts: bool) -> Iterator[Row]:
@@ -214,9 +272,8 @@ def _rows(name: str, given: SuiteSettings, counts: bool) -> Iterator[Row]:
     if not isinstance(settings, dict):
         raise CommandError(f"settings of {name} is {brief(settings)}, but must be a mapping of names and lists.")
     for setting, values in settings.items():
-        if not isinstance(values, list) or not values:
-            raise CommandError(f"settings.{setting} is {brief(values)}, but must be a list of values. Give one.")
-    category = own.get("category")
+        _check_setting(setting, values)
+    category = convert(f"methods.{name}.category", own.get("category"), str | None)
     sections = {section: value for section, value in own.items() if section not in OF_METHODS}
     for combination in product(*settings.values()):
         changes = tuple(zip(settings, combination, strict=True))
@@ -224,7 +281,19 @@ def _rows(name: str, given: SuiteSettings, counts: bool) -> Iterator[Row]:
         if counts:
             config = merged({"training": {"count_flops": True}}, config)
         apply_overrides(config, changes, OF_RUNS)
-        yield Row(name, changes, config, None if category is None else str(category))
+        yield Row(name, changes, config, category)
+
+
+def _check_setting(name: Any, values: Any) -> None:
+    """A setting of rows: a dotted name, and a list of different values."""
+    section = name.split(".")[0] if isinstance(name, str) else name
+    if section not in OF_RUNS:
+        raise unknown("section for settings", section, OF_RUNS)
+    if not isinstance(values, list) or not values:
+        raise CommandError(f"settings.{name} is {brief(values)}, but must be a list of values. Give one.")
+    again = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    if again is not None:
+        raise CommandError(f"settings.{name} has {brief(again)} more than once. Take one out.")
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ...metrics import RunResults
-from ...metrics.measures import MEASURES, NOTHING, Beside, Measure
+from ...metrics.measures import MEASURES, NOTHING, Beside, Measure, points, whole_percent
 from ...metrics.significance import holm, paired_difference
 from ...text import counted, in_markdown, percent
 from .running import finished
@@ -19,6 +19,8 @@ from .suite import Published, Row, Suite, TableSettings
 
 #: Below it a difference is told as more than noise.
 LEVEL = 0.05
+#: Ways to show a fraction as percent.
+PERCENT = (points, whole_percent)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def make_table(suite: Suite, found: Found, settings: TableSettings) -> Table:
     published = [
         each
         for each in suite.published
-        if (settings.methods is None or each.method in settings.methods) and set(each.values) & set(settings.columns)
+        if (settings.methods is None or each.method in settings.methods)
+        and set(each.values) & set(settings.columns)
+        and settings.across is None
     ]
     return _Maker(suite, found, settings, rows, published).table()
 
@@ -201,8 +205,8 @@ class _Maker:
         cells = [Cell(f"{each.method} (published: {each.source})", named=True), *[Cell(NOTHING)] * (labels - 1)]
         for _ in self.across:
             for column in self.settings.columns:
-                value = each.values.get(column)
-                cells.append(Cell(NOTHING) if value is None else Cell(f"{value:g}", value / 100))
+                value, scale = each.values.get(column), 100 if MEASURES[column].shown in PERCENT else 1
+                cells.append(Cell(NOTHING) if value is None else Cell(f"{value:.12g}", value / scale))
         return cells
 
     def _notes(self) -> Iterator[str]:

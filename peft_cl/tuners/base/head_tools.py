@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ...heads import Head, LinearHead, Sizes
 from ...heads.files import SUMS_FILE, load_sums, save_sums
 from ...text import brief
+from .config import PromptPoolConfig
 from .digests import digest_in_bfloat16, digest_of_tensors, digest_of_weights
 from .encoder import evaluation_mode
 from .merged import merged
@@ -131,6 +133,31 @@ class HeadTools:
         """A digest of the backbone's weights, the same in float32 and in bfloat16."""
         return digest_in_bfloat16(merged(self.encoder.base_layer))
 
+    # ----------------------------------------------------------------------------------------------- the trained head
+
+    def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int, *, backbone_learns: bool) -> None:
+        """Under a head that is computed a linear one is trained, as long as prompts or the backbone learn.
+
+        Args:
+            head: the head, which has its rows.
+            config: its adapter's.
+            known: how many of its classes, the first ones, were there before.
+            backbone_learns: whether weights of the backbone are trained.
+        """
+        learning = backbone_learns or any(True for _ in self.pool.parameters())
+        learns = learning and not config.prompts_frozen
+        is_trained = any(name for name, _ in head.named_parameters() if not name.startswith("training_head"))
+        if not head.observes or head.guides_prompts or is_trained or not learns:
+            head.training_head = None
+        elif head.training_head is None:
+            # From a stream it sees, in the same step, what the other head observes: the CLS token stands in front.
+            shared = config.stream and config.features
+            width = self._geometry().hidden_size if shared else self._width_of_paper(self.pool)
+            linear = LinearHead(Sizes(width, 0), head.classes, config.head_init)
+            head.training_head = linear.to(self.head_device).train(head.training)
+        else:
+            head.training_head.grow(head.classes, keep=known)
+
     # ----------------------------------------------------------------------------------------------- classes
 
     def forget_classes(self, class_names: Sequence[str]) -> None:
@@ -231,6 +258,6 @@ class HeadTools:
         head.fit()
         config.classes = classes
         config.tasks = [*config.tasks, *([row[other.classes[index]] for index in rows] for rows in other.tasks)]
-        self._set_training_head(head, config, known)
+        self._set_training_head(head, config, known, backbone_learns=self.encoder.learns)
         self.head.forget_rows()
         self.head.show_labels()

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ...backbones import Family, Geometry, family_of
-from ...heads import Head, LinearHead, Sizes, TaskEvidence, make_head
+from ...heads import Head, Sizes, TaskEvidence, make_head
 from .base_weights import note_base, warn_of_another_base
 from .classifier import ClassifierHead
 from .config import PromptPoolConfig
@@ -42,8 +42,6 @@ class PromptPoolModel(HeadTools, BaseTuner):
     pool_class: type[PromptPool]
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}
-    #: Whether the backbone's weights are trained too, which a strategy says.
-    trains_backbone: bool = False
 
     # ----------------------------------------------------------------------------------------------- tasks
 
@@ -113,32 +111,15 @@ class PromptPoolModel(HeadTools, BaseTuner):
             head.evidence.merge_counts(total)
 
     def _grow_head(self, head: Head, known: int) -> None:
-        """Give the head a row for each class, of which the first `known` are there. Under a head that is computed a
-        linear one is trained as long as prompts or the backbone learn."""
+        """Give the head a row for each class, of which the first `known` are there."""
         config = self._active_config()[1]
         head.check_classes(len(config.classes))
         head.grow(len(config.classes), keep=known)
         if head.evidence is not None:
             head.evidence.grow()
         head.describe(config.classes, self.model)
-        self._set_training_head(head, config, known, self.encoder.learns)
+        self._set_training_head(head, config, known, backbone_learns=self.encoder.learns)
         self.head.forget_rows()
-
-    def _set_training_head(self, head: Head, config: PromptPoolConfig, known: int = 0, backbone: bool = False) -> None:
-        learning = backbone or self.trains_backbone or any(True for _ in self.pool.parameters())
-        learns = learning and not config.prompts_frozen
-        is_trained = any(name for name, _ in head.named_parameters() if not name.startswith("training_head"))
-        if not head.observes or head.guides_prompts or is_trained or not learns:
-            head.training_head = None
-        elif head.training_head is None:
-            # From a stream it sees, in the same step, what the other head observes: the CLS token stands in front.
-            shared = config.stream and config.features
-            width = self._geometry().hidden_size if shared else self._width_of_paper(self.pool)
-            sizes = Sizes(width, 0)
-            linear = LinearHead(sizes, head.classes, config.head_init)
-            head.training_head = linear.to(self.head_device).train(head.training)
-        else:
-            head.training_head.grow(head.classes, keep=known)
 
     @property
     def encoder(self) -> PromptedEncoder:
@@ -316,7 +297,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
             head.describe(config.classes, self.model, known=True)
             if head.observes:
                 head.sums_unknown()
-            self._set_training_head(head, config)
+            # Whatever its weights say now: PEFT freezes the backbone after this.
+            self._set_training_head(head, config, len(config.classes), backbone_learns=False)
         return head
 
     @property
