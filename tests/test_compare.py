@@ -116,6 +116,7 @@ def test_a_suite_from_nothing_to_its_page(suite, capsys):
     assert "with other settings (training). Put them back" in told(capsys)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(suite, capsys):
     suite["methods"]["Broken"] = {"method": "fine-tuning", "training": {"learning_rate": 1e30, "logging_steps": 1}}
     del suite["methods"]["Joint"], suite["reference"]
@@ -155,14 +156,38 @@ def test_a_suite_that_was_killed_gives_the_same_table(suite, capsys, tmp_path):
     assert tables[0] == tables[1] and len(tables[0]) > 14
 
 
-def _kill_runs(folder: Path) -> None:
+@pytest.mark.slow
+def test_a_request_to_end_ends_the_runs(suite, tmp_path):
+    suite["defaults"]["training"]["num_train_epochs"] = 100000
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(dict(suite)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_cl.cli", "compare", str(tmp_path / "suite.yaml"), "--quiet"]
+    )
+    log = suite.folder / "runs" / "fine-tuning" / "seed0.log"
+    begun = time.monotonic()
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() - begun < 120:
+        time.sleep(0.5)
+    process.terminate()
+    assert process.wait(60) == 130
+    assert not _runs_in(suite.folder)
+
+
+def _runs_in(folder: Path) -> list[int]:
+    """The processes of runs in a folder."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
         if str(folder) in words and "train" in words:
-            os.kill(int(process.name), signal.SIGKILL)
+            found.append(int(process.name))
+    return found
+
+
+def _kill_runs(folder: Path) -> None:
+    for process in _runs_in(folder):
+        os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -203,6 +228,7 @@ def test_operations_are_counted_where_a_table_shows_them(suite):
     assert read_suite(suite).rows[0].config["training"]["count_flops"] is True
 
 
+@pytest.mark.slow
 def test_a_setting_may_be_columns(suite, capsys):
     suite["methods"] = {"Fine-tuning": METHODS["Fine-tuning"]}
     suite["settings"] = {"scenario.kind": ["task-incremental", "class-incremental"]}

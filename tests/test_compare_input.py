@@ -68,6 +68,13 @@ def test_an_output_folder_below_a_file(suite, tmp_path, capsys):  # noqa: F811
     assert f"but '{tmp_path / 'file'}' is a file" in told(capsys)
 
 
+def test_what_a_strategy_refuses_is_told_before_the_first_run(suite, capsys):  # noqa: F811
+    suite["methods"] = {"Means": {"method": "nearest-class-mean", "adapter": {"head": "lda"}}}
+    del suite["reference"]
+    assert suite.run("--check") == 2
+    assert "Means: it cannot be set up: Nearest class mean compares features" in told(capsys)
+
+
 def test_names_of_any_script_and_length_have_folders(suite):  # noqa: F811
     del suite["reference"]
     suite["methods"] = dict.fromkeys(("日本語", "中文", "x" * 300, "x" * 301, "L2P (best)_a"), FROZEN)

@@ -40,6 +40,7 @@ def test_what_is_computed_once_counts_once(make_trainer):
     assert prompts.flops == pytest.approx(frozen.flops + steps, rel=0.05)
 
 
+@pytest.mark.slow
 def test_strategies_count(make_trainer):
     config = LinearProbeConfig(train_mask=False)
     plain = learnt(make_trainer, config, "plain", strategy=FineTuning())

@@ -63,6 +63,7 @@ def test_a_strategy_of_ones_own_in_a_run(config, tmp_path, capsys):
     assert results.hyperparameters["strategy"] == {"Mine": {"strength": 0.5}}
 
 
+@pytest.mark.slow
 def test_a_strategy_of_ones_own_in_a_suite(config, tmp_path, monkeypatch, capsys):
     """The runs are other processes, in which the name must be known too; the file is named from another folder."""
     settings = yaml.safe_load(config.read_text())

@@ -33,7 +33,7 @@ def learnt(make_trainer, on: str, *strategies: Strategy, folder: str = "run", **
     return trainer
 
 
-@pytest.mark.parametrize("on", ON)
+@pytest.mark.parametrize("on", [each if each == "coda" else pytest.param(each, marks=pytest.mark.slow) for each in ON])
 def test_replay_and_joint_training_keep_what_the_plain_loss_forgets(on, make_trainer):
     plain = learnt(make_trainer, on)
     replay = learnt(make_trainer, on, ExperienceReplay(30), folder="er")
@@ -69,7 +69,7 @@ def test_replay_of_a_data_set_with_a_transform_beside_one_without(make_trainer, 
     assert trainer.finished_tasks == 2
 
 
-@pytest.mark.parametrize("on", ["backbone", "l2p"])
+@pytest.mark.parametrize("on", ["backbone", pytest.param("l2p", marks=pytest.mark.slow)])
 def test_ewc_holds_what_the_first_task_needs(on, make_trainer):
     moved = []
     for strength in (0.0, 1e5):

@@ -300,7 +300,8 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(case, make_trainer):
         np.testing.assert_array_equal(each.accuracy_matrix, whole.accuracy_matrix)
 
 
-@pytest.mark.parametrize("head", ["aligned", pytest.param("lda", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["aligned", "lda"])
 def test_a_slow_learner_with_a_computed_head_is_resumed_to_the_bit(head, make_trainer):
     def make(**words):
         settings = {"save_strategy": "steps", "save_steps": 2, "num_tasks": 2, "max_steps": 4, **words}

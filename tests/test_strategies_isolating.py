@@ -206,7 +206,7 @@ def test_the_best_checkpoint_brings_its_masks(step, make, data):
         assert free.sum() == pytest.approx(weight.numel() / 4, abs=1) and not weight[free].any()
 
 
-@pytest.mark.parametrize("step", [3, 6])  # before the pruning and after it
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 6])  # before the pruning and after it
 def test_packnet_goes_on_in_the_middle_of_a_task(step, make):
     check_resumes(make, PackNet, task=1, step=step)
 

@@ -92,7 +92,15 @@ def test_the_record_tells_the_backbones_own_weights(name, settings, make_trainer
 # ------------------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize(("name", "cut"), [("sequential", 1), ("first", 1), ("first+lda", 0), ("osf", 1)])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        pytest.param("sequential", 1, marks=pytest.mark.slow),
+        pytest.param("first", 1, marks=pytest.mark.slow),
+        ("first+lda", 0),
+        ("osf", 1),
+    ],
+)
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(name, cut, make_trainer, tiny_vit):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

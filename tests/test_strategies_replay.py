@@ -85,7 +85,7 @@ def test_the_memory_is_counted_in_bytes_of_pixels(make_trainer):
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
-@pytest.mark.parametrize("name", ["DER++", "iCaRL", "ER"])
+@pytest.mark.parametrize("name", ["DER++", "iCaRL", pytest.param("ER", marks=pytest.mark.slow)])
 def test_what_a_plain_run_forgets_is_kept(name, make_trainer):
     plain = make_trainer(config_for(GEM()), strategy=FineTuning(), learning_rate=1e-3, folder="plain")
     plain.train()

@@ -185,10 +185,12 @@ def check_row(settings: RunSettings, scenarios: dict[str, Scenario]) -> None:
     key = repr((settings.datasets, settings.scenario))
     if key not in scenarios:
         scenarios[key] = make_scenario(settings)
-    model = settings.model
-    backbone = load_backbone(model.name, model.dtype, model.attn_implementation, model.trust_remote_code)
+    base = settings.model
+    backbone = load_backbone(base.name, base.dtype, base.attn_implementation, base.trust_remote_code)
     with explained("it cannot be set up"):
-        check_fit(put_adapter_on(backbone, settings), settings.training, scenarios[key], Combined(settings.strategies))
+        model, strategy = put_adapter_on(backbone, settings), Combined(settings.strategies)
+        check_fit(model, settings.training, scenarios[key], strategy)
+        strategy.prepare(model)  # which some refuse
 
 
 class told_of:  # noqa: N801, as other context managers are named

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -107,19 +108,37 @@ def run_all(suite: Suite, launcher: Any, quiet: bool = False) -> list[Run]:
     """
     left = [Progress(run, State.DONE if finished(run) else State.WAITING) for run in suite.runs]
     board = Board(left, quiet)
+    with _sigterm_interrupts():
+        try:
+            while True:
+                _look(left, launcher, board)
+                _start(left, launcher, board)
+                if not any(each.state in (State.GOING, State.WAITING, State.ELSEWHERE) for each in left):
+                    return [each.run for each in left if each.state == State.FAILED]
+                board.show()
+                time.sleep(INTERVAL)
+        finally:
+            for each in left:
+                if each.state == State.GOING:
+                    each.job.stop()
+            board.close()
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside the block `kill`, or a batch system at its limit, ends the runs too, as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        while True:
-            _look(left, launcher, board)
-            _start(left, launcher, board)
-            if not any(each.state in (State.GOING, State.WAITING, State.ELSEWHERE) for each in left):
-                return [each.run for each in left if each.state == State.FAILED]
-            board.show()
-            time.sleep(INTERVAL)
+        yield
     finally:
-        for each in left:
-            if each.state == State.GOING:
-                each.job.stop()
-        board.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _look(left: Sequence[Progress], launcher: Any, board: Board) -> None:
