@@ -119,6 +119,8 @@ def size(count: float) -> str:
         >>> size(512), size(1_500_000)
         ('0.5 kB', '1.50 MB')
     """
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 

@@ -306,3 +306,25 @@ def test_the_demo_compares_all_methods_and_uses_an_adapter(tmp_path, capsys, mon
     assert Path(path).parent == tmp_path / "demo"
     assert re.search(r"of the digit \d: the model says \d \(probability \d+%\)", text)
     assert PILImage.open(tmp_path / "demo" / "comparison.png").width > 1000
+
+
+def test_a_run_that_was_cut_off_between_its_adapter_and_its_state_is_resumed(place, tmp_path, monkeypatch):
+    """In its first task there is no state before; the adapter that lies there is not taken for one that lost it."""
+    words = [
+        "train",
+        str(place / "config.yaml"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--training.pictures",
+        "false",
+    ]
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cl.trainer.resuming.ResumableTrainer.save_snapshot", cut)
+        assert main(words) == 130
+    assert (tmp_path / "out" / "results.json").is_file()
+    assert main([*words, "--resume"]) == 0
+    assert RunResults.load(tmp_path / "out").finished_tasks == 2

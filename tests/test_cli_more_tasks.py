@@ -170,7 +170,7 @@ def test_a_comparison_method_is_added(strategy, name, train, tmp_path):
     ("words", "expected"),
     [
         (["--strategy", "ers"], ["strategy.ers", "er"]),
-        (["--strategy", "{er: {memory: 3}}"], ["strategy.er.memory", "memory_size"]),
+        (["--strategy", "{er: {memry_size: 3}}"], ["strategy.er.memry_size", "memory_size"]),
         (["--strategy", "{er: {memory_size: 0}}"], ["memory_size is 0"]),
         (["--strategy", "{ewc: 10}"], ["strategy.ewc is 10", "a mapping"]),
         (["--strategy", "joint"], ["train_mask is True", "Set --adapter.train_mask False"]),

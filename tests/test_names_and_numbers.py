@@ -14,7 +14,7 @@ from peft_cl import class_incremental, domain_incremental
 from peft_cl.cli import main
 from peft_cl.commands.errors import CommandError
 from peft_cl.commands.listing import list_tasks
-from peft_cl.commands.options import parse_yaml, read_config, split_overrides
+from peft_cl.commands.options import parse_yaml, read_config, split_overrides, write_yaml
 
 
 def splits(*names: str) -> tuple[Dataset, Dataset]:
@@ -211,3 +211,12 @@ def test_messages_are_short_whatever_is_given(section, config, capsys):
     value = f"[{', '.join(['[[1, 2], {a: b}]'] * 3000)}]"
     assert main(["train", config("{num_tasks: 1}"), f"--{section}", value]) == 2
     assert len(capsys.readouterr().err.splitlines()[-1]) < 1500
+
+
+@pytest.mark.parametrize("word", "1e3 001 no yes on null ~ true 1:30 2020-01-01 0x1 1_000 .5".split() + ["a: b", ""])
+def test_what_is_written_is_read_again(word):
+    """Run files of a suite and the best of a search are written by one command and read by another."""
+    config = {"class_order": [word, 2, 0.5, None, True], "training": {"learning_rate": 1e-5}}
+    text = write_yaml(config)
+    assert parse_yaml(text, "it") == config
+    assert yaml.safe_load(text) == config  # and by others

@@ -119,7 +119,10 @@ def test_icarl_is_measured_within_a_task_too(make_trainer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "linear", "head_options": {}}, "head is 'linear' .* Set head='ncm', head_options="),
+        (
+            {"head": "linear", "head_options": {}},
+            "head is 'linear' .* Set these in .*: head 'ncm'",
+        ),
         ({"head_options": {"metric": "cosine"}}, "classifies by the nearest mean of exemplars"),
         ({"head_features": "cls+mean"}, "head_features='cls\\+mean', but iCaRL"),
         ({"train_mask": True}, "train_mask is True, but iCaRL trains on classes of earlier tasks"),

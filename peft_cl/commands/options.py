@@ -74,6 +74,26 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(_INTEGER, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader`, or any reader of YAML 1.1, would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: _Loader.yaml_implicit_resolvers.get(first, []) + yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+    for first in {**_Loader.yaml_implicit_resolvers, **yaml.SafeDumper.yaml_implicit_resolvers}
+}
+
+
+def write_yaml(value: Any) -> str:
+    """A configuration as text, which `read_config` reads as the same values.
+
+    Example:
+        >>> write_yaml({"class_order": ["1e3", 2]})
+        "class_order:\\n- '1e3'\\n- 2\\n"
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML; `source` names where it comes from in the error."""
     if len(text) > LARGEST_TEXT:

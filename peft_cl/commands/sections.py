@@ -143,7 +143,9 @@ class ScenarioSettings:
         given = [name for name, value in vars(self).items() if name != "kind" and value is not None]
         foreign = [name for name in given if name not in known]
         if foreign:
-            raise ValueError(f"{', '.join(foreign)} does not go with the kind {self.kind}. Take it out.")
+            raise ValueError(
+                f"{', '.join(foreign)} does not go with the kind {self.kind}. Take it out, or set it to null."
+            )
         if "num_tasks" in known and self.num_tasks is None and self.classes_per_task is None:
             raise ValueError("num_tasks is missing: the number of tasks that the classes are divided into. Give it.")
         for order in ("class_order", "domain_order"):

@@ -79,7 +79,7 @@ def make_settings(config: dict[str, Any], earlier: SavedAdapter | None = None) -
         CommandError: An unknown section or name, a value of another type or out of range, or a section that is
             missing; the message says which, the rule and the remedy.
     """
-    for name in config:
+    for name in sorted(config, key="methods".__ne__):  # what says most of a file comes first
         if name not in SECTIONS:
             raise unknown_section(name)
     for name in ("method", "preset", "output_dir"):
@@ -125,6 +125,8 @@ def unknown_section(name: str) -> CommandError:
     """Make the error for a section that there is none of, with where a setting of its name is."""
     if name == "search":
         return CommandError("The section search is for `peft-cl tune`. Take it out, or give the file to that command.")
+    if name == "methods":
+        return CommandError("methods is a section of a suite. Give the file to `peft-cl compare`.")
     error = unknown("section", name, SECTIONS)
     owners = {
         "training": ContinualTrainingArguments.__dataclass_fields__,
@@ -212,9 +214,11 @@ def _take_over(config: dict[str, Any], earlier: PromptPoolConfig) -> tuple[str, 
 
 
 def _make_strategies(values: Any, method: Method) -> list[Strategy]:
-    """The section `strategy`: a name, or a mapping of names and their settings; with the method's own, which may stand
-    there with other settings."""
+    """The section `strategy`: a name, a list of names, or a mapping of names and their settings; with the method's
+    own, which may stand there with other settings."""
     strategies: list[Strategy] = []
+    if isinstance(values, list) and all(isinstance(name, str) for name in values):
+        values = {name: name for name in values}
     for name, settings in check_names("strategy", _expand(values, values) or {}, STRATEGIES).items():
         known = [each for each in inspect.signature(STRATEGIES[name]).parameters if each not in ("args", "kwargs")]
         given = check_names(f"strategy.{name}", None if settings == name else settings, known)

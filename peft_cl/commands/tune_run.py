@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..disk import local_path, replacing
 from ..metrics import RunResults, standard_error
@@ -33,7 +32,7 @@ from .errors import CommandError, explained
 from .given import FILE as GIVEN_FILE
 from .given import recall, remember
 from .importing import IMPORTED, import_all
-from .options import apply_overrides, parse_yaml
+from .options import apply_overrides, write_yaml
 from .output import say
 from .settings import SECTIONS, make_settings
 from .sources import CONFIG_FILE, RESULTS_FILE
@@ -304,9 +303,7 @@ def write_best(folder: Path, best: Row, config: Mapping[str, Any], figure: str, 
     changed = {**{name: value for name, value in changed.items() if name != "output_dir"}, "output_dir": output}
     if isinstance(changed.get("training"), dict):
         changed["training"] = {name: value for name, value in changed["training"].items() if name != "hub_token"}
-    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
-    if parse_yaml(text, BEST_FILE) != changed:  # words that are numbers in one YAML and none in the other
-        text = json.dumps(changed, indent=2) + "\n"
+    text = write_yaml(changed)
     head = f"# Trial {best.number} of a search: {figure} on held-out training images of the first tasks.\n"
     with replacing(folder / BEST_FILE) as aside:
         aside.write_text(f"{head}#   {plain(command, None)}\n{text}", encoding="utf-8")

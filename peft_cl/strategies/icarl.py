@@ -98,8 +98,8 @@ class ICaRL(MemoryStrategy):
             raise ValueError(
                 f"head is {config.head!r} with head_options={config.head_options!r} and head_features="
                 f"{config.head_features!r}, but {self.name} classifies by the nearest mean of exemplars. Set "
-                "head='ncm', head_options={'metric': 'cosine', 'normalize': True} and head_features='cls' in the "
-                "adapter's configuration."
+                "these in the adapter's configuration: head 'ncm', head_options {'metric': 'cosine', 'normalize': "
+                "True}, head_features 'cls'."
             )
         if config.tasks:
             raise ValueError(

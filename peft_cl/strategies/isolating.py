@@ -59,7 +59,8 @@ class Isolating(Strategy):
         if not scenario.task_known:
             raise ValueError(
                 f"The scenario {scenario.name!r} does not tell the task of a test image (task_known is False), but "
-                f"{self.name} has one network for each task. Use task_incremental(...) (--scenario task-incremental)."
+                f"{self.name} has one network for each task. Use task_incremental(...), in a configuration "
+                "scenario.kind task-incremental."
             )
         classes = [name for task in scenario for name in task.classes]
         twice = next((name for name in scenario.classes if classes.count(name) > 1), None)

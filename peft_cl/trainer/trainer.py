@@ -30,6 +30,7 @@ from .loss import check_loss
 from .measuring import MeasuringTrainer
 from .own_metrics import OwnMetrics
 from .record import adapter_folder, learnt_of, metrics_of, record_of
+from .snapshot import STATE_FOLDER
 from .strategy import Combined, Strategy
 
 
@@ -290,6 +291,9 @@ class ContinualTrainer(MeasuringTrainer):
 
     def _begin(self, task: Task) -> None:
         self.task, self.under_way, self._took = task, True, {"epochs": 0.0, "steps": 0}
+        if self.is_world_process_zero():
+            # Before the first adapter: one that lies there without a state would be taken for a run that lost it.
+            (self.folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         number = self.tasks_before + task.index + 1
         self.progress.begin_task(task.name, number, len(self.whole_matrix))
         self.look_before(task)

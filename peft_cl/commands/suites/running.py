@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import yaml
-
 from ...disk import replacing
 from ...metrics import RunResults
 from ...metrics.results import FILE_NAME
 from ...text import counted, duration, plain
 from ..errors import CommandError
+from ..options import read_config, write_yaml
 from ..output import say
 from .launchers import InWork, Job
 from .suite import Run, Suite
@@ -84,7 +83,7 @@ def check_same(run: Run) -> None:
     path = run.file(".yaml")
     if not path.is_file() or not run.folder.is_dir():
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    before = read_config(path)
     if before != json.loads(json.dumps(run.config)):
         differ = sorted(name for name in {*before, *run.config} if before.get(name) != run.config.get(name))
         raise CommandError(
@@ -98,7 +97,7 @@ def write_config(run: Run) -> None:
     path = run.file(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
-        aside.write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        aside.write_text(write_yaml(run.config), encoding="utf-8")
 
 
 def run_all(suite: Suite, launcher: Any, quiet: bool = False) -> list[Run]:
