@@ -72,7 +72,9 @@ def classify(
         logits = model(pixels, task_ids=known).logits.float()
     finally:
         model.train(was_training)
-    probabilities, rows = logits.softmax(-1).topk(min(top_k, len(classes)))
+    # Of classes that are out of the question nothing is said.
+    in_question = int((~logits.isneginf()).sum(-1).min())
+    probabilities, rows = logits.softmax(-1).topk(min(top_k, in_question))
     task_of = {} if config.stream else {row: task for task, of_task in enumerate(config.tasks) for row in of_task}
     return [
         Prediction(tuple(classes[row] for row in best), tuple(values), task_of.get(best[0]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ..metrics import task_identification_accuracy
@@ -22,9 +23,10 @@ from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
 from .data_options import add_data_options, data_settings
 from .errors import CommandError, explained, some
+from .networks import network_of
 from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
-from .sources import load_data, load_processor, split_of
+from .sources import RESULTS_FILE, load_data, load_processor, split_of
 from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
 
 
@@ -99,9 +101,25 @@ def run(arguments: argparse.Namespace) -> None:
     settings = data_settings(arguments)
     examples = split_of(load_data(settings), settings, "test_split")
     trust = arguments.trust_remote_code
-    model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
+    dtype = arguments.dtype or adapter.dtype
+    model = load_adapter(adapter, arguments.model, dtype, trust)
+    apply_task = network_of(adapter.folder)
+
+    def of_task(number: int) -> PeftModel:
+        alone = load_adapter(adapter, arguments.model, dtype, trust)
+        apply_task(alone, adapter.folder, number)
+        return alone
+
     evaluation = evaluate(
-        model, adapter, examples, settings, arguments.domain_column, arguments.batch_size, arguments.task, trust
+        model,
+        adapter,
+        examples,
+        settings,
+        arguments.domain_column,
+        arguments.batch_size,
+        arguments.task,
+        trust,
+        of_task if apply_task else None,
     )
     if arguments.json:
         say_json(vars(evaluation))
@@ -128,9 +146,11 @@ def evaluate(
     batch_size: int,
     task: str | None = None,
     trust_remote_code: bool = False,
+    of_task: Callable[[int], PeftModel] | None = None,
 ) -> Evaluation:
     """Measure the adapter on the examples whose classes it has learnt, by their names; those that the classes have in
-    the data sets' `task`, where it was learnt from a sequence of several."""
+    the data sets' `task`, where it was learnt from a sequence of several. `of_task` gives the model of a task, where
+    each has a network of its own."""
     classes = list(adapter.config.classes or ()) if adapter.config.tasks else []
     if not classes:
         raise CommandError("The adapter has learnt no classes yet, so there is nothing to measure. Train it first.")
@@ -160,10 +180,21 @@ def evaluate(
         reader=ImageReader(image_column, transform.to_rgb, "Mend the file or remove it from the data.", known),
         names=[(task, settings.test_split)],
     )
-    batches = DataLoader(images, batch_size, collate_fn=collator)
     task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
+    if of_task is not None and not task_known:
+        raise CommandError(
+            f"The adapter {adapter.name!r} holds a network for each task, but the record beside it, which tells the "
+            f"tasks of the classes, is missing. Put its {RESULTS_FILE} there."
+        )
+    predicted = np.zeros_like(truth)
+    # All images by one model, or those of each task by its own.
+    parts = [slice(None)] if of_task is None else [numbers == number for number in np.unique(numbers)]
     try:
-        predicted = predict(model, batches, numbers if task_known else None)
+        for part in parts:
+            own = model if of_task is None else of_task(int(numbers[part][0]))
+            rows = np.arange(len(truth))[part].tolist()
+            batches = DataLoader(Subset(images, rows), batch_size, collate_fn=collator)
+            predicted[part] = predict(own, batches, numbers[part] if task_known else None)
     except BadImageError as error:
         raise CommandError(str(error)) from error
     correct = predicted == truth

@@ -56,7 +56,7 @@ METHODS = {
     # Fine-tuning means the plain cross-entropy over all classes seen, without the mask that the prompt methods have.
     "fine-tuning": Method(LinearProbeConfig, FineTuning, defaults=UNMASKED),
     "slow-learner": Method(LinearProbeConfig, SlowLearner),
-    "lora": Method(LinearProbeConfig, SequentialLoRA),
+    "lora": Method(LinearProbeConfig, SequentialLoRA, defaults=UNMASKED),
     "first-session-lora": Method(LinearProbeConfig, FirstSessionLoRA),
     "osf": Method(LinearProbeConfig, OSF, defaults=UNMASKED),
     "nearest-class-mean": Method(LinearProbeConfig, NearestClassMean),

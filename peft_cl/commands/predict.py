@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -18,8 +19,9 @@ from ..predicting import Prediction, classify
 from ..scenarios import open_image
 from ..text import counted, percent, plain
 from .adapters import SavedAdapter
-from .errors import CommandError, explained
+from .errors import CommandError, explained, unknown
 from .evaluate import add_model_options, load_adapter
+from .networks import network_of
 from .output import complain, say
 from .sources import CONFIG_FILE, load_processor
 
@@ -35,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="images, or folders, with all below them")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name for each (default: 5)")
     parser.add_argument("--csv", metavar="FILE", help="write a table in place of lines; - is the standard output")
+    parser.add_argument("--task", metavar="NAME", help="task of all these images: its classes alone are in question")
     add_model_options(parser)
     parser.epilog = (
-        "The task is the one that brought the best class: the model is not told it. Files that are no readable images "
-        f"are named, passed over and counted; the exit status is {SOME_UNREADABLE} then, and 0 otherwise. In a folder "
-        "only files with the ending of an image are read."
+        "Without --task, the task is the one that brought the best class: the model is not told it. Files that are no "
+        f"readable images are named, passed over and counted; the exit status is {SOME_UNREADABLE} then, and 0 "
+        "otherwise. In a folder only files with the ending of an image are read."
     )
 
 
@@ -63,12 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
         adapter.processor or model.get_base_model().config._name_or_path, trust_remote_code=trust
     )
     names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    task = find_task(arguments.task, names, model, adapter)
     found, unreadable = [], []
     shown = tqdm(total=len(files), desc="images", unit="image", leave=False, disable=None if len(files) > 1 else True)
     with shown:
         for batch in read_batches(files, arguments.batch_size, unreadable, processor):
             images = [image for _, image in batch]
-            found += zip([file for file, _ in batch], classify(model, images, processor, arguments.top_k), strict=True)
+            known = None if task is None else [task] * len(images)
+            predictions = classify(model, images, processor, arguments.top_k, known)
+            found += zip([file for file, _ in batch], predictions, strict=True)
             shown.update(len(found) + len(unreadable) - shown.n)
     if arguments.csv:
         write_table(arguments.csv, found, names)
@@ -83,6 +89,29 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.csv not in (None, "-"):
         say(f"{summary}; the table is in {arguments.csv}.")
     return 0
+
+
+def find_task(name: str | None, names: Sequence[str], model: PeftModel, adapter: SavedAdapter) -> int | None:
+    """The number of the task that the user names; the model becomes its network, where each task has one.
+
+    Raises:
+        CommandError: There is no such task, or none is named where the model must be told.
+    """
+    apply_task = network_of(adapter.folder)
+    if name is None and apply_task is None:
+        return None
+    if name is None:
+        raise CommandError(
+            f"The adapter {adapter.name!r} holds a network for each task. Say which one the images belong to: --task, "
+            f"one of {', '.join(map(plain, names))}."
+        )
+    if name not in names:
+        raise unknown("task", name, names)
+    number = names.index(name)
+    if apply_task is not None:
+        with explained(f"The network of the task {name!r} cannot be used"):
+            apply_task(model, adapter.folder, number)
+    return number
 
 
 def check_table(place: str | None, images: Sequence[str]) -> None:

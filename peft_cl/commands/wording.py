@@ -58,6 +58,8 @@ def for_the_command_line(message: str, word: str = "train") -> str:
         name, value = found[1], found[2]
         if name not in known:
             return found[0]
+        if word == "compare":  # whose runs have these settings, and not the command
+            return f"{known[name]}.{name}" + (f": {value}" if value else "")
         return f"--{known[name]}.{name}" + (f" {value}" if value else "")
 
     message = re.sub(SETTING, as_option, message)
