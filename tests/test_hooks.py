@@ -100,7 +100,7 @@ def test_strategies_are_handed_gradients_in_their_order(make_trainer):
 
 def test_terms_weigh_the_same_however_a_batch_is_accumulated(make_trainer):
     class Decay(Strategy):
-        def losses(self, trainer):
+        def losses(self, trainer, inputs, logits):
             return {"decay": sum(value.square().sum() for value in trained(trainer).values())}
 
     whole = learn_one_task(make_trainer, Decay(), per_device_train_batch_size=16, folder="whole")

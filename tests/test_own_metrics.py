@@ -245,7 +245,7 @@ def gives(value):
         ([f1(), 3], "compute_metrics has 3, but must have functions"),
         ({1: f1()}, "must have functions"),
         (lambda: 1, "fails on fake logits of the classes of task 'task_0': TypeError.*predictions \\(4, 2\\)"),
-        (lambda prediction: {"x": {}["x"]}, "'task_0': KeyError: 'x'. It is called with"),
+        (lambda prediction: {"x": {}["x"]}, "'task_0': KeyError: 'x'. Correct it: it is called with"),
         (lambda prediction: 0.5, "it gives 0.5, but must give values by name"),
         (lambda prediction: None, "it gives None, but must give values by name"),
         (lambda prediction: {}, "it gives {}, but must give values by name"),

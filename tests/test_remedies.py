@@ -32,6 +32,7 @@ from peft_cl.cli import WORDS, make_parser
 from peft_cl.commands import sections
 from peft_cl.heads import HEADS, Head
 from peft_cl.heads.solved import SolvedHead
+from peft_cl.trainer.strategy import STRATEGIES
 from peft_cl.tuners.base.model import PromptPoolModel
 from peft_cl.tuners.base.pool import PromptPool
 
@@ -91,6 +92,7 @@ def known_settings() -> set[str]:
         ContinualTrainer.train_task,
     ]
     called += [PromptPoolModel.begin_task, PromptPoolModel.forward, Scenario.__init__, Scenario.with_task, Head.grow]
+    called += [each.__init__ for each in STRATEGIES.values()]
     called += [datasets.load_dataset, peft.PeftModel.from_pretrained, torch.nn.functional.cross_entropy]
     called += [transformers.PreTrainedModel.from_pretrained]
     for each in called:
@@ -149,6 +151,7 @@ def test_calls_that_messages_name_exist():
         PromptPool,
         peft.PeftModel,
         ContinualTrainer,
+        *(base for each in STRATEGIES.values() for base in each.__mro__),
         Scenario,
         Head,
         SolvedHead,

@@ -133,6 +133,7 @@ def test_the_loss_is_the_masked_cross_entropy_and_the_pools_terms(name):
     terms = {
         "l2p": {"pull"},
         "dualprompt": {"pull"},
+        "dualprompt-general": set(),
         "dualprompt-textbook": {"pull", "separation"},
         "coda-paper": {"orthogonality"},
         "coda-textbook": {"orthogonality", "entropy"},

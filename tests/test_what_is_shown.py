@@ -271,7 +271,7 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_line(place, tmp_path) -> No
             "components_per_task is 'many', but must be a whole number",
         ),
         (["--adapter.layers", "{a: 1}"], "adapter.layers is {'a': 1}, but must be"),
-        (["--strategy", "[er]"], "strategy is ['er'], but must be a mapping"),
+        (["--strategy", "[1]"], "strategy is [1], but must be a mapping"),
     ],
 )
 def test_the_message_names_setting_value_and_rule(refused, words, expected) -> None:

@@ -264,7 +264,10 @@ def finish(folder: Path, search: Search, config: Mapping[str, Any], options: Opt
     ranking, rows = search.ranking(), search.rows()
     if not ranking:
         reason = next((row.reason for row in rows if row.reason), "all were given up")
-        raise CommandError(f"None of {counted(len(rows), 'trial')} was finished. Trial {rows[0].number}: {reason}")
+        raise CommandError(
+            f"None of {counted(len(rows), 'trial')} was finished. Correct what stopped them; trial {rows[0].number}: "
+            f"{reason}"
+        )
     best = ranking[0]
     figure = f"{options.metric.replace('_', ' ')} {percent(best.value, 2)}{_error(folder, best, options)}%"
     write_best(folder, best, config, figure, command)

@@ -216,7 +216,6 @@ def gradient_of(
             given["task_ids"] = (batch["task"] + trainer.tasks_before).to(trainer.args.device)
         with trainer.accelerator.autocast():
             loss = model(**given).loss
-        trainer.tuner.head.take_logits()  # their graph is of no more use
         found = torch.autograd.grad(loss * (share * scale), parameters, allow_unused=True)
         parts = [
             torch.zeros_like(value) if part is None else part for value, part in zip(parameters, found, strict=True)

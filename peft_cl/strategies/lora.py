@@ -75,8 +75,8 @@ def targets_in(target_modules: list[str] | str | None, model: PeftModel) -> list
         unknown = [end for end, matched in matches.items() if not matched]
         if unknown:
             raise ValueError(
-                f"target_modules names {brief(unknown)}, but {kind} has no such layers. Its last linear ones are "
-                f"{', '.join(linear[-6:])}."
+                f"target_modules names {brief(unknown)}, but {kind} has no such layers. Name others; its last "
+                f"linear ones are {', '.join(linear[-6:])}."
             )
         found = list(dict.fromkeys(name for matched in matches.values() for name in matched))
     if not found:

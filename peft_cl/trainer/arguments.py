@@ -54,8 +54,8 @@ RULES = {
     ),
     "neftune_noise_alpha": (lambda value: value is None, "None: its noise is for embeddings of text"),
     "include_for_metrics": (
-        lambda value: not value,
-        "empty: metrics are computed from scores and labels, and the images of all tasks would lie in memory at once",
+        lambda value: not value,  # the Trainer makes a list of None
+        "None: metrics are computed from scores and labels, and the images of all tasks would lie in memory at once",
     ),
     "eval_do_concat_batches": (bool, "True: accuracies are counted from the predictions of all test images"),
     "metric_for_best_model": (

@@ -134,8 +134,8 @@ class OwnMetrics:
                         each(scores, labels)
                 except Exception as error:  # whatever it may be, it would come again
                     raise ValueError(
-                        f"{each} fails on fake logits of the classes of task {task.name!r}: {_said(error)} It is "
-                        f"called with predictions {scores.shape} and label_ids {labels.shape}. {EXAMPLE}."
+                        f"{each} fails on fake logits of the classes of task {task.name!r}: {_said(error)} Correct "
+                        f"it: it is called with predictions {scores.shape} and label_ids {labels.shape}. {EXAMPLE}."
                     ) from error
         tasks = [task.name for task in scenario]
         taken = {*TAKEN, *(f"accuracy_{task}" for task in tasks)}

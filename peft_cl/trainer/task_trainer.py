@@ -292,9 +292,10 @@ class TaskTrainer(TaskData):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self.tuner.head.keeping_logits() as logits:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            terms = self.strategy.losses(self, inputs, self.tuner.head.take_logits())
+            terms = self.strategy.losses(self, inputs, logits[0])
             loss = (loss + sum(terms.values())) * self._weight
             for name, value in {**self.tuner.head.last_losses, **terms}.items():
                 self._losses[name] = self._losses.get(name, 0.0) + value.detach() * self._weight

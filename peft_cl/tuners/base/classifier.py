@@ -51,7 +51,8 @@ class ClassifierHead(AdapterLayer):
         self.last_selected: torch.Tensor | None = None
         self.configs: dict[str, PromptPoolConfig] = {}
         self._rows: dict[str, torch.Tensor] = {}
-        self._logits: torch.Tensor | None = None
+        #: Takes a training call's logits with their graph, before any is masked, while it is a list.
+        self._logits: list[torch.Tensor] | None = None
         self.own_loss: Callable[[torch.Tensor, torch.Tensor, Sequence[str]], torch.Tensor] | None = None
         #: Takes the features that a head reads, while it is a list.
         self.captured: list[torch.Tensor] | None = None
@@ -146,10 +147,15 @@ class ClassifierHead(AdapterLayer):
         learns = call.labels is not None and torch.is_grad_enabled() and not self.config.inference_mode
         return learns and head.observes and self.config.stream
 
-    def take_logits(self) -> torch.Tensor | None:
-        """(B, classes), with their graph and before any is masked, of the last training call; once."""
-        logits, self._logits = self._logits, None
-        return logits
+    @contextmanager
+    def keeping_logits(self) -> Iterator[list[torch.Tensor]]:
+        """A list that holds, after a call of the model inside the block, its logits (B, classes) with their graph and
+        before any is masked."""
+        self._logits, before = [], self._logits
+        try:
+            yield self._logits
+        finally:
+            self._logits = before
 
     @contextmanager
     def capturing(self) -> Iterator[list[torch.Tensor | None]]:
@@ -218,7 +224,8 @@ class ClassifierHead(AdapterLayer):
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.weigh_evidence(logits, call, training=model.training)
-        self._logits = logits if model.training and call.labels is not None else None
+        if self._logits is not None:
+            self._logits[:] = [logits]
         logits = self.mask(logits, call.task_ids, training=model.training, labels=call.labels)
         self.last_selected = call.prompts.selected
         loss = None

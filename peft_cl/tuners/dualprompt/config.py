@@ -101,11 +101,14 @@ class DualPromptConfig(KeyPoolConfig):
         self._check_not_negative("pull_coefficient", "separation_coefficient")
         self._check_layers("layers", empty_allowed=True)
         self._check_layers("g_layers", empty_allowed=True)
-        if not self.layers and (not self.g_layers or self.keys_per_layer):
+        if not self.layers and not self.g_layers:
             raise ValueError(
-                "layers is empty, so there is no expert prompt, "
-                + ("but g_layers is empty too" if not self.g_layers else "but keys_per_layer is True")
-                + ". Name layers for one of the two prompts; keys_per_layer is for expert prompts."
+                "layers is empty and g_layers is empty too, but one of the two prompts must be there. Set layers to "
+                "[2, 3, 4], or g_layers to [0, 1]."
+            )
+        if not self.layers and self.keys_per_layer:
+            raise ValueError(
+                "layers is empty, so there is no expert prompt, but keys_per_layer is True. Set keys_per_layer=False."
             )
         if self.prompt_type == "tokens" and any(each not in ([0], []) for each in (self.layers, self.g_layers)):
             raise ValueError(
