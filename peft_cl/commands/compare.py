@@ -213,7 +213,8 @@ def finish(suite: Suite, failed: Sequence[Any]) -> int:
         if failed:
             raise CommandError(f"All runs failed. Correct what the log of the first says: {failed[0].file('.log')}")
         raise CommandError(
-            f"No run of the suite in {str(suite.folder)!r} is finished, so there is nothing to show. Call the command without --tables first."
+            f"No run of the suite in {str(suite.folder)!r} is finished, so there is nothing to show. Call the command "
+            "without --tables first."
         )
     tables, files = write_report(suite, failed)
     say("\n\n".join(table.markdown() for table in tables))

@@ -127,7 +127,10 @@ def check_edges(config: dict[str, Any], space: Sequence[Dimension]) -> list[dict
                     found.append(changed)
                     break
             else:
-                raise CommandError(f"search.{each.name} tries {json.dumps(value)}. Take it out: {reasons[0]}")
+                raise CommandError(
+                    f"search.{each.name} tries {json.dumps(value)}, which is refused: {reasons[0]} Take it out, or "
+                    "correct it."
+                )
     return found
 
 
