@@ -100,12 +100,12 @@ class Recording(ContinualTrainer):
     def look_before(self, task: Any) -> None:
         learns = self.tuner.peft_config["default"].train_prompts == "every_task" and task.index > 0
         moves = learns and any(True for _ in self.tuner.pool.parameters())
-        self.before = self._features_of_all(task) if moves else None
+        self.before = self.features_of_all(task) if moves else None
 
     def observe(self, task: Any) -> None:
         super().observe(task)
         began = time.process_time()
-        features = self._features_of_all(task)
+        features = self.features_of_all(task)
         self.recorded = (*self.recorded, (self.before, features))
         self.feature_seconds += time.process_time() - began
 
