@@ -6,7 +6,8 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..disk import local_path
@@ -193,18 +194,13 @@ def check_row(settings: RunSettings, scenarios: dict[str, Scenario]) -> None:
         strategy.prepare(model)  # which some refuse
 
 
-class told_of:  # noqa: N801, as other context managers are named
-    """Says of a fault inside the block in which row it is."""
-
-    def __init__(self, row: Row):
-        self.row = row
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, CommandError):
-            raise CommandError(f"{self.row.title}: {error}") from error
+@contextmanager
+def told_of(row: Row) -> Iterator[None]:
+    """Say of a fault inside the block in which row it is."""
+    try:
+        yield
+    except CommandError as error:
+        raise CommandError(f"{row.title}: {error}") from error
 
 
 def finish(suite: Suite, failed: Sequence[Any]) -> int:

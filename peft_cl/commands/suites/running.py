@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -52,7 +52,6 @@ class Progress:
     began: float = 0.0
     log_before: int = 0
     seconds: float = 0.0
-    shown: str = field(default="", compare=False)
 
     def tasks(self) -> str:
         """`3 of 10 tasks`, as its record says it."""
@@ -203,7 +202,7 @@ class Board:
                 say(f"  {ending(each)}{each.run.file('.log')}: {last_words(each)}", flush=True)
 
     def show(self) -> None:
-        """Draw the table, twice a second at most."""
+        """Draw the table, once a second at most."""
         if not self.live or time.monotonic() - self._drawn < 1:
             return
         self._drawn = time.monotonic()
