@@ -248,16 +248,9 @@ class FirstSessionLoRA(_LoRA):
         "LoRA was learnt from the first task alone.",
     )
 
-    def __init__(
-        self,
-        r: int = 8,
-        lora_alpha: float = 16,
-        target_modules: Sequence[str] | str | None = None,
-        learning_rate: float | None = None,
-    ):
-        super().__init__(r, lora_alpha, target_modules, learning_rate)
-        self._learnt = False
-        self._backbone: nn.Module | None = None
+    #: Whether the first task is learnt, and the backbone that the layers are in, once there is one.
+    _learnt = False
+    _backbone: nn.Module | None = None
 
     def title(self, adapter: str) -> str:
         head = adapter.partition(" + ")[2]

@@ -162,7 +162,8 @@ def _start(left: Sequence[Progress], launcher: Any, board: Board) -> None:
             each.state = State.DONE
             board.tell(each)
             continue
-        write_config(each.run)
+        if each.state == State.WAITING:  # of one in work elsewhere it lies there, and this comes twice a second
+            write_config(each.run)
         log = each.run.file(".log")
         each.log_before = log.stat().st_size if log.is_file() else 0
         try:
