@@ -340,7 +340,10 @@ def test_bad_settings(kind, settings, message):
 
 
 def test_names_that_the_backbone_does_not_have(make_trainer):
-    message = r"target_modules names \['querry'\], but ViTModel has no such layers. Name others; its last linear ones are .*fc2\."
+    message = (
+        r"target_modules names \['querry'\], but ViTModel has no such layers. Name others; its last linear ones are "
+        r".*fc2\."
+    )
     with pytest.raises(ValueError, match=message):
         make_trainer(config_of("first"), strategy=SequentialLoRA(target_modules=["querry", "v_proj"]))
     with pytest.raises(ValueError, match="drift_compensation is 'map', but under First-session LoRA no features move"):
