@@ -137,9 +137,16 @@ class ScenarioSettings:
         default=None, metadata={"help": "How often each image comes in the stream (task-free only). null: once."}
     )
     stream_seed: int | None = field(default=None, metadata={"help": "Draws the stream (task-free only). null: 0."})
+    images_per_class: int | None = field(
+        default=None,
+        metadata={
+            "help": "At most so many training images of each class in each task, drawn with seed (not task-free). "
+            "null: all."
+        },
+    )
 
     def __post_init__(self) -> None:
-        known = _arguments_of(self.kind)
+        known = _arguments_of(self.kind) | (set() if self.kind == STREAM else {"images_per_class"})
         given = [name for name, value in vars(self).items() if name != "kind" and value is not None]
         foreign = [name for name in given if name not in known]
         if foreign:
@@ -154,7 +161,16 @@ class ScenarioSettings:
 
     def make(self, data: Mapping[str, tuple[Dataset, Dataset]], settings: Mapping[str, DatasetSettings]) -> Scenario:
         """Make the scenario from the training and test split of each data set and its settings."""
-        given = {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
+        scenario = self._make(data, settings)
+        return (
+            scenario
+            if self.images_per_class is None
+            else scenario.with_images_per_class(self.images_per_class, self.seed or 0)
+        )
+
+    def _make(self, data: Mapping[str, tuple[Dataset, Dataset]], settings: Mapping[str, DatasetSettings]) -> Scenario:
+        own = ("kind", "images_per_class")
+        given = {name: value for name, value in vars(self).items() if name not in own and value is not None}
         if self.kind == SEQUENCE:
             labels = {name: each.label_column for name, each in settings.items()}
             images = {name: each.image_column for name, each in settings.items()}

@@ -27,7 +27,16 @@ SETTINGS_ADDED_LATER = {
     "hyperparameters.adapter.train_prompts": "every_task",
 }
 # Settings, by the last part of their names, that differ between seeds of one run, or say where it ran.
-NOT_COMPARED = {"seed", "data_seed", "stream_seed", "device", "threads", "peft_version", "format_version"}
+NOT_COMPARED = {
+    "seed",
+    "data_seed",
+    "stream_seed",
+    "images_seed",
+    "device",
+    "threads",
+    "peft_version",
+    "format_version",
+}
 
 TABLE_COLUMNS = (
     "Method",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from .columns import (
     check_flag,
     check_name,
     check_seed,
+    is_count,
     read_label_ids,
     refuse_ready_pixels,
     require_column,
@@ -259,6 +260,42 @@ class Scenario(Sequence[Task]):
         name = f"task_{len(self)}" if name is None else name
         task = Task(len(self), name, labels.trained(), train, test, labels.names)
         return self.changed([*self, task], data=None)
+
+    def with_images_per_class(self, count: int, seed: int = 0) -> Scenario:
+        """Returns the scenario with at most so many training images of each class in each task.
+
+        For quick trials, and for learning from few images. Test images stay as they are.
+
+        Args:
+            count: Number of training images of each class in each task, at least 1. Of a class with fewer, all stay.
+            seed: Draws them, `numpy.random.default_rng((seed, task))`.
+
+        Raises:
+            ValueError: `count` or `seed` is no such number, or the scenario is one stream.
+
+        Example:
+            >>> few = class_incremental(load_dataset("uoft-cs/cifar100"), 10, "fine_label").with_images_per_class(5)
+            >>> [len(task.train) for task in few][:3]
+            [50, 50, 50]
+        """
+        if not is_count(count):
+            raise ValueError(
+                f"images_per_class is {count!r}, but must be a whole number of at least 1; leave it out for "
+                "all images."
+            )
+        if not self.boundaries:
+            raise ValueError(
+                f"images_per_class is {count}, but the scenario {self.name!r} is one stream, in which an image may "
+                "come several times. Leave it out, or make the stream of fewer images."
+            )
+        seed = check_seed("seed", seed)
+        tasks = []
+        for task in self:
+            labels = self.model_labels(task, "train")
+            order = np.random.default_rng((seed, task.index)).permutation(len(labels))
+            kept = np.sort(np.concatenate([order[labels[order] == label][:count] for label in np.unique(labels)]))
+            tasks.append(replace(task, train=task.train.select(kept)))
+        return self.changed(tasks, settings={**self.settings, "images_per_class": count, "images_seed": seed})
 
     def changed(self, tasks: Iterable[Task], **changes: Any) -> Scenario:
         """Returns a scenario of these tasks which is like this one but for `changes`, as `Scenario` takes them."""
