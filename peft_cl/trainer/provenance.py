@@ -19,7 +19,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from ..scenarios import Scenario, Task
 from ..scenarios.columns import SPLIT_NAMES
 from ..scenarios.overlap import StoredImages
-from ..tuners.base.head_config import SINCE_FORMAT_2
+from ..tuners.base.formats import ADDED
 from ..version import __version__
 
 
@@ -88,7 +88,7 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         name: _plain(value)
         for name, value in config.to_dict().items()
         # On record where they are at work, as above.
-        if name not in written and value is not None and (name not in SINCE_FORMAT_2 or value != SINCE_FORMAT_2[name])
+        if name not in written and value is not None and (name not in ADDED or value != ADDED[name])
     }
     return settings
 

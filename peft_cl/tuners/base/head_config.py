@@ -11,18 +11,7 @@ from peft import PeftConfig
 from ...backbones import Geometry
 from ...heads import CLS, HEADS, OWN, Features, Head, Sizes, make_head
 from ...heads.checks import check_count
-
-
-#: Fields that an earlier version would leave out without a word, and what it takes them for.
-SINCE_FORMAT_2 = {
-    "head": "linear",
-    "head_options": {},
-    "head_features": None,
-    "head_layers": 1,
-    "train_prompts": "every_task",
-    "drift_compensation": None,
-    "interpolate_pos_encoding": False,
-}
+from .formats import format_needed
 
 
 #: The head of the preset "best" on frozen features: kernel LDA of the CLS token and the mean of the patches in the
@@ -139,8 +128,7 @@ class HeadConfig(PeftConfig):
                 f"drift_compensation is {self.drift_compensation!r}, but head={self.head!r} with train_prompts="
                 f"{self.train_prompts!r} has no sums that prompts could move. Leave it at None."
             )
-        if any(getattr(self, name) != value for name, value in SINCE_FORMAT_2.items()):
-            self.format_version = max(self.format_version, 2)
+        self.format_version = max(self.format_version, format_needed(self))
 
     def _kind_of_head(self) -> Head:
         """A head without rows and numbers: options may ask for any size."""

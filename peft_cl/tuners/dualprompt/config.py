@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from peft.utils.peft_types import PeftType
 
-from ..base.config import KeyPoolConfig
 from ..base.head_config import BEST
+from ..base.key_config import KeyPoolConfig
 
 
 @dataclass

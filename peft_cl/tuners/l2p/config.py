@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ...backbones import Geometry
-from ..base.config import KeyPoolConfig
 from ..base.head_config import BEST
+from ..base.key_config import KeyPoolConfig
 
 
 #: L2P in the prefix form that the CODA-Prompt paper compares with.
