@@ -69,7 +69,19 @@ NAMES = {
 }
 MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
 #: Parts of the package that are found as its attributes.
-PARTS = ("assets", "heads", "hub", "metrics", "plots", "predicting", "scenarios", "strategies", "trainer", "tuners")
+PARTS = (
+    "assets",
+    "heads",
+    "hub",
+    "metrics",
+    "plots",
+    "predicting",
+    "reliability",
+    "scenarios",
+    "strategies",
+    "trainer",
+    "tuners",
+)
 
 __all__ = [*MODULE_OF]
 

@@ -1,4 +1,4 @@
-"""The command `peft-cl`: train, tune, evaluate, predict, look at an adapter, draw runs, or see the demonstration.
+"""The command `peft-cl`: train, tune, evaluate, predict, calibrate, look at an adapter, draw runs, or see the demo.
 
 `python -m peft_cl.cli` is the same, so `accelerate launch -m peft_cl.cli train CONFIG.yaml` trains on several devices.
 Only the module of the word that is given is imported: help and version need no torch.
@@ -25,6 +25,7 @@ WORDS = {
     "tune": "search settings of a run on held-out training images",
     "evaluate": "measure a saved adapter on a data set",
     "predict": "say what a saved adapter takes images for",
+    "calibrate": "fit the temperature of a saved adapter on held-out images",
     "info": "say what is in an adapter's folder",
     "compare": "run a suite of methods and seeds, and put the results into tables",
     "plot": "draw the pictures of a run, or of several side by side",
@@ -34,7 +35,7 @@ WORDS = {
 CONFIGURED = {"train": "tasks", "tune": "trials"}
 
 #: Those that know methods, heads and backbones by name, so that a user's own can be among them.
-IMPORTING = ("train", "compare", "tune", "evaluate", "predict", "info")
+IMPORTING = ("train", "compare", "tune", "evaluate", "predict", "calibrate", "info")
 IMPORTING_HELP = "run your own code first (a file or a module): the strategies, heads and families it registers"
 
 

@@ -6,7 +6,8 @@ batches do not divide), `+accumulated` (two batches a step), `+unmasked`, `+shar
 `+finetuning`, `+packnet`, `+hat` (on tasks that are known at test), `+balanced` (ER), `+gem`, `+agem`, `+der`,
 `+icarl` (with its head); a head: `+lda`, `+ridge`, `+aligned`, `+fusion`
 (with `+first`: prompts are learnt in the first task, with `+drift`: sums follow them). `+metrics`: some of the user's
-own.
+own. `+temperature`: one fitted after each task. Rows of pools: `+growing`, `+adaptive` (growth), `+shared` (CODA's),
+`+bykey` (DualPrompt's).
 
 In the environment, `LARGEST_FILE` limits the size of a file in bytes, as a full disk would;
 `EVALUATE_FIRST` measures once before anything is trained; `PLAIN` leaves dropout and augmentation out.
@@ -59,7 +60,9 @@ CONFIGS = {
     "dualprompt": lambda **more: DualPromptConfig(
         prompt_length=2, g_prompt_length=2, layers=[1], g_layers=[0], pool_size=4, **more
     ),
-    "coda": lambda **more: CodaPromptConfig(components_per_task=2, prompt_length=4, layers=[0, 1], **more),
+    "coda": lambda **more: CodaPromptConfig(
+        **{"components_per_task": 2, "prompt_length": 4, "layers": [0, 1], **more}
+    ),
     "probe": lambda **more: LinearProbeConfig(**more),
 }
 HEADS = {
@@ -72,6 +75,19 @@ HEADS = {
         "head_features": "cls+mean+query",
         "head_options": {"query_options": {"shrinkage": 0.1}},
     },
+}
+#: Pools whose rows begin from images, grow, and are held apart.
+ROWS = {
+    "growing": {"growth": "every_task", "growth_size": 2, "init": "patches", "key_init": "queries"},
+    "adaptive": {
+        "growth": "adaptive",
+        "growth_entropy": 0.5,
+        "past_rows": "frozen",
+        "adaptive_orthogonality": True,
+        "diversity_coefficient": 0.1,
+    },
+    "shared": {"components_per_task": None, "pool_size": 4, "init": "normal", "alignment_coefficient": 0.1},
+    "bykey": {"expert_choice": "key", "train_g_prompts": "first_task"},
 }
 STRATEGIES = {
     "er": lambda: ExperienceReplay(8),
@@ -149,7 +165,7 @@ def trainer_processes() -> int:
 
 
 def head_settings(options: list[str]) -> dict:
-    settings = {name: value for option in options for name, value in HEADS.get(option, {}).items()}
+    settings = {name: value for option in options for name, value in (HEADS | ROWS).get(option, {}).items()}
     if "first" in options:
         settings["train_prompts"] = "first_task"
     if "drift" in options:
@@ -215,6 +231,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         per_device_eval_batch_size=6,
         learning_rate=0.01,
         query_cache_dir=f"{folder}-queries" if "cached" in options else None,
+        fit_temperature="temperature" in options,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
@@ -234,7 +251,7 @@ def main(folder: str, method: str, kill: str, resume: str) -> None:
         strategy=strategies,
         compute_metrics=[top_k_accuracy(2), confusion_matrix()] if "metrics" in options else None,
         callbacks=[EarlyStoppingCallback(2, 100.0)] if "stopping" in options else None,
-        validation=examples(3, 1) if {"stopping", "best"} & set(options) else None,
+        validation=examples(3, 1) if {"stopping", "best", "temperature"} & set(options) else None,
     )
     if os.environ.get("EVALUATE_FIRST"):
         print("before", trainer.evaluate(trainer.scenario[0].test)["eval_accuracy"])

@@ -1,4 +1,5 @@
 """`images_per_class`: a scenario with fewer training images of each class."""
+
 from __future__ import annotations
 
 import numpy as np

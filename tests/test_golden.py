@@ -100,8 +100,7 @@ class Golden:
 def split_rows(pool, name: str, value: torch.Tensor) -> None:
     parameter = getattr(pool, name)
     if name in pool.row_axes:
-        past = getattr(pool, f"past_{name}")
-        axis = pool.row_axes[name]
+        axis, past = pool.row_axes[name], pool.past(name)
         first, rows = past.shape[axis], parameter.shape[axis]
         past.copy_(value.narrow(axis, 0, first))
         value = value.narrow(axis, first, rows)
@@ -113,7 +112,7 @@ def gradient_of_rows(pool, name: str, expected: torch.Tensor) -> tuple[torch.Ten
     if name not in pool.row_axes:
         return parameter.grad, expected
     axis = pool.row_axes[name]
-    first, rows = getattr(pool, f"past_{name}").shape[axis], parameter.shape[axis]
+    first, rows = pool.past(name).shape[axis], parameter.shape[axis]
     others = expected.clone()
     others.narrow(axis, first, rows).zero_()
     assert others.abs().max() == 0, f"the reference moves rows of {name} outside the current task"

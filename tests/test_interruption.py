@@ -76,6 +76,10 @@ MORE_KILLS = [
     ("l2p+aligned+checkpoints", "evaluation"),
     ("dualprompt+fusion+stream", "between tasks"),
     ("coda+ridge+first+checkpoints", "before a step"),
+    # Pools that grow.
+    ("l2p+growing+checkpoints", "in a step"),
+    ("coda+shared+adaptive+checkpoints", "evaluation"),
+    ("dualprompt+bykey+adaptive", "between tasks"),
 ]
 
 

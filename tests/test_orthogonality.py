@@ -44,10 +44,10 @@ def test_the_orthogonality_term_is_that_of_all_rows(form):
         with torch.no_grad():  # as training moves them
             for parameter in pool.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    assert pool.rows_in_use == 12 and set(pool.past_sums) == set(pool._penalised)
+    assert pool.rows_in_use == 12 and {name for _, name in pool.pair_sums.past} == set(pool._penalised)
     loaded = copy.deepcopy(pool)
     loaded.load_state_dict(pool.state_dict())
-    assert not loaded.past_sums
+    assert not loaded.pair_sums.past
     expected = torch.zeros(())
     for name in pool._penalised:
         rows = torch.cat([getattr(pool, f"past_{name}"), getattr(pool, name)], dim=1).flatten(2)

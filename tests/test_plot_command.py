@@ -16,6 +16,7 @@ from peft_cl.cli import main
 from peft_cl.commands.plot import tell_apart
 from peft_cl.metrics import RunResults, continual_metrics
 from peft_cl.plots.run import PICTURE_FILES, read_keys
+from peft_cl.reliability import fit_calibration
 
 
 MATRIX = [[0.8, np.nan, np.nan], [0.9, 0.6, np.nan], [0.5, 0.4, 0.7]]
@@ -54,9 +55,11 @@ def save_adapter(folder: Path, layers: list[int] | None = None, **keys: torch.Te
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """The folder of a run with counts and an adapter of two key sets, with 2 rows for each of 3 tasks."""
+    """The folder of a run with counts, a temperature, and an adapter of two key sets, with 2 rows for each of 3
+    tasks."""
     folder = tmp_path / "run"
-    results(prompt_usage=[[3, 1], [1, 3], [2, 2]]).save(_made(folder))
+    calibration = fit_calibration([[2.0, 0.0]] * 6, [0, 0, 0, 1, 1, 1]).to_dict()
+    results(prompt_usage=[[3, 1], [1, 3], [2, 2]], calibration=[None, None, calibration]).save(_made(folder))
     save_adapter(folder, [1, 3], keys=torch.full((2, 2, 4), 5.0), past_keys=torch.arange(32.0).reshape(2, 4, 4))
     return folder
 

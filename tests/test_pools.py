@@ -168,7 +168,9 @@ def test_new_rows_beyond_the_dimensions_avoid_the_latest():
     for count in (4, 6):
         rows = span_of(torch.randn(3 * count, 6), count).new_rows()
         torch.testing.assert_close(rows @ rows.T, torch.eye(count))
-    with pytest.raises(ValueError, match="7 new rows of 6 numbers cannot be orthogonal.*Lower components_per_task"):
+    with pytest.raises(
+        ValueError, match="7 new rows of 6 numbers cannot be orthogonal.*Begin with fewer rows .*components_per_task"
+    ):
         RowSpan(6, 7)
 
 
@@ -178,7 +180,7 @@ def test_coda_begins_each_task_with_orthonormal_rows(name):
     model = prompted(name)
     model.begin_task(["one", "more"])
     pool = model.base_model.pool
-    for part in pool.trained:
+    for part in pool.row_axes:
         assert getattr(pool, f"past_{part}").shape[1] == 4 and getattr(pool, part).shape[1] == 2
         rows = pool.rows(part).flatten(2)  # (layers, 6, numbers)
         gram = rows @ rows.transpose(1, 2)
@@ -231,7 +233,9 @@ def test_dualprompt_puts_the_general_prompt_first():
         layers = pool.train(mode)(QUERY).layers
         assert layers[0].keys[0, :, 0].tolist() == [1, 3] and layers[0].values[0, :, 0].tolist() == [2, 4]
         assert layers[2].keys[0, :, 0].tolist() == [5] and layers[2].values[0, :, 0].tolist() == [6]
-    pool = DualPromptPool(DualPromptConfig.from_preset("textbook", prompt_length=1, g_prompt_length=2), SMALL)
+    pool = DualPromptPool(
+        DualPromptConfig.from_preset("textbook", prompt_length=1, g_prompt_length=2, expert_choice="task"), SMALL
+    )
     entering = pool(QUERY).layers[0]
     assert torch.equal(entering.tokens[0], torch.cat([pool.g_prompts[0, 0], pool.prompts[0, 0, 0]]))
 

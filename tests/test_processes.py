@@ -58,6 +58,7 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
         "l2p+uneven",
         "coda+uneven+accumulated",
         "probe+lda+uneven",
+        "coda+shared+adaptive+uneven",
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
@@ -67,6 +68,8 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
                 "l2p+lda+sharded",
                 "l2p",
                 "dualprompt",
+                "dualprompt+bykey+adaptive",
+                "l2p+growing+uneven",
                 "coda+cached",
                 "l2p+augmented",
                 "l2p+er+uneven",

@@ -137,6 +137,7 @@ def test_the_loss_is_the_masked_cross_entropy_and_the_pools_terms(name):
         "dualprompt-textbook": {"pull", "separation"},
         "coda-paper": {"orthogonality"},
         "coda-textbook": {"orthogonality", "entropy"},
+        "coda-shared": {"orthogonality", "entropy"},
     }
     method = name if name in terms else name.split("-")[0].rstrip("+")
     assert set(parts) - {"cross_entropy"} == (terms.get(method, set()) if name != "coda-layer-mean" else set())

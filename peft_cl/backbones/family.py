@@ -73,6 +73,7 @@ class Family:
             own_width=size * len(self.reads.split("+")),
             has_cls=self.has_cls(encoder),
             has_cls_token=self.num_special(encoder) > 0,
+            special_tokens=self.num_special(encoder),
             reads_cls=self.reads == "cls",
             why_no_tokens=self.why_no_tokens(encoder),
         )

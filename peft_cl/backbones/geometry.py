@@ -16,6 +16,7 @@ class Geometry:
         layer_sizes: the width of each layer. None: `hidden_size` of all.
         has_cls: whether there is a CLS token, or what the family pools in its place.
         has_cls_token: whether it is a token.
+        special_tokens: tokens in front of the patches.
         reads_cls: whether the model's own classifier reads that alone.
         why_no_tokens: why prompts cannot enter as tokens; None: they can.
     """
@@ -26,6 +27,7 @@ class Geometry:
     layer_sizes: tuple[int, ...] | None = None
     has_cls: bool = True
     has_cls_token: bool = True
+    special_tokens: int = 1
     reads_cls: bool = True
     why_no_tokens: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any
 
@@ -26,14 +27,16 @@ def option_of(setting: str) -> str:
     return NAMED.get(setting, "--" + setting.replace("_", "-"))
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, required: Sequence[str] = ()) -> None:
+    """Add them; settings in `required` must be given, whatever their defaults are."""
     for name, setting in DatasetSettings.__dataclass_fields__.items():
         if name not in LEFT_OUT:
             text = setting.metadata["help"].replace("%", "%%").replace("null: ", "Default: ")
-            if setting.default not in (MISSING, None):
+            is_required = setting.default is MISSING or name in required
+            if not is_required and setting.default is not None:
                 text += f" Default: {setting.default}."
             options = {"metavar": "NAME", "help": text, "dest": f"dataset_{name}", **KINDS.get(name, {})}
-            if setting.default is MISSING:
+            if is_required:
                 options["required"] = True
             else:
                 options["default"] = setting.default

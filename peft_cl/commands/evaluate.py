@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from ..metrics import task_identification_accuracy
-from ..scenarios import ContinualCollator, ImageTransform
-from ..scenarios.columns import find_image_column, read_labels
 from ..text import counted, percent, plain
-from ..trainer.bad_images import BadImageError, ImageReader
-from ..trainer.examples import TaskExamples
+from . import abstain, ensembles
+from . import unknown as unknown_images
 from .adapters import SavedAdapter
 from .data_options import add_data_options, data_settings
-from .errors import CommandError, explained, some
+from .errors import CommandError, explained
+from .learnt_images import learnt_images
 from .networks import network_of
 from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
-from .sources import RESULTS_FILE, load_data, load_processor, split_of
-from .tasks import find_tasks, names_of_classes, sequence_of, task_of_rows
+from .sources import load_data, split_of
+from .tasks import task_of_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", metavar="NAME", help="task that the data set was in a dataset-sequence, whose classes bear its name"
     )
+    ensembles.add_arguments(parser)
+    unknown_images.add_arguments(parser)
+    abstain.add_coverage(parser)
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
@@ -71,10 +70,15 @@ class Evaluation:
     tasks: dict[str, float | None] | None
     tasks_missing: str | None  # why there are none
     classes: dict[str, float | None]
+    ensemble: str | None = None  # what is asked in the place of the adapter alone
+    coverage: dict[str, float] | None = None  # accuracy on so many percent of the images, those it is surest of
+    unknown: dict[str, Any] | None = None  # what `measure_unknown` found
 
     def __str__(self) -> str:
         known = ", task known" if self.task_known else ""
         lines = [f"{self.adapter} on {self.dataset}, {self.split}: {counted(self.images, 'image')}{known}"]
+        if self.ensemble:
+            lines += [f"ensemble: {self.ensemble}"]
         if self.left_out:
             lines += [f"left out: {counted(self.left_out, 'image')} of classes or domains that it has not learnt"]
         lines += [
@@ -91,6 +95,10 @@ class Evaluation:
             width = max(map(len, [heading, *(name for name, _ in shown)]))
             lines += ["", f"{heading:<{width}}  accuracy"] if entries else []
             lines += [f"{name:<{width}}  {value}" for name, value in shown]
+        if self.coverage:
+            lines += ["", *abstain.described(self.coverage)]
+        if self.unknown:
+            lines += ["", *unknown_images.described(self.unknown)]
         return "\n".join(lines)
 
 
@@ -100,27 +108,32 @@ def run(arguments: argparse.Namespace) -> None:
     adapter = SavedAdapter.read(arguments.adapter)
     settings = data_settings(arguments)
     examples = split_of(load_data(settings), settings, "test_split")
+    others = arguments.unknown and unknown_images.load_unknown(
+        arguments.unknown, adapter, settings, examples, arguments.task
+    )
     trust = arguments.trust_remote_code
     dtype = arguments.dtype or adapter.dtype
-    model = load_adapter(adapter, arguments.model, dtype, trust)
-    apply_task = network_of(adapter.folder)
-
-    def of_task(number: int) -> PeftModel:
-        alone = load_adapter(adapter, arguments.model, dtype, trust)
-        apply_task(alone, adapter.folder, number)
-        return alone
-
-    evaluation = evaluate(
-        model,
-        adapter,
-        examples,
-        settings,
-        arguments.domain_column,
-        arguments.batch_size,
-        arguments.task,
-        trust,
-        of_task if apply_task else None,
-    )
+    model, of_task = load_networks(adapter, arguments.model, dtype, trust)
+    if others and of_task:
+        raise CommandError(
+            f"The adapter {adapter.name!r} holds a network for each task, and none for images of no task. Leave out "
+            "--unknown."
+        )
+    with ensembles.ensemble(model, adapter, arguments, networks=of_task is not None) as (model, adapter, words):
+        evaluation = evaluate(
+            model,
+            adapter,
+            examples,
+            settings,
+            arguments.domain_column,
+            arguments.batch_size,
+            arguments.task,
+            trust,
+            of_task,
+            coverage=arguments.coverage,
+            unknown=others,
+            ensemble=words,
+        )
     if arguments.json:
         say_json(vars(evaluation))
     else:
@@ -137,6 +150,20 @@ def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str, trust_rem
         return PeftModel.from_pretrained(backbone, str(adapter.folder)).eval()
 
 
+def load_networks(
+    adapter: SavedAdapter, model: str | None, dtype: str, trust_remote_code: bool = False
+) -> tuple[PeftModel, Callable[[int], PeftModel] | None]:
+    """The adapter on its base model, and what gives the model of a task, where each has a network of its own."""
+    loaded, apply_task = load_adapter(adapter, model, dtype, trust_remote_code), network_of(adapter.folder)
+
+    def of_task(number: int) -> PeftModel:
+        alone = load_adapter(adapter, model, dtype, trust_remote_code)
+        apply_task(alone, adapter.folder, number)
+        return alone
+
+    return loaded, of_task if apply_task else None
+
+
 def evaluate(
     model: PeftModel,
     adapter: SavedAdapter,
@@ -147,96 +174,43 @@ def evaluate(
     task: str | None = None,
     trust_remote_code: bool = False,
     of_task: Callable[[int], PeftModel] | None = None,
+    *,
+    coverage: bool = False,
+    unknown: unknown_images.UnknownImages | None = None,
+    ensemble: str | None = None,
 ) -> Evaluation:
     """Measure the adapter on the examples whose classes it has learnt, by their names; those that the classes have in
     the data sets' `task`, where it was learnt from a sequence of several. `of_task` gives the model of a task, where
-    each has a network of its own."""
-    classes = list(adapter.config.classes or ()) if adapter.config.tasks else []
-    if not classes:
-        raise CommandError("The adapter has learnt no classes yet, so there is nothing to measure. Train it first.")
-    with explained(f"The data set {settings.path!r} cannot be used"):
-        labels = read_labels(examples, examples, settings.label_column)
-        image_column = find_image_column(examples, examples, settings.image_column)
-    names = names_of_classes(adapter, labels.names, task)
-    index = np.array([classes.index(name) if name in classes else -1 for name in names])
-    truth = index[labels.test]
-    if not (truth >= 0).any():
-        raise CommandError(
-            f"No image of {settings.path!r} is of a class that the adapter has learnt ({some(classes)}); the classes "
-            f"of {settings.label_column!r} are {some(names)}. Give another data set or --label-column"
-            + (f", or --task, one of {', '.join(sequence_of(adapter))}." if sequence_of(adapter) else ".")
-        )
-    tasks = find_tasks(adapter, examples, truth, domain_column)
-    known = np.flatnonzero((truth >= 0) & (tasks.numbers >= 0))
-    truth, numbers = truth[known], tasks.numbers[known]
-    place = adapter.processor or model.get_base_model().config._name_or_path
-    processor = load_processor(place, trust_remote_code=trust_remote_code)
-    with explained(f"The image processor of {place!r} cannot be used"):
-        transform = ImageTransform(processor)
-    collator = ContinualCollator(transform, index, image_column, settings.label_column, label_names=labels.names)
-    images = TaskExamples(
-        [examples.select(known)],
-        {"model_label": torch.from_numpy(truth)},
-        reader=ImageReader(image_column, transform.to_rgb, "Mend the file or remove it from the data.", known),
-        names=[(task, settings.test_split)],
+    each has a network of its own; `coverage` and `unknown` ask for more, and `ensemble` says what the model is."""
+    known = learnt_images(
+        model, adapter, examples, settings, domain_column, task, trust_remote_code, task_networks=of_task is not None
     )
-    task_known = adapter.scenario == "task-incremental" and bool(tasks.names)
-    if of_task is not None and not task_known:
-        raise CommandError(
-            f"The adapter {adapter.name!r} holds a network for each task, but the record beside it, which tells the "
-            f"tasks of the classes, is missing. Put its {RESULTS_FILE} there."
-        )
-    predicted = np.zeros_like(truth)
-    # All images by one model, or those of each task by its own.
-    parts = [slice(None)] if of_task is None else [numbers == number for number in np.unique(numbers)]
-    try:
-        for part in parts:
-            own = model if of_task is None else of_task(int(numbers[part][0]))
-            rows = np.arange(len(truth))[part].tolist()
-            batches = DataLoader(Subset(images, rows), batch_size, collate_fn=collator)
-            predicted[part] = predict(own, batches, numbers[part] if task_known else None)
-    except BadImageError as error:
-        raise CommandError(str(error)) from error
+    truth, tasks, task_known = known.truth, known.tasks, known.task_known
+    rows, confidence = known.ask(model, of_task, batch_size, abstain.answers_and_confidence).T
+    predicted = rows.astype(np.int64)
     correct = predicted == truth
-    accuracies = {name: _mean(correct[numbers == number]) for number, name in enumerate(tasks.names)}
+    accuracies = {name: _mean(correct[tasks.numbers == number]) for number, name in enumerate(tasks.names)}
     identified = None
     if tasks.names and domain_column is None and not task_known:
-        identified = task_identification_accuracy(predicted, numbers, task_of_rows(adapter))
+        identified = task_identification_accuracy(predicted, tasks.numbers, task_of_rows(adapter))
     measured = [value for value in accuracies.values() if value is not None]
     return Evaluation(
         adapter=str(adapter.folder),
         dataset=settings.path,
         split=settings.test_split,
-        images=len(known),
-        left_out=len(examples) - len(known),
+        images=len(truth),
+        left_out=known.left_out,
         task_known=task_known,
         accuracy=float(correct.mean()),
         average_accuracy=float(np.mean(measured)) if measured else None,
         task_identification=identified,
         tasks=accuracies or None,
         tasks_missing=tasks.missing,
-        classes={name: _mean(correct[truth == row]) for row, name in enumerate(classes)},
+        classes={name: _mean(correct[truth == row]) for row, name in enumerate(adapter.config.classes)},
+        ensemble=ensemble,
+        coverage=abstain.coverage_table(confidence, correct) if coverage else None,
+        unknown=unknown and unknown_images.measure_unknown(model, known, unknown, batch_size),
     )
-
-
-@torch.no_grad()
-def predict(model: PeftModel, batches: DataLoader, tasks: np.ndarray | None) -> np.ndarray:
-    """Predicted row of the head for each image, int64, on a GPU where there is one.
-
-    Args:
-        model: The adapter on its base model.
-        batches: The images, in order.
-        tasks: The task of each image, among whose classes the prediction then is.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
-    parts = itertools.repeat(None) if tasks is None else torch.from_numpy(tasks).split(batches.batch_size)
-    shown = tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True, disable=None)
-    rows = [
-        model(batch["pixel_values"].to(device), task_ids=task_ids).logits.argmax(-1).cpu()
-        for batch, task_ids in zip(shown, parts, strict=False)  # the repetition has no end
-    ]
-    return torch.cat(rows).numpy()
 
 
 def _mean(correct: np.ndarray) -> float | None:

@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run that kept all data (strategy joint), against which each run's intransigence is printed",
     )
     parser.epilog = (
-        f"One RUN: {', '.join(PICTURE_FILES)}; the last two where the run counted which prompts it chose, and where "
-        f"its adapter has keys. Several: {COMPARISON_FILE} and {COMPARISON_CURVES_FILE}, in which runs that differ in "
-        "their seed only are one line, their mean."
+        f"One RUN: {', '.join(PICTURE_FILES)}; the last three where the run counted which prompts it "
+        "chose, where its adapter has keys, and where a temperature was fitted (training.fit_temperature). Several: "
+        f"{COMPARISON_FILE} and {COMPARISON_CURVES_FILE}, in which runs that differ in their seed only are one line, "
+        "their mean."
     )
 
 

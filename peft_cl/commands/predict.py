@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..disk import local_path
 from ..predicting import Prediction, classify
 from ..scenarios import open_image
 from ..text import counted, percent, plain
+from .abstain import add_threshold, check_threshold
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, unknown
 from .evaluate import add_model_options, load_adapter
@@ -38,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to name for each (default: 5)")
     parser.add_argument("--csv", metavar="FILE", help="write a table in place of lines; - is the standard output")
     parser.add_argument("--task", metavar="NAME", help="task of all these images: its classes alone are in question")
+    add_threshold(parser)
     add_model_options(parser)
     parser.epilog = (
-        "Without --task, the task is the one that brought the best class: the model is not told it. Files that are no "
+        "Without --task, the task is the one that brought the best class: the model is not told it. Where each task "
+        "has prompts of its own (DualPrompt), the task whose prompts the keys chose is said too. Files that are no "
         f"readable images are named, passed over and counted; the exit status is {SOME_UNREADABLE} then, and 0 "
         "otherwise. In a folder only files with the ending of an image are read."
     )
@@ -50,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
         if value < 1:
             raise CommandError(f"{name} is {value}, but must be at least 1.")
+    check_threshold(arguments.abstain_below)
     if local_path(arguments.adapter).is_file() and any(
         (local_path(name) / CONFIG_FILE).is_file() for name in arguments.images
     ):
@@ -73,11 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
         for batch in read_batches(files, arguments.batch_size, unreadable, processor):
             images = [image for _, image in batch]
             known = None if task is None else [task] * len(images)
-            predictions = classify(model, images, processor, arguments.top_k, known)
+            predictions = classify(model, images, processor, arguments.top_k, known, arguments.abstain_below)
             found += zip([file for file, _ in batch], predictions, strict=True)
             shown.update(len(found) + len(unreadable) - shown.n)
     if arguments.csv:
-        write_table(arguments.csv, found, names)
+        write_table(arguments.csv, found, names, abstaining=arguments.abstain_below is not None)
     else:
         say("\n\n".join(described(file, prediction, names) for file, prediction in found))
     for file, fault in unreadable:
@@ -164,30 +168,42 @@ def read_batches(
         yield batch
 
 
-def task_name(prediction: Prediction, names: Sequence[str]) -> str:
-    return "" if prediction.task is None else names[prediction.task]
+def task_name(task: int | None, names: Sequence[str]) -> str:
+    return "" if task is None else names[task]
 
 
 def described(file: Path, prediction: Prediction, names: Sequence[str]) -> str:
     """An image's file, the task it is taken for, and a line for each class."""
-    task = task_name(prediction, names)
+    task = plain(task_name(prediction.task, names))
+    if prediction.expert_task is not None:
+        task += f"; expert of {plain(names[prediction.expert_task])}"
     classes = zip(prediction.names, prediction.probabilities, strict=True)
     return "\n".join(
         [
-            f"{file}" + (f"  (task {plain(task)})" if task else ""),
+            f"{file}" + (f"  (task {task})" if task else "") + ("  (abstains)" if prediction.abstains else ""),
             *(f"  {percent(probability):>5}%  {plain(name)}" for name, probability in classes),
         ]
     )
 
 
-def write_table(place: str, found: Sequence[tuple[Path, Prediction]], names: Sequence[str]) -> None:
-    """A line for each image: file, task, and name and probability of each class, the best first."""
+def write_table(
+    place: str, found: Sequence[tuple[Path, Prediction]], names: Sequence[str], abstaining: bool = False
+) -> None:
+    """A line for each image: file, task, the task whose prompts were chosen and whether the model abstains where there
+    is such a thing, and name and probability of each class, the best first."""
     most = max((len(prediction.names) for _, prediction in found), default=1)
-    header = ["file", "task", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))]
+    more: dict[str, Callable[[Prediction], str]] = {}
+    if any(prediction.expert_task is not None for _, prediction in found):
+        more["expert_task"] = lambda prediction: task_name(prediction.expert_task, names)
+    if abstaining:
+        more["abstains"] = lambda prediction: str(prediction.abstains).lower()
+    ranked = (f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))
+    header = ["file", "task", *more, *ranked]
     rows = [
         [
             str(file),
-            task_name(prediction, names),
+            task_name(prediction.task, names),
+            *(tell(prediction) for tell in more.values()),
             *(cell for pair in zip(prediction.names, prediction.probabilities, strict=True) for cell in pair),
         ]
         for file, prediction in found

@@ -18,6 +18,7 @@ from ..heads.files import SUMS_FILE
 from ..hub import write_model_card
 from ..hub.terms import NOT_SETTINGS
 from ..plots.run import MATRIX_FILE, PICTURE_FILES
+from ..reliability.calibration import CALIBRATION_FILE
 from ..scenarios import Scenario
 from ..strategies.fine_tuning import BACKBONE_FOLDER
 from ..strategies.lora import LORA_FOLDER
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], com
         refuse_existing(Path(settings.output_dir))
     trainer = make_trainer(settings)
     if trainer.is_world_process_zero():
-        say(f"{describe(settings, trainer)}{list_tasks(trainer.scenario)}\n", flush=True)
+        say(f"{describe(settings, trainer)}{list_tasks(trainer.scenario, trainer.args.per_task)}\n", flush=True)
         if arguments.overwrite:
             clear(Path(settings.output_dir))
     if arguments.resume:
@@ -168,7 +169,16 @@ def refuse_existing(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote: nothing of it may be taken for the new one's."""
     forget_state(folder)
-    for name in (RESULTS_FILE, CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, SUMS_FILE, GIVEN_FILE, *PICTURE_FILES):
+    for name in (
+        RESULTS_FILE,
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        CARD_FILE,
+        SUMS_FILE,
+        GIVEN_FILE,
+        CALIBRATION_FILE,
+        *PICTURE_FILES,
+    ):
         (folder / name).unlink(missing_ok=True)
     if (folder / BACKBONE_FOLDER).is_dir() and not (folder / BACKBONE_FOLDER).is_symlink():
         for path in (folder / BACKBONE_FOLDER).iterdir():  # which lie in both places

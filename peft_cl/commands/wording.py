@@ -63,7 +63,7 @@ def for_the_command_line(message: str, word: str = "train") -> str:
         return f"--{known[name]}.{name}" + (f" {value}" if value else "")
 
     message = re.sub(SETTING, as_option, message)
-    if word == "evaluate":  # which has no configuration
+    if word in ("evaluate", "calibrate"):  # which have no configuration
         message = re.sub(r"(?:--)?\bdataset\.([a-z_]+)", lambda found: option_of(found[1]), message)
         message = message.replace("--scenario.domain_column", "--domain-column")
     return message

@@ -50,8 +50,10 @@ NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
     "classes",
     "tasks",
     "rows_in_use",
+    "grown",
     "stream",
     "base_weights",
+    "temperature",
     "format_version",
     "target_modules",
 }

@@ -96,6 +96,47 @@ def _check_accuracies(results: RunResults) -> None:
         _check_number(f"metrics[{brief(name)}]", value, -1, 1)
 
 
+def check_calibrations(values: Any, tasks: int) -> None:
+    """Refuse what is no field `calibration` of a record with so many finished tasks."""
+    _check_list("calibration", values)
+    if len(values) != tasks:
+        raise ValueError(
+            f"calibration has {len(values)} entries, but finished_tasks is {tasks}; give one for each finished task, "
+            "None where no temperature was fitted, or None in the place of all."
+        )
+    for task, value in enumerate(values):
+        if value is not None:
+            check_calibration(f"calibration[{task}]", value)
+
+
+def check_calibration(name: str, value: Any) -> None:
+    """Refuse what is no `peft_cl.reliability.Calibration` in types that JSON knows."""
+    _check_fields(name, value, ("temperature", "before", "after", "images"))
+    _check_number(f"{name}.temperature", value["temperature"], 0, math.inf, or_none=False)
+    _check_count(f"{name}.images", value["images"])
+    for part in ("before", "after"):
+        place, measures = f"{name}.{part}", value[part]
+        _check_fields(place, measures, ("nll", "ece", "accuracy", "bins"))
+        _check_number(f"{place}.nll", measures["nll"], 0, math.inf, or_none=False)
+        for fraction in ("ece", "accuracy"):
+            _check_number(f"{place}.{fraction}", measures[fraction], 0, 1, or_none=False)
+        _check_fields(f"{place}.bins", measures["bins"], ("confidence", "accuracy", "count"))
+        columns = {column: _list_of(f"{place}.bins.{column}", each) for column, each in measures["bins"].items()}
+        for count in columns["count"]:
+            _check_count(f"{place}.bins.count", count)
+        for column in ("confidence", "accuracy"):
+            _check_fractions(f"{place}.bins.{column}", columns[column])
+        empty = [[each is None for each in columns[column]] for column in ("confidence", "accuracy")]
+        if any(each != [not count for count in columns["count"]] for each in empty) or not sum(columns["count"]):
+            raise ValueError(_wrong(f"{place}.bins", measures["bins"], "a number for each bin that has images"))
+
+
+def _check_fields(name: str, value: Any, fields: Iterable[str]) -> None:
+    _check_names(name, value)
+    if set(value) != set(fields):
+        raise ValueError(_wrong(name, value, f"{', '.join(fields)} by name"))
+
+
 def _check_table(name: str, table: Any) -> None:
     for row in _list_of(name, table):
         numbers = np.array(_list_of(name, row), dtype=float)  # None becomes NaN

@@ -16,7 +16,7 @@ from ..disk import check_file, replacing
 from ..text import brief
 from .matrix import intransigence
 from .own import own_values
-from .record_checks import check_record
+from .record_checks import check_calibrations, check_record
 from .usage import checked_counts, usage_entropy, usage_overlap
 
 
@@ -37,6 +37,7 @@ ADDED_LATER = {
     "kept_bytes",
     "peak_memory_bytes",
     "flops",
+    "calibration",
 }
 # What runs must have in common for the tasks of one to be those of the other.
 SAME_TASKS = ("dataset", "task_names", "test_sizes")
@@ -94,6 +95,9 @@ class RunResults:
             earlier versions.
         peak_memory_bytes: Memory in use at the peak of the first process: tensors on its GPU, or the process on a CPU.
         flops: Floating-point operations of learning on all processes, if they were counted (`count_flops`).
+        calibration: For each finished task the temperature that was fitted after it on held-out images of the tasks so
+            far (`fit_temperature`), with measures before and after, as `peft_cl.reliability.Calibration.to_dict` gives
+            them; `None` for a task without, and in the place of all where none was fitted.
 
     A setting in `hyperparameters` that was another in some of the tasks is a list there, one value for each finished
     task. An adapter that learnt on in a later run has one record for all of its tasks.
@@ -134,6 +138,7 @@ class RunResults:
     kept_bytes: dict[str, int] | None = None
     peak_memory_bytes: int | None = None
     flops: int | None = None
+    calibration: list[dict[str, Any] | None] | None = None
 
     def __post_init__(self) -> None:
         self.accuracy_matrix = [[_number(value) for value in row] for row in self.accuracy_matrix]
@@ -166,6 +171,8 @@ class RunResults:
                 )
         if self.own_metrics is not None:
             self.own_metrics = own_values(self.own_metrics, self.finished_tasks)
+        if self.calibration is not None:
+            check_calibrations(self.calibration, self.finished_tasks)
 
     def save(self, path: str | Path) -> Path:
         """Writes the record as JSON and returns the file's path; an older file is replaced at once or not at all.

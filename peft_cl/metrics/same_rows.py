@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -23,8 +24,21 @@ def same_rows(results: RunResults) -> str | None:
         f"All tasks choose the same prompts: {used} of {len(results.prompt_usage[0])} rows of the pool are used, and "
         f"the tasks' choices overlap by {overlap:.2f} of 1. The pool then works as one prompt for all tasks."
     )
-    adapter = results.hyperparameters.get("adapter", {})
-    if adapter.get("use_prompt_mask") is False:
-        rows = len(results.task_names) * adapter.get("top_k", 1)
-        text += f" use_prompt_mask=True with pool_size={rows} gives each task rows of its own."
-    return text
+    return text + ways_to_other_rows(results.hyperparameters.get("adapter", {}), len(results.task_names))
+
+
+def ways_to_other_rows(adapter: Mapping[str, Any], tasks: int) -> str:
+    """What makes so many tasks choose other rows, in a sentence or two; empty for a method that has no such option.
+
+    Args:
+        adapter: the settings of the adapter, as the record has them; those at their defaults may be missing.
+        tasks: how many tasks there are to be.
+    """
+    if adapter.get("use_prompt_mask") is not False:
+        return ""
+    rows = tasks * adapter.get("top_k", 1)
+    text = f" use_prompt_mask=True with pool_size={rows} gives each task rows of its own."
+    others = {"frequency_penalty=True": "frequency_penalty", "entropy_coefficient=0.1": "entropy_coefficient"}
+    left = [option for option, name in others.items() if not adapter.get(name)]
+    left += ["key_init='queries'"] if adapter.get("key_init", "init") == "init" else []
+    return text + (f" Or let all tasks share the rows and spread the choices: {', '.join(left)}." if left else "")

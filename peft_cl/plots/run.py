@@ -14,18 +14,21 @@ from safetensors import SafetensorError, safe_open
 
 from ..disk import read_json
 from ..metrics import RunResults
+from ..reliability.calibration import Calibration
 from ..tuners.base.saved import read_header
 from .comparison import plot_comparison
 from .curves import plot_curves
 from .keys import plot_key_similarity
 from .matrix import plot_accuracy_matrix
+from .reliability import plot_reliability
+from .style import short_name
 from .usage import plot_prompt_usage
 
 
 MATRIX_FILE, CURVES_FILE = "accuracy_matrix.png", "curves.png"
-USAGE_FILE, KEYS_FILE = "prompt_usage.png", "key_similarity.png"
+USAGE_FILE, KEYS_FILE, RELIABILITY_FILE = "prompt_usage.png", "key_similarity.png", "reliability.png"
 #: All that `write_pictures` may write.
-PICTURE_FILES = (MATRIX_FILE, CURVES_FILE, USAGE_FILE, KEYS_FILE)
+PICTURE_FILES = (MATRIX_FILE, CURVES_FILE, USAGE_FILE, KEYS_FILE, RELIABILITY_FILE)
 #: Cosines that a picture of keys may have: each is computed, and several times held in memory.
 MOST_COSINES = 2 * 10**7
 COMPARISON_FILE, COMPARISON_CURVES_FILE = "comparison.png", "comparison_curves.png"
@@ -47,7 +50,8 @@ class Keys:
 
 
 def write_pictures(folder: Path, results: RunResults, output: Path | None = None) -> list[Path]:
-    """Draw a run: the accuracy matrix, the curves, the prompt usage if counted, and the adapter's keys if it has some.
+    """Draw a run: the accuracy matrix, the curves, the prompt usage if counted, the adapter's keys if it has some, and
+    the reliability diagrams if a temperature was fitted after the last task.
 
     Args:
         folder: The run's folder; its adapter is read where there is one.
@@ -76,6 +80,10 @@ def write_pictures(folder: Path, results: RunResults, output: Path | None = None
         own_rows = keys.rows_of_tasks is not None and len(keys.rows_of_tasks) == len(results.task_names)
         names = results.task_names if own_rows else None
         plot_key_similarity(keys.values, keys.rows_of_tasks, keys.set_names, heading, files[-1], names)
+    if results.calibration and results.calibration[-1]:
+        files.append(output / RELIABILITY_FILE)
+        heading = f"{results.method} on {short_name(results.dataset)}: reliability"
+        plot_reliability(Calibration.from_dict(results.calibration[-1]), heading, files[-1])
     return files
 
 

@@ -93,7 +93,7 @@ def check_teacher(name: str, model: PeftModel, scenario: Scenario) -> None:
         ValueError: such a pool (DualPrompt, CODA-Prompt) in a sequence of tasks.
     """
     pool, config = model.base_model.pool, model.peft_config[model.active_adapter]
-    renewed = [row for row in pool.row_axes if hasattr(pool, row)]
+    renewed = pool.renewed
     if renewed and scenario.boundaries and config.train_prompts != "first_task":
         raise ValueError(
             f"The adapter is {config.method}, but {name} distils from the network before each task, and this method "

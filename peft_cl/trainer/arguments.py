@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..scenarios.columns import is_number, plain
 from .bad_images import CHOICES, STOP
 from .learning_rates import check_rates
+from .per_task import checked
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -123,6 +124,10 @@ class ContinualTrainingArguments(TrainingArguments):
         learning_rate_per_256: the rate of a step on 256 images, in place of `learning_rate`, which becomes this times
             the images of a step (batch x accumulation x processes) / 256, as the JAX protocols of L2P and DualPrompt
             have it. Rates in `learning_rates` are taken as they are.
+        per_task: settings that single tasks have of their own, by the task's number from 0 (`0` or `"0"`), its name,
+            `"first"`, or `"later"` (all behind the first): for instance a long first task,
+            `{"first": {"num_train_epochs": 20}, "later": {"learning_rate": 1e-3}}`. A task may have its own epochs,
+            steps, rates, schedule, warm-up, weight decay, batch size and accumulation. Not for a stream.
         cache_queries: compute the frozen model's query of an image once where it is the same each time (test images,
             and training images without augmentation) and keep it in memory, 4 D bytes an image.
         augmentation_draws: how many different augmentations of an image there are: after as many epochs they come
@@ -151,6 +156,9 @@ class ContinualTrainingArguments(TrainingArguments):
             a plateau of the rate) chooses by it. None: nothing is kept back, and to choose is refused, as it would be
             by test images, unless the trainer gets `validation=`.
         validation_seed: draws these images.
+        fit_temperature: after each task, before it is measured, fit the temperature that logits are divided by in
+            evaluation on the validation images of the tasks so far (`validation_fraction`, or `validation=` of the
+            trainer). Predictions stay the same, probabilities become truer; `results.calibration` says by how much.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -186,6 +194,13 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of a step on 256 images, scaled by those of a step; sets learning_rate."},
     )
+    per_task: dict[str, dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that tasks have of their own, by number, name, 'first' or 'later', for instance "
+            "{'first': {'num_train_epochs': 20}}."
+        },
+    )
     cache_queries: bool = field(
         default=True,
         metadata={"help": "Keep the queries of images that are never augmented: one pass a step instead of two."},
@@ -220,6 +235,9 @@ class ContinualTrainingArguments(TrainingArguments):
         metadata={"help": "Share of each class's training images that is kept back to choose by within a task."},
     )
     validation_seed: int = field(default=0, metadata={"help": "Draws the images of validation_fraction."})
+    fit_temperature: bool = field(
+        default=False, metadata={"help": "Calibrate probabilities after each task, on validation images."}
+    )
 
     def __post_init__(self):
         for each in fields(self):
@@ -241,8 +259,9 @@ class ContinualTrainingArguments(TrainingArguments):
         if isinstance(self.learning_rates, dict):
             self.learning_rates = {name: plain(rate) for name, rate in self.learning_rates.items()}
         check_rates(self.learning_rates)
-        self._scale_rate()
+        self.scale_rate()
         self._check_evaluation_and_saving()
+        self.per_task = checked(self)
 
     def _check_data_and_device(self) -> None:
         if self.fp16 and self.device.type == "cpu":
@@ -308,7 +327,8 @@ class ContinualTrainingArguments(TrainingArguments):
                 f"label_smoothing={self.label_smoothing_factor}), which gets the classes in question alone."
             )
 
-    def _scale_rate(self) -> None:
+    def scale_rate(self) -> None:
+        """Set `learning_rate` by the images of a step, where `learning_rate_per_256` says so."""
         if self.learning_rate_per_256 is not None:
             self.learning_rate = self.learning_rate_per_256 * self.images_per_step / 256
 

@@ -22,6 +22,7 @@ from ..tuners.base.config import PromptPoolConfig
 from ..tuners.base.model import PromptPoolModel
 from .arguments import ContinualTrainingArguments
 from .examples import has_transform
+from .per_task import check_tasks, settings_of_task
 from .strategy import Strategy
 from .transformed import check_transformed
 
@@ -60,12 +61,15 @@ def check_fit(model: Any, args: Any, scenario: Any, strategy: Strategy, finished
             )
     check_images(args, scenario)
     check_transformed(scenario)
+    check_tasks(args, scenario)
     if args.dataloader_drop_last:
         for task in scenario[finished_tasks:]:
-            if len(task.train) < args.train_batch_size * args.world_size:
+            with settings_of_task(args, scenario, task):
+                batch = args.train_batch_size
+            if len(task.train) < batch * args.world_size:
                 raise ValueError(
                     f"dataloader_drop_last is True, but {task.name!r} has {len(task.train)} training examples, fewer "
-                    f"than one batch of {args.train_batch_size} on each of {args.world_size} processes. Set it to "
+                    f"than one batch of {batch} on each of {args.world_size} processes. Set it to "
                     "False, or make the batch smaller."
                 )
     config = model.peft_config[model.active_adapter]

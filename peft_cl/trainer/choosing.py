@@ -113,16 +113,21 @@ def choices(args: ContinualTrainingArguments, callbacks: Iterable[Any] | None = 
 
 
 def check_choices(args: ContinualTrainingArguments, callbacks: Iterable[Any] | None, validated: bool) -> None:
-    """Refuse to choose by test images.
+    """Refuse to choose by test images, or to calibrate by them.
 
     Raises:
-        ValueError: something is chosen, and there are no validation images.
+        ValueError: something is chosen or calibrated, and there are no validation images.
     """
     found = choices(args, callbacks)
     if found and not validated:
         raise ValueError(
             f"{', '.join(found)} would choose by test images, whose accuracies then say nothing of other images. "
             f"{REMEDY}."
+        )
+    if args.fit_temperature and not validated:
+        raise ValueError(
+            "fit_temperature is True, but there are no validation images: fitted on test images, the temperature would "
+            f"make the calibration of the test look better than it is. {REMEDY}."
         )
 
 
@@ -135,10 +140,10 @@ def warn_of_test_images(args: ContinualTrainingArguments, validated: bool) -> No
             str(args.eval_strategy.value),
             REMEDY,
         )
-    if args.eval_strategy == "no" and args.validation_fraction is not None:
+    if args.eval_strategy == "no" and args.validation_fraction is not None and not args.fit_temperature:
         logger.warning(
             "validation_fraction is %s, but eval_strategy is 'no': these training images are neither learnt nor "
-            "measured. Set eval_strategy='epoch', or leave validation_fraction out.",
+            "measured. Set eval_strategy='epoch' or fit_temperature=True, or leave validation_fraction out.",
             args.validation_fraction,
         )
 

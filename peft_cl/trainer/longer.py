@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .per_task import of_task
 from .snapshot import STATE_FOLDER, snapshot_before, whole_checkpoint
 
 
@@ -14,13 +15,26 @@ LENGTH = ("num_train_epochs", "max_steps")
 
 
 def is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a run is asked for more epochs or steps than it had."""
+    """Whether the last task of a run is asked for more epochs or steps than it had."""
+    before, now = _of_last_task(before), _of_last_task(now)
     more = [now[name] - before[name] for name in LENGTH if name in before]
     return any(each > 0 for each in more) and all(each >= 0 for each in more)
 
 
 def without_length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in LENGTH}
+    """The settings of a run, and of its tasks, that say nothing of how long they are learnt."""
+    rest = {name: value for name, value in settings.items() if name not in LENGTH}
+    own = {
+        task: {name: value for name, value in values.items() if name not in LENGTH}
+        for task, values in (rest.pop("per_task", None) or {}).items()
+    }
+    own = {task: values for task, values in own.items() if values}
+    return {**rest, "per_task": own} if own else rest
+
+
+def _of_last_task(settings: Mapping[str, Any]) -> dict[str, Any]:
+    names = settings["scenario"]["task_names"]
+    return {**settings, **of_task(settings.get("per_task"), len(names) - 1, names)}
 
 
 def start_of_last_task(folder: Path, state: Mapping[str, Any], checkpoints: Path) -> dict[str, Any] | None:

@@ -6,13 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast
 from transformers.trainer_utils import TrainOutput
 
 from ..heads import Head
 from ..scenarios import Task
 from .processes import over_processes, share_of
 from .task_trainer import TaskTrainer
+
+
+#: Training images that a pool is shown before a task.
+LOOKED_AT = 256
 
 
 class ObservingTrainer(TaskTrainer):
@@ -36,6 +42,17 @@ class ObservingTrainer(TaskTrainer):
         is_first = not config.tasks
         follows = config.drift_compensation and self.scenario.boundaries and not is_first
         self._features_before = self.features_of_all(task) if follows else None
+
+    def show_pool(self, task: Task) -> None:
+        """Once `task` has begun: show the pool some of its images, if it has settings that depend on them."""
+        if not self.tuner.wants_images:
+            return
+        rows = np.random.default_rng((self.args.seed, task.index)).permutation(len(task.train))[:LOOKED_AT]
+        batches = [batch["pixel_values"] for batch in self.plain_batches(task, rows=sorted(rows.tolist()))]
+        with self.accelerator.autocast():
+            looks = [self.tuner.looks_of(batch) for batch in batches]
+        seen = [torch.cat(parts).float() for parts in zip(*looks, strict=True)]
+        self.tuner.look(*(broadcast(each.contiguous()) for each in seen))  # the same to the bit on every process
 
     def observe(self, task: Task) -> None:
         """Show the head what `task` was learnt from, and compute it."""

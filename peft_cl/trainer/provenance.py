@@ -19,7 +19,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from ..scenarios import Scenario, Task
 from ..scenarios.columns import SPLIT_NAMES
 from ..scenarios.overlap import StoredImages
-from ..tuners.base.formats import ADDED
+from ..tuners.base.formats import added
 from ..version import __version__
 
 
@@ -57,6 +57,7 @@ MEASURING = (
     "greater_is_better",
     "full_determinism",
     "augmentation_draws",
+    "fit_temperature",
 )
 #: Names of what reads files of a kind, which say nothing about the data.
 BUILDERS = set(_PACKAGED_DATASETS_MODULES)
@@ -78,17 +79,20 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         "classes",
         "tasks",
         "rows_in_use",
+        "grown",
         "stream",
         "base_weights",
+        "temperature",
         "base_model_name_or_path",
         "auto_mapping",
         "inference_mode",
     }
+    late = added(config)
     settings["adapter"] = {
         name: _plain(value)
         for name, value in config.to_dict().items()
         # On record where they are at work, as above.
-        if name not in written and value is not None and (name not in ADDED or value != ADDED[name])
+        if name not in written and value is not None and (name not in late or value != late[name][1])
     }
     return settings
 

@@ -74,8 +74,18 @@ def record_of(trainer: ContinualTrainer) -> RunResults:
         peak_memory_bytes=_most(peak_memory(trainer.args.device), before and before.peak_memory_bytes),
         flops=_flops_of(trainer),
         learnt=[*learnt_before(earlier), *(task["took"] for task in trainer.learnt)],
+        calibration=calibrations_of(trainer),
         **_details_of(trainer),
     )
+
+
+def calibrations_of(trainer: ContinualTrainer) -> list[dict[str, Any] | None] | None:
+    """What calibrating after each finished task gave; None where no temperature was fitted after any."""
+    earlier = trainer.earlier
+    before = (earlier.record and earlier.record.calibration) or [None] * len(earlier)
+    own = [task.get("calibration") for task in trainer.learnt[: trainer.finished_tasks]]
+    found = [*earlier.on_record(before, None), *own]
+    return found if any(found) else None
 
 
 def _backbone_of(trainer: ContinualTrainer) -> dict[str, int]:
@@ -195,6 +205,8 @@ def settings_of(trainer: ContinualTrainer) -> dict[str, Any]:
         settings["strategy"] = trainer.strategy.settings()
     if trainer.tasks_before:
         settings["tasks_learnt_before"] = trainer.tasks_before
+    if trainer.args.per_task:
+        settings["per_task"] = {key: dict(values) for key, values in trainer.args.per_task.items()}
     if trainer.args.measure_ahead:
         settings["measure_ahead"] = True
     if trainer.args.validation_fraction is not None:

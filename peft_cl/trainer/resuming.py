@@ -145,6 +145,7 @@ class ResumableTrainer(ObservingTrainer):
             "flops": self.flops.total,
             "steps": self.steps_before + self.state.global_step,
             "without_prompts": self.without_prompts.state(),
+            "grown": getattr(self.tuner.head.config, "grown", None),
             **self.learnt_state(),
         }
 
@@ -213,6 +214,8 @@ class ResumableTrainer(ObservingTrainer):
         for task in self.scenario[: self.finished_tasks]:
             self._start(task)  # for the shapes
             self.task = task
+        if state.get("grown"):
+            self.tuner.pool.take_growth(state["grown"])
         self._take(state)
         self.optimizer_state = state["optimizer"]
         if self.is_world_process_zero():

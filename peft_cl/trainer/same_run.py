@@ -32,9 +32,15 @@ def of_finished_tasks(settings: Mapping[str, Any], finished: int) -> dict[str, A
 def alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both settings without how the images of a step come, if they are as many: two times four are those of eight, and
     what is learnt from them is the same but for rounding."""
-    if all(name in each for name in STEP for each in (before, now)) and _images(before) == _images(now):
+    told = all(name in each for name in STEP for each in (before, now))
+    if told and _images(before) == _images(now) and not any(map(_has_own_steps, (before, now))):
         before, now = ({name: value for name, value in each.items() if name not in STEP} for each in (before, now))
     return dict(before), dict(now)
+
+
+def _has_own_steps(settings: Mapping[str, Any]) -> bool:
+    """Whether some task has steps of its own, which the settings of the run say nothing of."""
+    return any(name in values for values in (settings.get("per_task") or {}).values() for name in STEP)
 
 
 def _images(settings: Mapping[str, Any]) -> Any:

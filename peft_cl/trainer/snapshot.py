@@ -136,6 +136,7 @@ MORE_KINDS: dict[str, Any] = {
     "flops": (int, type(None)),
     "steps": int,
     "without_prompts": dict,
+    "grown": (list, type(None)),
     "scaler": dict,
     "head": dict,
 }

@@ -14,21 +14,24 @@ from transformers.utils import logging
 from ..hub.card import write_model_card
 from ..metrics import RunResults
 from ..metrics.results import FILE_NAME
-from ..metrics.same_rows import same_rows
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from ..text import percent
 from ..tuners.base.digests import digest_of_weights
+from ..tuners.base.storage import round_prompts
 from .arguments import ContinualTrainingArguments
+from .calibrating import calibration_of, take_temperature
 from .checks import check_callbacks, check_fit, check_functions, check_metric, check_optimizer, check_replacements
 from .choosing import check_choices, given_validation, keep_back, warn_of_test_images
 from .earlier import earlier_tasks
 from .extras import spared
 from .files import check_writable, explained_writes, written_aside
+from .guards import Guards
 from .learning_rates import check_parts
 from .loss import check_loss
 from .measuring import MeasuringTrainer
 from .own_metrics import OwnMetrics
+from .per_task import for_each_task, settings_of_task
 from .record import adapter_folder, learnt_of, metrics_of, record_of
 from .snapshot import STATE_FOLDER
 from .strategy import Combined, Strategy
@@ -135,13 +138,14 @@ class ContinualTrainer(MeasuringTrainer):
         self.own_metrics.check(scenario, config)
         check_metric(args, scenario, self.own_metrics.numbers)
         check_callbacks(args, kwargs.get("callbacks"))
-        check_optimizer(args)
+        for_each_task(args, scenario, check_optimizer)
         check_replacements(kwargs)
         self.earlier = self.earlier.with_tests(earlier_test, scenario)
         # For each task one whose test images are to choose by within a task.
         self.validation = [] if validation is None else given_validation(validation, scenario, args)
-        check_choices(args, kwargs.get("callbacks"), bool(self.validation or args.validation_fraction))
-        warn_of_test_images(args, bool(self.validation or args.validation_fraction))
+        validated, callbacks = bool(self.validation or args.validation_fraction), kwargs.get("callbacks")
+        for_each_task(args, scenario, lambda each: check_choices(each, callbacks, validated))
+        warn_of_test_images(args, validated)
         if validation is None:
             scenario, self.validation = keep_back(scenario, args)
         if args.process_index == 0:
@@ -149,7 +153,8 @@ class ContinualTrainer(MeasuringTrainer):
         # As they were given: a strategy may train them, or put weights into it that are drawn.
         self._backbone = digest_of_weights(model.base_model.encoder.base_layer)[:12]
         strategy.prepare(model)
-        check_parts(args.learning_rates or {}, model)  # of what is trained now
+        # Of what is trained now.
+        for_each_task(args, scenario, lambda each: check_parts(each.learning_rates or {}, model))
         super().__init__(
             model,
             args,
@@ -162,6 +167,9 @@ class ContinualTrainer(MeasuringTrainer):
             **kwargs,
         )
         self._asked_batch = args.train_batch_size
+        self.guards = Guards(self, logger.warning)
+        self.add_callback(self.guards)
+        self.guards.before_training()
 
     # ----------------------------------------------------------------------------------------------- the sequence
 
@@ -194,9 +202,6 @@ class ContinualTrainer(MeasuringTrainer):
                 output = self.train_task(task)
         finally:
             self.progress.end_sequence()
-        note = same_rows(self.results) if self.finished_tasks else None
-        if note and self.is_world_process_zero():
-            logger.warning(note)
         if self.args.pictures and self.finished_tasks:
             self.draw()
         if self.args.push_to_hub:
@@ -239,19 +244,8 @@ class ContinualTrainer(MeasuringTrainer):
             )
         if self.is_world_process_zero() and not (self.finished_tasks or self._resumed_from):
             self.forget_finished_run()
-        self._begin(task)
-        if self.args.measure_ahead and task.index == 0:
-            self._measure_baseline()
-        self.began = time.perf_counter()
-        output = self.strategy.learn(self, task)
-        if self.args.world_size > 1:
-            self.join_counts()
-        with self.flops.counted():
-            self.strategy.end_task(self, task)
-            self.observe(task)
-        self.forget_learnt(self.strategy.tasks(self, task))
-        self.train_seconds, self.began = self.seconds(), None
-        self.learnt.append(learnt_of(self, self._took))
+        with settings_of_task(self.args, self.scenario, task):
+            output = self._learn(task)
         self.evaluate()
         self.finished_tasks, self.under_way = self.finished_tasks + 1, False
         with explained_writes(self.folder, self.finished_tasks - 1):
@@ -263,6 +257,25 @@ class ContinualTrainer(MeasuringTrainer):
                 self.forget_checkpoints(self.finished_tasks - 1)  # of the task before: the last one's stay
         if self.is_world_process_zero():
             self.progress.end_task(self._summary(task))
+        self.guards.after_task(task)
+        return output
+
+    def _learn(self, task: Task) -> TrainOutput:
+        """Everything of a task before it is measured."""
+        self._begin(task)
+        if self.args.measure_ahead and task.index == 0:
+            self._measure_baseline()
+        self.began = time.perf_counter()
+        output = self.strategy.learn(self, task)
+        round_prompts(self.tuner.pool, self.tuner.head.config)
+        if self.args.world_size > 1:
+            self.join_counts()
+        with self.flops.counted():
+            self.strategy.end_task(self, task)
+            self.observe(task)
+        self.forget_learnt(self.strategy.tasks(self, task))
+        self.train_seconds, self.began = self.seconds(), None
+        self.learnt.append({**learnt_of(self, self._took), "calibration": calibration_of(self)})
         return output
 
     def _add(self, data: Mapping[str, Any], **columns: Any) -> Task:
@@ -297,10 +310,17 @@ class ContinualTrainer(MeasuringTrainer):
         number = self.tasks_before + task.index + 1
         self.progress.begin_task(task.name, number, len(self.whole_matrix))
         self.look_before(task)
+        if self.args.fit_temperature:  # it is fitted anew, so that there is nothing to warn of
+            self.tuner.head.config.temperature = 1.0
         self._start(task)
+        self.show_pool(task)
         with self.flops.counted():
             self.strategy.begin_task(self, task)
         self.most_trainable = max(self.most_trainable, self.model.get_nb_trainable_parameters()[0])
+
+    def _take_up(self, state: Mapping[str, Any], folder: Path) -> None:
+        super()._take_up(state, folder)
+        take_temperature(self)
 
     def fit(self, tasks: Sequence[Task]) -> TrainOutput | None:
         """Train on the examples of `tasks`, and note what it took."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ...backbones import Family
 from ...heads import Features
 from .prompts import Prompts
 
@@ -67,3 +70,32 @@ class Trace:
     def outputs(self) -> tuple[tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """Hidden states and attentions, as HF models return them."""
         return tuple(None if found is None else tuple(found) for found in (self.hidden_states, self.attentions))
+
+
+def in_front(hidden: torch.Tensor, place: int, count: int) -> torch.Tensor:
+    """Tokens with the `count` prompts behind `place` others moved to the front, where all that reads expects them."""
+    if not (place and count):
+        return hidden
+    return torch.cat([hidden[:, place : place + count], hidden[:, :place], hidden[:, place + count :]], dim=1)
+
+
+@contextmanager
+def recording(family: Family, layer: nn.Module, attentions: list[torch.Tensor] | None) -> Iterator[None]:
+    """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs: the first columns are
+    the prompts' keys. Only eager attention has weights to show."""
+    if attentions is None:
+        yield
+        return
+    attention = family.attention_of(layer)
+    if not hasattr(attention, "config"):
+        raise ValueError(
+            f"output_attentions is True, but {type(attention).__name__} does not show its weights under prompts. "
+            "Leave it out, or run the base model inside `with model.disable_adapter():`."
+        )
+    handle = attention.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
+    implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        attention.config._attn_implementation = implementation
+        handle.remove()

@@ -224,6 +224,8 @@ class ClassifierHead(AdapterLayer):
             return output
         logits = output[0] if isinstance(output, tuple) else output.logits
         logits = self.weigh_evidence(logits, call, training=model.training)
+        if not model.training and self.config.temperature != 1.0:
+            logits = logits.float() / self.config.temperature  # eq. 9 of Guo et al. (2017), arXiv 1706.04599
         if self._logits is not None:
             self._logits[:] = [logits]
         logits = self.mask(logits, call.task_ids, training=model.training, labels=call.labels)

@@ -67,6 +67,10 @@ class PromptPoolConfig(HeadConfig):
             "training, prediction and pipelines alike."
         },
     )
+    storage_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Number format of prompts on disk and of past rows in memory; computing stays float32."},
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "The encoder and the head, filled in from the model's family. Leave at None."},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from ...backbones import Family
 from ...backbones.modes import draws, evaluation_mode, without_own_checkpointing
 from ...backbones.reading import can_read, is_watched, read_layer
 from ...heads import CLS, OWN, Features
-from .call import Call, Trace
+from .call import Call, Trace, in_front, recording
 from .layer import AdapterLayer
 from .lock import CallLock
 from .pool import PromptPool
@@ -94,7 +93,7 @@ class PromptedEncoder(AdapterLayer):
             call.query = query
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None)
+            prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None, call.task_ids)
         if start is None or trace.wanted or not self._is_fixed(pixel_values, first):
             start = self._start(pixel_values, interpolate, first, trace)
         feature, tokens = self._for_head(call, start, first, prompts, trace)
@@ -135,7 +134,8 @@ class PromptedEncoder(AdapterLayer):
         """The lowest layer that is of the two passes' own, or whose output the head reads."""
         layers = 1 if features is None else features.layers
         layers = max(layers, self.query_features.layers if pool.needs_query else 1)
-        return min(pool.first_layer, len(self._layers) - layers)
+        queried = getattr(pool.config, "query_layer", None)
+        return min(pool.first_layer, len(self._layers) - layers, *([] if queried is None else [queried + 1]))
 
     def _read(self, features: Features, start: State, first: int, prompts: Prompts, trace: Trace) -> torch.Tensor:
         """(B, parts x layers x D): the features of the last layers' outputs, from the input of layer `first` on."""
@@ -194,8 +194,11 @@ class PromptedEncoder(AdapterLayer):
     @torch.no_grad()
     def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, State]:
         """The query (B, Q), and the input of layer `first` on the way to it."""
+        last = getattr(self.active and self.active.config, "query_layer", None)
         with evaluation_mode(self.base_layer):
             start = self._start(pixel_values, interpolate, first, Trace())
+            if last is not None:  # an early layer's output, where the pass ends
+                return self._cls(self._through(start, first, last + 1, Trace()).hidden).clone(), start
             if self.query_features != CLS:
                 return self._read(self.query_features, start, first, NO_PROMPTS, Trace()), start
             hidden, _ = self._finish(start, first, NO_PROMPTS, "cls", Trace())
@@ -228,13 +231,24 @@ class PromptedEncoder(AdapterLayer):
     def _start(self, pixel_values: torch.Tensor, interpolate: bool, first: int, trace: Trace) -> State:
         """Embeddings and the layers below `first`, which no prompt enters: (B, special tokens + patches, D)."""
         state = State(*self.family.embed(self.base_layer, pixel_values, interpolate))
-        for index, layer in enumerate(self._layers[:first]):
+        return self._through(state, 0, first, trace)
+
+    def _through(self, state: State, first: int, end: int, trace: Trace) -> State:
+        """The layers from `first` to before `end`, without prompts."""
+        for index, layer in enumerate(self._layers[first:end], start=first):
             if trace.hidden_states is not None:
                 trace.hidden_states.append(state.hidden)
-            with self._recording(layer, trace.attentions):
+            with recording(self.family, layer, trace.attentions):
                 hidden = self._run_layer(layer, state, None)
             state = State(*self.family.after(self.base_layer, index, hidden, state.arguments))
         return state
+
+    @torch.no_grad()
+    def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embeddings of all images' patches before the first layer, (patches of all images, width)."""
+        with self.lock.held(), evaluation_mode(self.base_layer):
+            tokens = self._start(pixel_values, self._interpolates(None), 0, Trace()).hidden
+        return tokens[:, self.family.num_special(self.base_layer) :].flatten(0, -2)
 
     def _finish(
         self,
@@ -261,7 +275,10 @@ class PromptedEncoder(AdapterLayer):
         hidden, arguments = start
         if read == "own" and self.family.reads == "cls":
             read = "cls"
-        at_the_front = read in READ_AT_THE_FRONT and self.family.cls_is_first_token
+        # Attention knows no order: where tokens stand shows in hidden states and attentions alone.
+        behind_cls = getattr(self.active and self.active.config, "token_order", None) == "cls_first"
+        place = self.family.num_special(self.base_layer) if behind_cls else 0
+        at_the_front = read in READ_AT_THE_FRONT and self.family.cls_is_first_token and not place
         for index, layer in enumerate(layers[first:], start=first):
             injection = prompts.at(index, hidden)
             extra = 0
@@ -270,7 +287,8 @@ class PromptedEncoder(AdapterLayer):
                 if injection.cls_position:
                     rows = rows + self.family.cls_position(self.base_layer)
                 extra = rows.shape[1]
-                hidden = torch.cat([rows.to(hidden.dtype).expand(hidden.shape[0], -1, -1), hidden], dim=1)
+                rows = rows.to(hidden.dtype).expand(hidden.shape[0], -1, -1)
+                hidden = torch.cat([hidden[:, :place], rows, hidden[:, place:]], dim=1)
             if trace.hidden_states is not None:
                 trace.hidden_states.append(hidden)
             is_kept = injection is None or injection.keep
@@ -279,16 +297,16 @@ class PromptedEncoder(AdapterLayer):
             if layer is layers[-1] and at_the_front and is_kept and self._can_read(layer):
                 span = (kept if read == "cls" else 0, kept + 1)
                 kept -= span[0]
-            with self._recording(layer, trace.attentions):
+            with recording(self.family, layer, trace.attentions):
                 hidden = self._run_layer(layer, State(hidden, arguments), injection, span)
             if not is_kept:
-                hidden = hidden[:, extra:]
+                hidden = in_front(hidden, place, extra)[:, extra:]
             if outputs is not None:
-                outputs.append((hidden, kept))
+                outputs.append((in_front(hidden, place, kept), kept))
             hidden, arguments = self.family.after(self.base_layer, index, hidden, arguments)
         if trace.hidden_states is not None:
             trace.hidden_states.append(hidden)
-        return hidden, kept
+        return in_front(hidden, place, kept), kept
 
     def _can_read(self, layer: nn.Module) -> bool:
         """Whether the last layer may be run for some of its tokens alone."""
@@ -368,24 +386,3 @@ class PromptedEncoder(AdapterLayer):
         value = kwargs.get(option)
         config = getattr(self.base_layer, "config", None)
         return bool(getattr(config, option, False) if value is None else value)
-
-    @contextmanager
-    def _recording(self, layer: nn.Module, attentions: list[torch.Tensor] | None) -> Iterator[None]:
-        """Collect the layer's attention weights, (B, heads, N, prefix + N), while the block runs: the first columns
-        are the prompts' keys. Only eager attention has weights to show."""
-        if attentions is None:
-            yield
-            return
-        attention = self.family.attention_of(layer)
-        if not hasattr(attention, "config"):
-            raise ValueError(
-                f"output_attentions is True, but {type(attention).__name__} does not show its weights under prompts. "
-                "Leave it out, or run the base model inside `with model.disable_adapter():`."
-            )
-        handle = attention.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
-        implementation, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
-        try:
-            yield
-        finally:
-            attention.config._attn_implementation = implementation
-            handle.remove()

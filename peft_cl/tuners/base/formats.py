@@ -17,18 +17,64 @@ SINCE_FORMAT: dict[int, dict[str, Any]] = {
         "drift_compensation": None,
         "interpolate_pos_encoding": False,
     },
-    3: {},
+    3: {
+        "similarity": "cosine",
+        "key_size": None,
+        "query_layer": None,
+        "token_order": "prompts_first",
+        "init_from": None,
+        "init_layers": "independent",
+        "init_noise": 0.02,
+        "key_init": "init",
+        "growth": None,
+        "growth_size": 5,
+        "growth_similarity": 0.5,
+        "growth_entropy": 0.95,
+        "max_pool_size": None,
+        "past_rows": "trained",
+        "orthogonality_scope": "layer",
+        "adaptive_orthogonality": False,
+        "diversity_coefficient": 0.0,
+        "alignment_coefficient": 0.0,
+        "grown": None,
+        "known_task_rows": False,
+        "expert_choice": "task",
+        "train_g_prompts": "every_task",
+        "temperature": 1.0,
+        "storage_dtype": "float32",
+    },
+}
+#: The same of settings that other methods had before, or that begin otherwise there, by `PromptPoolConfig.method`.
+OF_METHOD: dict[str, dict[int, dict[str, Any]]] = {
+    "L2P": {
+        3: {
+            "orthogonality_coefficient": 0.0,
+            "orthogonality": "pairwise",
+            "selection": "topk",
+            "selection_temperature": 0.1,
+            "selection_threshold": 0.0,
+            "search": "exact",
+        }
+    },
+    "DualPrompt": {3: {"orthogonality_coefficient": 0.0, "orthogonality": "pairwise", "entropy_coefficient": 0.0}},
+    "CODA-Prompt": {3: {"init": "orthogonal"}},
 }
 #: The newest format that this version reads.
 FORMAT_VERSION = max(SINCE_FORMAT)
-ADDED = {name: value for settings in SINCE_FORMAT.values() for name, value in settings.items()}
+
+
+def added(config: Any) -> dict[str, tuple[int, Any]]:
+    """Name of each setting that a format added -> that format, and what earlier versions take the setting for."""
+    tables = (SINCE_FORMAT, OF_METHOD.get(config.method, {}))
+    return {
+        name: (version, value)
+        for table in tables
+        for version, settings in table.items()
+        for name, value in settings.items()
+    }
 
 
 def format_needed(config: Any) -> int:
     """The oldest format that says all that the settings of `config` do."""
-    needed = [
-        version
-        for version, settings in SINCE_FORMAT.items()
-        if any(getattr(config, name, value) != value for name, value in settings.items())
-    ]
+    needed = [version for name, (version, value) in added(config).items() if getattr(config, name, value) != value]
     return max(needed, default=1)

@@ -7,12 +7,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
+from transformers.utils import logging
 
 from ...backbones import Geometry
 from ...heads import CLS, HEADS, OWN, Features, Head, Sizes, make_head
-from ...heads.checks import check_count
+from ...heads.checks import check_count, check_number
 from .formats import format_needed
 
+
+logger = logging.get_logger(__name__)
 
 #: The head of the preset "best" on frozen features: kernel LDA of the CLS token and the mean of the patches in the
 #: last layers. Settings were chosen on held back training images (`benchmarks/heads.py --holdout 0.2`).
@@ -84,6 +87,10 @@ class HeadConfig(PeftConfig):
             "help": "Initialisation of a new class's row in the head: PyTorch's default, zeros, or normal (std 0.02)."
         },
     )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "In evaluation, logits are divided by it (temperature scaling); written by calibrate."},
+    )
 
     method: ClassVar[str] = "prompt pool"
 
@@ -92,7 +99,28 @@ class HeadConfig(PeftConfig):
         #: The backbone's, from the moment that the adapter is in one.
         self.geometry: Geometry | None = None
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, in the format that has the temperature: it is fitted after the configuration was made."""
+        before = self.format_version
+        self.format_version = max(before, format_needed(self))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.format_version = before
+
+    def forget_temperature(self) -> None:
+        """Put the temperature back to 1, with a warning if it was another: it was fitted on other classes."""
+        if self.temperature != 1.0:
+            logger.warning(
+                "The adapter's temperature was %.4g, fitted on the classes that it had, and is 1 again, as its classes "
+                "change. Fit it anew afterwards, by peft_cl.reliability.calibrate or by fit_temperature of the "
+                "trainer's arguments.",
+                self.temperature,
+            )
+            self.temperature = 1.0
+
     def _check_head(self) -> None:
+        check_number("temperature", self.temperature, above=0)
         if not isinstance(self.head_options, dict):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
         kind = self._kind_of_head()

@@ -195,6 +195,7 @@ class HeadTools:
         place = {row: index for index, row in enumerate(kept)}
         config.classes = [config.classes[row] for row in kept]
         config.tasks = [[place[row] for row in rows if row in place] for rows in config.tasks]
+        config.forget_temperature()
         self.head.forget_rows()
         self.head.show_labels()
         if any(True for _ in self.pool.parameters()) or head.evidence is not None:
@@ -258,6 +259,7 @@ class HeadTools:
         head.fit()
         config.classes = classes
         config.tasks = [*config.tasks, *([row[other.classes[index]] for index in rows] for rows in other.tasks)]
+        config.forget_temperature()
         self._set_training_head(head, config, known, backbone_learns=self.encoder.learns)
         self.head.forget_rows()
         self.head.show_labels()

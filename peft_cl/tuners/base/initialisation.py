@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from .saved import file_beside, read_header
 
 
 #: The official JAX code draws prompts and keys from U[0, 0.01), its PyTorch ports from U(-1, 1), CODA's from U[0, 1).
 UNIFORM_RANGES = {"uniform": (0.0, 0.01), "wide_uniform": (-1.0, 1.0), "unit_uniform": (0.0, 1.0)}
+#: Standard deviations.
+NORMAL = {"normal": 0.02, "near_zero": 1e-4}
+ORTHOGONAL, FROM_ADAPTER = "orthogonal", "adapter"
+#: These wait for images of a task; until then their rows are normal.
+FROM_IMAGES = ("patches",)
 
 
 def draw_rows(kind: str, *shape: int) -> torch.Tensor:
-    """Random float32 rows: a uniform range of `UNIFORM_RANGES`, or `"normal"` with standard deviation 0.02."""
-    if kind == "normal":
-        return torch.randn(*shape) * 0.02
-    return torch.empty(*shape).uniform_(*UNIFORM_RANGES[kind])
+    """Random float32 rows: a uniform range of `UNIFORM_RANGES`, or normal with a deviation of `NORMAL`.
+
+    Rows that come from elsewhere (`"patches"`, `"adapter"`) are normal until they do.
+    """
+    if kind in UNIFORM_RANGES:
+        return torch.empty(*shape).uniform_(*UNIFORM_RANGES[kind])
+    return torch.randn(*shape) * NORMAL.get(kind, NORMAL["normal"])
+
+
+def layer_by_layer(first: torch.Tensor, layers: int, noise: float) -> torch.Tensor:
+    """Rows (layers, ...) of which each layer's are those of the layer before plus noise (section 7's hierarchical
+    initialisation).
+
+    Args:
+        first: (...), the first layer's.
+        noise: standard deviation.
+    """
+    steps = torch.randn(layers - 1, *first.shape) * noise
+    return torch.cat([first[None], first + steps.cumsum(0)])
+
+
+def some_of(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` of `rows` (N, ...) by chance, each as often as another: none twice before all were taken."""
+    order = [torch.randperm(len(rows), generator=generator) for _ in range(-(-count // len(rows)))]
+    return rows[torch.cat(order)[:count].to(rows.device)]
+
+
+def check_source(place: str) -> None:
+    """Refuse a place without the prompts of an adapter.
+
+    Raises:
+        ValueError: it names the place.
+    """
+    path = file_beside((place, {}), SAFETENSORS_WEIGHTS_NAME)
+    if path is None or not any(_is_of_pool(name, "prompts") for name in read_header(path)):
+        raise ValueError(
+            f"init_from is {place!r}, but no prompt adapter is there ({SAFETENSORS_WEIGHTS_NAME} with the prompts of "
+            "a pool). Give the folder that save_pretrained wrote, or its Hub name."
+        )
+
+
+def rows_of_adapter(place: str, axes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The rows of a saved adapter, float32, those of its past tasks first.
+
+    Args:
+        place: its folder or Hub name.
+        axes: name of a parameter -> the axis of its rows.
+    """
+    tensors = load_file(file_beside((place, {}), SAFETENSORS_WEIGHTS_NAME))
+    found = {}
+    for name, axis in axes.items():
+        parts = [value for past in ("past_", "") for key, value in tensors.items() if _is_of_pool(key, past + name)]
+        if parts:
+            found[name] = torch.cat(parts, dim=axis).float()
+    return found
+
+
+def _is_of_pool(key: str, name: str) -> bool:
+    place, _, part = key.rpartition(".")
+    return place.endswith("_pool") and part == name
 
 
 class RowSpan:
@@ -46,8 +111,8 @@ class RowSpan:
     def __init__(self, size: int, count: int):
         if count > size:
             raise ValueError(
-                f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Lower "
-                "components_per_task."
+                f"{count} new rows of {size} numbers cannot be orthogonal: at most {size} can. Begin with fewer rows "
+                "(pool_size, growth_size or components_per_task), or otherwise (init)."
             )
         self.size = size
         self.count = count

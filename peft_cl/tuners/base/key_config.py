@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .config import PromptPoolConfig
+from .pool_config import PoolConfig
 
 
 @dataclass
-class KeyPoolConfig(PromptPoolConfig):
+class KeyPoolConfig(PoolConfig):
     """Base of the configurations of methods that choose prompts by their keys and pull the keys to their queries."""
 
     keys_per_layer: bool = field(
         default=False, metadata={"help": "Prefix form: a key set for each prompted layer instead of one for all."}
     )
-    pull_form: Literal["cosine", "cosine_distance", "squared_distance"] = field(
+    pull_form: Literal["cosine", "cosine_distance", "squared_distance", "mean_squared_distance"] = field(
         default="cosine",
         metadata={
-            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key."
+            "help": "Pull term: minus the cosine (official), 1 - cosine, or the squared distance of query and key, "
+            "summed over their numbers or averaged."
         },
     )
     pull_reduction: Literal["mean", "sum"] = field(
@@ -32,9 +33,10 @@ class KeyPoolConfig(PromptPoolConfig):
             "code that does so."
         },
     )
-    init: Literal["uniform", "wide_uniform", "unit_uniform", "normal"] = field(
-        default="uniform",
+    known_task_rows: bool = field(
+        default=False,
         metadata={
-            "help": "Prompts and keys begin as U[0, 0.01) (official), U(-1, 1) (ports), U[0, 1) or normal (std 0.02)."
+            "help": "At test, where the task of an image is known (task_ids), choose among the rows of that task "
+            "alone."
         },
     )

@@ -24,14 +24,16 @@ from .facts import check_rows_in_use
 from .head_tools import HeadTools
 from .layer import AdapterLayer, check_name
 from .pool import PromptPool
+from .pool_tools import PoolTools
 from .saved import check_sizes, check_tensors, file_beside, read_header
+from .storage import stored
 
 
 #: In the names of weights that are not saved with the adapter.
 TRAINING_HEAD = ".training_head."
 
 
-class PromptPoolModel(HeadTools, BaseTuner):
+class PromptPoolModel(PoolTools, HeadTools, BaseTuner):
     """Base of the methods' tuners. A method sets `prefix` and `pool_class`; everything else is here.
 
     All state sits in the base model, in two modules: a `PromptedEncoder` in the encoder's place and a `ClassifierHead`
@@ -69,11 +71,14 @@ class PromptPoolModel(HeadTools, BaseTuner):
         self.need_sums()
         head, pool = self.head.entries[adapter], self.pool
         known = config.add_task(class_names)
+        config.forget_temperature()
         self._grow_head(head, known)
         if pool.is_frozen:
             pool.eval().requires_grad_(False)
         elif config.num_tasks > 1:
             pool.begin_task(config.num_tasks - 1)
+        else:
+            pool.take_over()
         config.rows_in_use = pool.rows_in_use
         self.head.show_labels()
 
@@ -92,6 +97,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
         """
         adapter, config = self._learning_config()
         config.add_stream(class_names)
+        config.forget_temperature()
         self._grow_head(self.head.entries[adapter], 0)
         self.pool.begin_stream()
         config.rows_in_use = self.pool.rows_in_use
@@ -141,9 +147,7 @@ class PromptPoolModel(HeadTools, BaseTuner):
 
         Those that a pool makes anew for each task (DualPrompt's row, CODA-Prompt's components) are not among them.
         """
-        pool = self.pool
-        stream = self._active_config()[1].stream  # has one task for all
-        renewed = set() if stream else {id(getattr(pool, name)) for name in pool.row_axes if hasattr(pool, name)}
+        renewed = {id(value) for value in self.pool.renewed.values()}
         trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         return {name: value for name, value in trained if id(value) not in renewed}
 
@@ -352,7 +356,8 @@ class PromptPoolModel(HeadTools, BaseTuner):
         note_base(model, config)
         found = super()._get_adapter_state_dict(model, config, *args, **kwargs)
         # Not what LoRA in the backbone has.
-        return {key: value for key, value in found.items() if f".{cls.prefix}" in key and TRAINING_HEAD not in key}
+        own = {key: value for key, value in found.items() if f".{cls.prefix}" in key and TRAINING_HEAD not in key}
+        return {key: stored(key.rpartition(".")[2], value, config) for key, value in own.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -383,4 +388,9 @@ class PromptPoolModel(HeadTools, BaseTuner):
             {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in remapped.items()},
         )
         warn_of_another_base(model, config, adapter_name)
-        return remapped
+        # Without a second copy in memory (low_cpu_mem_usage) they take the places of the model's own as they are.
+        dtypes = {cls._remove_adapter_name_from_key(key, adapter_name): value.dtype for key, value in expected.items()}
+        return {
+            key: value.to(dtypes[cls._remove_adapter_name_from_key(key, adapter_name)])
+            for key, value in remapped.items()
+        }

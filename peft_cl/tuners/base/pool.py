@@ -33,6 +33,9 @@ class PromptPool(nn.Module):
     #: Whether the prompted pass would only be the query pass again: a query that is given then is the feature.
     query_is_feature = False
 
+    #: The tasks of the images of this call, (B,), where they are known.
+    known_tasks: torch.Tensor | None = None
+
     #: What the head reads: what the base model's own classifier does (`"cls"`: in ViT it is that token), or an output
     #: of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
     head_type = "cls"
@@ -44,7 +47,8 @@ class PromptPool(nn.Module):
         super().__init__()
         self.config = config
         self.geometry = geometry
-        self.query_projection = _projection(config.query_projection, geometry.hidden_size)
+        size = geometry.hidden_size
+        self.query_projection = _projection(config.query_projection, size, getattr(config, "key_size", None) or size)
 
     @property
     def task(self) -> int:
@@ -62,6 +66,12 @@ class PromptPool(nn.Module):
         return super().train(mode and not self.is_frozen)
 
     @property
+    def renewed(self) -> dict[str, nn.Parameter]:
+        """Parameters that a task begins anew; of a stream, which is one task, none."""
+        names = () if self.config.stream else self.row_axes
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    @property
     def first_layer(self) -> int:
         """The lowest encoder layer that prompts enter; what is below is done once for both passes."""
         return 0
@@ -71,18 +81,23 @@ class PromptPool(nn.Module):
         """Rows that take part in a prediction now."""
         raise NotImplementedError(f"{type(self).__name__} must say how many of its rows take part in a prediction")
 
+    def take_over(self) -> None:
+        """Make the pool ready for task 0. Default: nothing changes."""
+
     def begin_task(self, index: int) -> None:
         """Make the pool ready for task `index` (from 1; task 0 is how a pool is made). Default: nothing changes."""
 
     def begin_stream(self) -> None:
         """Make the pool ready for a stream without task boundaries. Default: nothing changes."""
 
-    def forward(self, query: torch.Tensor | None) -> Prompts:
+    def forward(self, query: torch.Tensor | None, known_tasks: torch.Tensor | None = None) -> Prompts:
         """Prompts for a batch.
 
         Args:
             query: (B, D) features of the frozen model, or None if `needs_query` is False.
+            known_tasks: (B,), the task of each image where it is known.
         """
+        self.known_tasks = known_tasks
         if query is None:
             return self.select(None)
         # The keys decide by small differences of cosines, so the query takes their precision (float32, unless the
@@ -103,7 +118,8 @@ class PromptPool(nn.Module):
     def _grow(self, name: str, rows: torch.Tensor) -> None:
         """Start new rows for the parameter `name`; its present rows join the buffer `past_<name>`."""
         current = getattr(self, name)
-        past = torch.cat([getattr(self, f"past_{name}"), current.detach()], dim=self.row_axes[name])
+        past = getattr(self, f"past_{name}")
+        past = torch.cat([past, current.detach().to(past)], dim=self.row_axes[name])
         setattr(self, f"past_{name}", past)
         setattr(self, name, nn.Parameter(rows.to(current), requires_grad=current.requires_grad))
 
@@ -118,13 +134,14 @@ class PromptPool(nn.Module):
         return f"{shapes}, rows_in_use={self.rows_in_use}"
 
 
-def _projection(kind: str | None, size: int) -> nn.Module:
-    """The learnable query map. The linear one starts as the identity: training begins from the papers' query."""
+def _projection(kind: str | None, size: int, key_size: int) -> nn.Module:
+    """The learnable query map. The linear one starts as the identity: training begins from the papers' query; to keys
+    of another size as an orthogonal map, which keeps cosines as well as a map can."""
     if kind is None:
         return nn.Identity()
     if kind == "linear":
-        linear = nn.Linear(size, size)
-        nn.init.eye_(linear.weight)
+        linear = nn.Linear(size, key_size)
+        (nn.init.eye_ if key_size == size else nn.init.orthogonal_)(linear.weight)
         nn.init.zeros_(linear.bias)
         return linear
-    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, key_size))

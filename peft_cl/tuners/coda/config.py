@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ...backbones import Geometry
-from ..base.config import ALL, PromptPoolConfig
+from ...heads.checks import check_count
+from ..base.config import ALL
 from ..base.head_config import BEST
+from ..base.pool_config import OrthogonalityForm, PoolConfig
 
 
 @dataclass
-class CodaPromptConfig(PromptPoolConfig):
+class CodaPromptConfig(PoolConfig):
     """CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218): each image's prompt is a weighted sum of components.
 
     Every task adds components; those of earlier tasks take part, detached. The number of tasks need not be known.
@@ -27,11 +29,19 @@ class CodaPromptConfig(PromptPoolConfig):
         8
     """
 
-    components_per_task: int = field(
-        default=10, metadata={"help": "Components that each task adds (M/T; the paper's M 100 over 10 tasks)."}
+    components_per_task: int | None = field(
+        default=10,
+        metadata={
+            "help": "Components that each task adds (M/T; the paper's M 100 over 10 tasks). None: all tasks share and "
+            "train the pool_size components."
+        },
     )
     pool_size: int | None = field(
-        default=None, metadata={"help": "Most components the adapter may hold (M). None: as many as there come tasks."}
+        default=None,
+        metadata={
+            "help": "Most components the adapter may hold (M), or those that all tasks share. None: as many as there "
+            "come tasks."
+        },
     )
     prompt_length: int = field(
         default=8, metadata={"help": "Rows of a prompt (L_p): as prefix, the first half are keys, the second values."}
@@ -47,26 +57,22 @@ class CodaPromptConfig(PromptPoolConfig):
         default="weighted",
         metadata={"help": "Sum of all components weighted by similarity (the paper), or the most similar one alone."},
     )
-    query_source: Literal["pretrained", "layer_cls", "layer_mean"] = field(
+    query_source: Literal["pretrained", "layer_cls", "layer_mean", "layer_patches"] = field(
         default="pretrained",
         metadata={
-            "help": "The query: the frozen model's CLS feature (the paper), or the layer's own input, its CLS token "
-            "or its mean (one pass, no query pass)."
+            "help": "The query: the frozen model's CLS feature (the paper), or the layer's own input, its CLS token, "
+            "its mean or the mean of its patches (one pass, no query pass)."
         },
     )
     prompt_type: Literal["prefix", "tokens"] = field(
         default="prefix",
         metadata={"help": "Prefix keys and values, or tokens put before each layer and taken out after it."},
     )
-    orthogonality_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the orthogonality term (mu; paper 0.1, published scripts 0)."}
-    )
-    orthogonality: Literal["gram", "pairwise"] = field(
-        default="gram",
-        metadata={"help": "mean((R R' - I)^2) over P, K and A (the paper), or the prompts' absolute cosines."},
-    )
-    entropy_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the term that raises the entropy of the mean selection."}
+    init: Literal[
+        "orthogonal", "normal", "near_zero", "uniform", "wide_uniform", "unit_uniform", "patches", "adapter"
+    ] = field(default="orthogonal", metadata=PoolConfig.__dataclass_fields__["init"].metadata)
+    orthogonality: OrthogonalityForm = field(
+        default="gram", metadata=PoolConfig.__dataclass_fields__["orthogonality"].metadata
     )
 
     method: ClassVar[str] = "CODA-Prompt"
@@ -76,6 +82,8 @@ class CodaPromptConfig(PromptPoolConfig):
         "paper": {"orthogonality_coefficient": 0.1},
         "official": {},
         "textbook": {
+            "components_per_task": None,
+            "pool_size": 10,
             "prompt_length": 5,
             "layers": None,
             "attention": False,
@@ -91,11 +99,17 @@ class CodaPromptConfig(PromptPoolConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.CODAPROMPT
-        self._check_positive("components_per_task", "prompt_length")
+        self._check_positive("prompt_length")
+        check_count("components_per_task", self.components_per_task, or_none=True)
+        if self.components_per_task is None and self.pool_size is None:
+            raise ValueError(
+                "components_per_task and pool_size are both None, so the pool has no size. Set pool_size to the "
+                "components that all tasks share, for instance 10, or components_per_task to those of each task."
+            )
         if self.pool_size is not None:
             self._check_positive("pool_size")
             self.check_next_task(0)
-        self._check_not_negative("orthogonality_coefficient", "entropy_coefficient")
+        self._check_rows()
         if self.layers is not None:
             self._check_layers("layers")
         if self.prompt_type == "prefix":
@@ -110,6 +124,14 @@ class CodaPromptConfig(PromptPoolConfig):
                 f"task_evidence is {self.task_evidence}, but it compares the query of the query pass, and "
                 f"query_source is {self.query_source!r}. Set one of the two to its default."
             )
+
+    @property
+    def shares_rows(self) -> bool:
+        return self.components_per_task is None
+
+    @property
+    def size_option(self) -> str:
+        return "components_per_task=None with pool_size"
 
     @property
     def has_query(self) -> bool:
@@ -136,6 +158,8 @@ class CodaPromptConfig(PromptPoolConfig):
             )
 
     def check_next_task(self, index: int) -> None:
+        if self.shares_rows:
+            return
         needed = (index + 1) * self.components_per_task
         if self.pool_size is not None and needed > self.pool_size:
             raise ValueError(

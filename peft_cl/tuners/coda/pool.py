@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..base.initialisation import RowSpan
-from ..base.pool import Geometry, PromptPool
+from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
-from ..base.similarity import gram_sum, pair_sum, selection_entropy_term
+from ..base.row_pool import RowPool
 from .config import CodaPromptConfig
 
 
-class CodaPromptPool(PromptPool):
+PARTS = ("prompts", "keys", "attention")
+
+
+class CodaPromptPool(RowPool):
     """Parameters of the current task's rows: `prompts` (P), (layers, rows, L, D); `keys` (K) and `attention` (A), both
     (layers, rows, D). `past_prompts`, `past_keys`, `past_attention` hold the rows of earlier tasks, which take part
-    without a gradient.
+    without a gradient. With `components_per_task=None` all tasks share the rows.
     """
 
     config: CodaPromptConfig
@@ -27,20 +25,16 @@ class CodaPromptPool(PromptPool):
 
     def __init__(self, config: CodaPromptConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        layers, size, length = len(config.layers), geometry.hidden_size, config.prompt_length
-        past = self.task * config.components_per_task
-        self.register_buffer("past_prompts", torch.zeros(layers, past, length, geometry.size_at(config.layers)))
-        self.register_buffer("past_keys", torch.zeros(layers, past, size))
-        self.trained = ["prompts", "keys"]
-        self.spans: dict[str, list[RowSpan]] = {}
+        layers, size, past = len(config.layers), config.key_width(geometry), config.past_count
+        count = config.total_rows - past if config.shares_rows else config.components_per_task
+        shapes = {
+            "prompts": (layers, count, config.prompt_length, geometry.size_at(config.layers)),
+            "keys": (layers, count, size),
+        }
         if config.attention:
-            self.register_buffer("past_attention", torch.zeros(layers, past, size))
-            self.trained.append("attention")
-        for name in self.trained:
-            setattr(self, name, nn.Parameter(self._new_rows(name)))
-        self.spans.clear()
-        #: Of each name, the sum over pairs of past rows in the orthogonality term: it is constant within a task.
-        self.past_sums: dict[str, float] = {}
+            shapes["attention"] = (layers, count, size)
+        self.row_axes = {name: axis for name, axis in self.row_axes.items() if name in shapes}
+        self._make_rows(shapes, past if config.shares_rows else self.task * count)
 
     @property
     def needs_query(self) -> bool:
@@ -50,50 +44,22 @@ class CodaPromptPool(PromptPool):
     def first_layer(self) -> int:
         return min(self.config.layers)
 
-    @property
-    def rows_in_use(self) -> int:
-        return self.past_keys.shape[-2] + self.keys.shape[-2]
-
     def begin_task(self, index: int) -> None:
-        """Rows [s, f): Gram-Schmidt against all earlier rows, then unit norm, for P, K and A of each layer."""
-        earlier = self.rows_in_use
-        for name in self._penalised:
-            if name in self.past_sums:
-                self.past_sums[name] += self._pairs_with(name, getattr(self, name), self._flat_past(name)).item()
-        for name in self.trained:
-            for place, span in enumerate(self._spans(name)):
-                span.follow(earlier, partial(self._some_rows, name, place))
-            self._grow(name, self._new_rows(name))
+        """Rows [s, f): with `init="orthogonal"` Gram-Schmidt against all earlier rows, then unit norm, for P, K and A
+        of each layer."""
+        super().begin_task(index)
+        if not self.config.shares_rows:
+            self.add_rows(self.config.components_per_task)
 
-    def _new_rows(self, name: str) -> torch.Tensor:
-        """(layers, new rows, ...), orthogonal to the earlier ones; a row is orthogonal as a whole, flattened."""
-        rows = torch.stack([span.new_rows() for span in self._spans(name)])
-        return rows.unflatten(-1, getattr(self, f"past_{name}").shape[2:])
-
-    def _spans(self, name: str) -> list[RowSpan]:
-        shape, count = getattr(self, f"past_{name}").shape, self.config.components_per_task
-        return self.spans.setdefault(name, [RowSpan(shape[2:].numel(), count) for _ in range(shape[0])])
-
-    def _some_rows(self, name: str, place: int, first: int, last: int) -> torch.Tensor:
-        """Rows of a layer from `first` to before `last`, of past and current ones."""
-        past, current = getattr(self, f"past_{name}")[place], getattr(self, name)[place].detach()
-        parts = past[first:last], current[max(0, first - len(past)) : max(0, last - len(past))]
-        return torch.cat([part.flatten(1) for part in parts])
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.spans.clear()  # they were of other rows
-        self.past_sums.clear()
-
-    def forward(self, query: torch.Tensor | None) -> Prompts:
+    def forward(self, query: torch.Tensor | None, known_tasks: torch.Tensor | None = None) -> Prompts:
         if not self.needs_query:
             return LayerwisePrompts(self)
-        return super().forward(query)
+        return super().forward(query, known_tasks)
 
     def select(self, query: torch.Tensor) -> Prompts:
         similarity, prompts = self.weigh(query)
         layers = {layer: self.injection(prompts[place]) for place, layer in enumerate(self.config.layers)}
-        losses = self.losses(similarity) if self.training else {}
+        losses = self.terms(similarity) if self.training else {}
         return Prompts(layers, losses, self.selected(similarity))
 
     def weigh(self, query: torch.Tensor, place: int | slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +68,8 @@ class CodaPromptPool(PromptPool):
         Past and current rows go their own ways: neither is copied, and only the current ones send gradients back.
         """
         parts = [
-            [getattr(self, prefix + name)[place] if name in self.trained else None for name in self.row_axes]
-            for prefix in (("past_", "") if self.past_keys.numel() else ("",))
+            [getattr(self, prefix + name)[place] if name in self.row_axes else None for name in PARTS]
+            for prefix in (("past_", "") if self.past("keys").numel() else ("",))
         ]
         weights = [self.similarity(query, keys, attention) for _, keys, attention in parts]
         similarity = torch.cat(weights, dim=-1)
@@ -120,6 +86,8 @@ class CodaPromptPool(PromptPool):
 
         The products q * A, (B, k, D), are never formed: with unit keys K, the cosine is q (A * K)' / sqrt(q^2 (A^2)').
         """
+        if self.config.similarity == "dot":
+            return query @ (keys if attention is None else attention * keys).transpose(-1, -2)
         keys = F.normalize(keys, dim=-1)
         if attention is None:
             return F.normalize(query, dim=-1) @ keys.transpose(-1, -2)
@@ -136,41 +104,6 @@ class CodaPromptPool(PromptPool):
             return Injection.from_halves(prompts)
         return Injection(tokens=prompts, keep=False)
 
-    def losses(self, similarity: torch.Tensor) -> dict[str, torch.Tensor]:
-        losses = {}
-        if self._penalised:
-            # Gram: mean((R R' - I)^2), summed over layers (eq. 8, as its code has it); else the sum over ordered
-            # pairs, averaged over layers (the textbook form).
-            count = self.rows_in_use**2 if self.config.orthogonality == "gram" else len(self.config.layers)
-            penalty = sum(self._sum_over_pairs(name) for name in self._penalised) / count
-            losses["orthogonality"] = self.config.orthogonality_coefficient * penalty
-        if self.config.entropy_coefficient:
-            losses["entropy"] = self.config.entropy_coefficient * selection_entropy_term(similarity)
-        return losses
-
-    @property
-    def _penalised(self) -> list[str]:
-        """Names of the parameters that the orthogonality term is of."""
-        if not self.config.orthogonality_coefficient:
-            return []
-        return self.trained if self.config.orthogonality == "gram" else ["prompts"]
-
-    def _flat_past(self, name: str) -> torch.Tensor:
-        return getattr(self, f"past_{name}").flatten(2)
-
-    def _pairs_with(self, name: str, rows: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
-        pairs = gram_sum if self.config.orthogonality == "gram" else pair_sum
-        return pairs(rows.flatten(2), past.to(rows))
-
-    def _sum_over_pairs(self, name: str) -> torch.Tensor:
-        """Over all pairs of past and current rows; only the current ones get a gradient."""
-        past = self._flat_past(name)
-        if name not in self.past_sums:
-            size = self.config.components_per_task
-            parts = [(past[:, first : first + size], past[:, :first]) for first in range(0, past.shape[1], size)]
-            self.past_sums[name] = sum(self._pairs_with(name, *part).item() for part in parts)
-        return self._pairs_with(name, getattr(self, name), past) + self.past_sums[name]
-
 
 class LayerwisePrompts(Prompts):
     """Prompts that are chosen at each layer by the layer's own input, while the prompted pass runs."""
@@ -186,7 +119,9 @@ class LayerwisePrompts(Prompts):
         if place is None:
             return None
         pool = self.pool
-        own = hidden_states[:, 0] if pool.config.query_source == "layer_cls" else hidden_states.mean(dim=1)
+        source = pool.config.query_source
+        first = pool.geometry.special_tokens if source == "layer_patches" else 0
+        own = hidden_states[:, 0] if source == "layer_cls" else hidden_states[:, first:].mean(dim=1)
         with torch.autocast(hidden_states.device.type, enabled=False):
             similarity, prompts = pool.weigh(own.to(pool.keys.dtype), place)
         self.similarities.append(similarity)
@@ -194,5 +129,5 @@ class LayerwisePrompts(Prompts):
             similarity = torch.stack(self.similarities)
             self.selected = pool.selected(similarity)
             if pool.training:
-                self.losses.update(pool.losses(similarity))
+                self.losses.update(pool.terms(similarity))
         return pool.injection(prompts)

@@ -54,6 +54,17 @@ class DualPromptConfig(KeyPoolConfig):
         default="prefix",
         metadata={"help": "Prefix keys and values (the paper's choice), or tokens [G; E; CLS; patches] at layer 0."},
     )
+    expert_choice: Literal["task", "key"] = field(
+        default="task",
+        metadata={
+            "help": "In training an image takes the expert of its task (the paper), or the one with the nearest key "
+            "of pool_size that all tasks share."
+        },
+    )
+    train_g_prompts: Literal["every_task", "first_task"] = field(
+        default="every_task",
+        metadata={"help": "Whether the general prompt learns in every task (the paper), or in the first one alone."},
+    )
     separation_coefficient: float = field(
         default=0.0,
         metadata={
@@ -87,6 +98,7 @@ class DualPromptConfig(KeyPoolConfig):
             "prompt_type": "tokens",
             "layers": [0],
             "g_layers": [0],
+            "expert_choice": "key",
             "query_projection": "mlp",
             "init": "normal",
         },
@@ -99,6 +111,8 @@ class DualPromptConfig(KeyPoolConfig):
         if self.pool_size is not None:
             self._check_positive("pool_size")
         self._check_not_negative("pull_coefficient", "separation_coefficient")
+        self._check_choice()
+        self._check_rows()
         self._check_layers("layers", empty_allowed=True)
         self._check_layers("g_layers", empty_allowed=True)
         if not self.layers and not self.g_layers:
@@ -122,6 +136,32 @@ class DualPromptConfig(KeyPoolConfig):
                     f"{prompt} prompt to separate from. Name its layers or set the coefficient to 0."
                 )
 
+    def _check_choice(self) -> None:
+        by_key = self.expert_choice == "key"
+        if by_key and self.pool_size is None:
+            raise ValueError(
+                "pool_size is None, so the pool has a row for each task, but expert_choice is 'key', for which all "
+                "tasks share the rows. Set pool_size to their number, for instance 10."
+            )
+        if by_key and self.known_task_rows:
+            raise ValueError(
+                "known_task_rows is True, but with expert_choice='key' no row belongs to a task. Set one of the two "
+                "to its default."
+            )
+        if self.entropy_coefficient and not by_key:
+            raise ValueError(
+                f"entropy_coefficient is {self.entropy_coefficient}, but in training an image has no choice: it takes "
+                "its task's expert. Set it to 0, or expert_choice='key'."
+            )
+
+    @property
+    def shares_rows(self) -> bool:
+        return self.expert_choice == "key"
+
+    @property
+    def size_option(self) -> str:
+        return "expert_choice='key'"
+
     @property
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(sorted({*self.layers, *self.g_layers}))
@@ -135,7 +175,7 @@ class DualPromptConfig(KeyPoolConfig):
             )
 
     def check_next_task(self, index: int) -> None:
-        if self.pool_size is not None and index >= self.pool_size:
+        if self.pool_size is not None and index >= self.pool_size and not self.shares_rows:
             raise ValueError(
                 f"pool_size is {self.pool_size}, but task {index + 1} needs a row of its own: the pool must hold one "
                 "for each task. Enlarge pool_size, or set it to None to let the pool grow."

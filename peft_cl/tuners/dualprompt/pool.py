@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..base.initialisation import draw_rows
-from ..base.pool import Geometry, PromptPool
+from ..base.initialisation import draw_rows, layer_by_layer
+from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
-from ..base.similarity import batch_vote, cosine, pull_term
+from ..base.row_pool import RowPool
+from ..base.similarity import batch_vote, compare, cosine, pull_term
 from .config import DualPromptConfig
 
 
-class DualPromptPool(PromptPool):
+class DualPromptPool(RowPool):
     """Parameters: `g_prompts` (g of the paper), (G layers, 2, L_g, D); `prompts` (e_t), (E layers, 2, rows, L_e, D);
     `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values; as tokens it is an axis of 1. `prompts`
-    and `keys` hold the current task's row, `past_prompts` and `past_keys` those before. For a stream they hold all
-    `pool_size` rows, from which each image takes the one with the nearest key, in training too. Without expert layers
-    there is `g_prompts` alone.
+    and `keys` hold the current task's row, `past_prompts` and `past_keys` those before. For a stream, and with
+    `expert_choice="key"`, they hold all rows, from which each image takes the one with the nearest key, in training
+    too. Without expert layers there is `g_prompts` alone.
     """
 
     config: DualPromptConfig
@@ -28,20 +29,37 @@ class DualPromptPool(PromptPool):
 
     def __init__(self, config: DualPromptConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        size, layers = geometry.hidden_size, len(config.layers)
+        layers = len(config.layers)
         sets = layers if config.keys_per_layer else 1
         parts = 2 if config.prompt_type == "prefix" else 1
         wide = geometry.size_at(config.prompted_layers)  # a layer may take both prompts
-        general = (len(config.g_layers), parts, config.g_prompt_length, wide)
-        self.g_prompts = nn.Parameter(draw_rows(config.init, *general))
-        if not config.layers:  # the general prompt alone: nothing is chosen
+        self.g_prompts = nn.Parameter(self._general(len(config.g_layers), parts, config.g_prompt_length, wide))
+        if not layers:  # the general prompt alone: nothing is chosen
             self.row_axes = {}
             return
-        rows = config.pool_size if config.stream else 1
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, parts, rows, config.prompt_length, wide))
-        self.keys = nn.Parameter(draw_rows(config.init, sets, rows, size))
-        self.register_buffer("past_prompts", torch.zeros(layers, parts, self.task, config.prompt_length, wide))
-        self.register_buffer("past_keys", torch.zeros(sets, self.task, size))
+        past = config.past_count if config.shares_rows else self.task
+        rows = config.total_rows - past if config.shares_rows else config.pool_size if config.stream else 1
+        self._make_rows(
+            {
+                "prompts": (layers, parts, rows, config.prompt_length, wide),
+                "keys": (sets, rows, config.key_width(geometry)),
+            },
+            past,
+        )
+
+    def _general(self, *shape: int) -> torch.Tensor:
+        by_layer = self.config.init_layers == "hierarchical" and shape[0]
+        rows = draw_rows(self.config.init, *((1, *shape[1:]) if by_layer else shape))
+        return layer_by_layer(rows[0], shape[0], self.config.init_noise) if by_layer else rows
+
+    def flat(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return rows.transpose(1, 2).flatten(2) if name == "prompts" else rows  # keys and values are one row
+
+    def unflat(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        if name != "prompts":
+            return rows
+        parts, _, *shape = self.shapes[name][1:]
+        return rows.unflatten(-1, (parts, *shape)).transpose(1, 2)
 
     @property
     def first_layer(self) -> int:
@@ -49,22 +67,20 @@ class DualPromptPool(PromptPool):
 
     @property
     def rows_in_use(self) -> int:
-        return self.past_keys.shape[-2] + self.keys.shape[-2] if self.row_axes else 0
+        return super().rows_in_use if self.row_axes else 0
 
     def begin_task(self, index: int) -> None:
-        if not self.row_axes:
+        super().begin_task(index)
+        if self.config.train_g_prompts == "first_task":
+            self.g_prompts.requires_grad_(False)
+        if not self.row_axes or self.config.shares_rows:
             return
-        shared = self.config.shared_prompt_pool
-        copied = self.prompts.detach().clone() if shared else draw_rows(self.config.init, *self.prompts.shape)
-        self._grow("prompts", copied)
-        self._grow("keys", draw_rows(self.config.init, *self.keys.shape))
+        self.add_rows(1, **({"prompts": self.prompts.detach().clone()} if self.config.shared_prompt_pool else {}))
 
     def begin_stream(self) -> None:
-        for name, axis in self.row_axes.items():
+        for name in self.row_axes if not self.config.shares_rows else ():
             current = getattr(self, name)
-            shape = list(current.shape)
-            shape[axis] = self.config.pool_size
-            rows = draw_rows(self.config.init, *shape).to(current)
+            rows = self.new_rows(name, self.config.pool_size).to(current)
             setattr(self, name, nn.Parameter(rows, requires_grad=current.requires_grad))
 
     def select(self, query: torch.Tensor) -> Prompts:
@@ -73,18 +89,19 @@ class DualPromptPool(PromptPool):
         if not self.row_axes:
             return Prompts(self._inject(general, {}))
         if self.training:
-            similarity = cosine(query, self.keys)  # (sets, B, rows); of a task there is one row, which all take
+            # Of a task there is one row, which all take: those of earlier tasks are not compared.
+            keys = self.rows("keys") if config.shares_rows else self.keys
+            similarity = compare(query, keys, config.similarity)  # (sets, B, rows)
             chosen = similarity.argmax(-1, keepdim=True)
-            pull = pull_term(
-                query, self.keys, similarity, chosen, form=config.pull_form, reduction=config.pull_reduction
-            )
-            losses["pull"] = config.pull_coefficient * pull
-            selected = chosen + self.past_keys.shape[-2]
-            experts = {layer: self._experts(place, chosen) for place, layer in enumerate(config.layers)}
+            cosines = similarity if config.similarity == "cosine" else cosine(query, keys)
+            pull = pull_term(query, keys, cosines, chosen, form=config.pull_form, reduction=config.pull_reduction)
+            losses = {"pull": config.pull_coefficient * pull, **self.terms(similarity)}
+            selected = chosen + self.rows_in_use - keys.shape[-2]
+            experts = {
+                layer: self._experts(place, chosen, keys.shape[-2]) for place, layer in enumerate(config.layers)
+            }
         else:
-            selected = cosine(query, self.rows("keys")).argmax(-1, keepdim=True)  # (sets, B, 1)
-            if config.batchwise_prompt_at_test:
-                selected = batch_vote(selected, self.rows_in_use)
+            selected = self._choose(query)  # (sets, B, 1)
             experts = {
                 layer: self._chosen(place, selected[place if config.keys_per_layer else 0, :, 0])
                 for place, layer in enumerate(config.layers)
@@ -94,9 +111,18 @@ class DualPromptPool(PromptPool):
             parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
         return Prompts(self._inject(general, experts), losses, selected.squeeze(0), parts)
 
-    def _experts(self, place: int, chosen: torch.Tensor) -> torch.Tensor:
-        """The trained rows (2 or 1, B or 1, L, D) that a layer takes; one row serves the whole batch."""
-        prompts = self.prompts[place]
+    def _choose(self, query: torch.Tensor) -> torch.Tensor:
+        """(sets, B, 1) rows, at test."""
+        config, keys = self.config, self.rows("keys")
+        if config.known_task_rows and self.known_tasks is not None:
+            return self.known_tasks.to(query.device)[None, :, None].expand(len(keys), -1, -1)
+        selected = compare(query, keys, config.similarity).argmax(-1, keepdim=True)
+        return batch_vote(selected, self.rows_in_use) if config.batchwise_prompt_at_test else selected
+
+    def _experts(self, place: int, chosen: torch.Tensor, count: int) -> torch.Tensor:
+        """Of the last `count` rows, those (2 or 1, B or 1, L, D) that a layer takes in training; one row serves the
+        whole batch."""
+        prompts = self.prompts[place] if count == self.prompts.shape[2] else self.rows("prompts")[place]
         if prompts.shape[1] == 1:
             return prompts
         rows = chosen[place if self.config.keys_per_layer else 0, :, 0]
@@ -106,7 +132,7 @@ class DualPromptPool(PromptPool):
 
     def _chosen(self, place: int, rows: torch.Tensor) -> torch.Tensor:
         """Past and current rows (2 or 1, B, L, D) of a layer, without a copy of all of them."""
-        past, current = self.past_prompts[place], self.prompts[place]
+        past, current = self.past("prompts")[place], self.prompts[place]
         count = past.shape[1]
         now = current[:, (rows - count).clamp_min(0)]
         if not count:

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ...backbones import Geometry
+from ...heads.checks import check_number
 from ..base.head_config import BEST
 from ..base.key_config import KeyPoolConfig
+from ..base.search import check_faiss
 
 
 #: L2P in the prefix form that the CODA-Prompt paper compares with.
@@ -91,8 +93,25 @@ class L2PConfig(KeyPoolConfig):
             "paper's diversified selection)."
         },
     )
-    entropy_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the term that raises the entropy of the mean selection."}
+    selection: Literal["topk", "soft", "threshold"] = field(
+        default="topk",
+        metadata={
+            "help": "The top_k prompts as they are (L2P); each times top_k times the softmax of its similarity "
+            "(soft); or those of at least selection_threshold, the best one in the others' place (threshold)."
+        },
+    )
+    selection_temperature: float = field(
+        default=0.1, metadata={"help": "selection='soft': what similarities are divided by before the softmax."}
+    )
+    selection_threshold: float = field(
+        default=0.0, metadata={"help": "selection='threshold': the least similarity, from -1 to 1 for a cosine."}
+    )
+    search: Literal["exact", "faiss"] = field(
+        default="exact",
+        metadata={
+            "help": "How keys are found in evaluation: all are compared, or a graph is searched (FAISS, an extra), "
+            "which pays for pools of tens of thousands of keys."
+        },
     )
 
     method: ClassVar[str] = "L2P"
@@ -145,13 +164,15 @@ class L2PConfig(KeyPoolConfig):
         super().__post_init__()
         self.peft_type = PeftType.L2P
         self._check_positive("pool_size", "prompt_length", "top_k")
-        self._check_not_negative("pull_coefficient", "entropy_coefficient")
+        self._check_not_negative("pull_coefficient")
         self._check_layers("layers")
         if self.top_k > self.pool_size:
             raise ValueError(
                 f"top_k is {self.top_k}, but the pool holds only pool_size {self.pool_size} prompts. Lower top_k or "
                 "enlarge pool_size."
             )
+        self._check_selection()
+        self._check_rows()
         if self.prompt_type == "prefix":
             self._check_even("prompt_length")
             if self.head_type in ("prompt", "cls+prompt"):
@@ -164,6 +185,28 @@ class L2PConfig(KeyPoolConfig):
             raise ValueError(
                 f"layers is {self.layers} and keys_per_layer {self.keys_per_layer}, but tokens enter once, at layer "
                 "0. Set prompt_type='prefix' to prompt other layers."
+            )
+
+    def _check_selection(self) -> None:
+        check_number("selection_temperature", self.selection_temperature, above=0)
+        bounds = {"least": -1, "most": 1} if self.similarity == "cosine" else {}
+        check_number("selection_threshold", self.selection_threshold, **bounds)
+        if self.selection == "threshold" and (self.batchwise_prompt or self.batchwise_prompt_at_test):
+            raise ValueError(
+                "selection is 'threshold', but with batchwise_prompt or batchwise_prompt_at_test the batch chooses, "
+                "not the image. Set these to False."
+            )
+        if self.search == "faiss":
+            check_faiss()
+        if self.known_task_rows and not self.use_prompt_mask:
+            raise ValueError(
+                "known_task_rows is True, but without use_prompt_mask no rows belong to a task. Set use_prompt_mask="
+                "True."
+            )
+        if self.use_prompt_mask and self.growth is not None:
+            raise ValueError(
+                f"growth is {self.growth!r}, but with use_prompt_mask each task has rows of its own. Set growth to "
+                "None, or use_prompt_mask=False."
             )
 
     @property

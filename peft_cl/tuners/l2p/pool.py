@@ -6,35 +6,42 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..base.initialisation import draw_rows
-from ..base.pool import Geometry, PromptPool
+from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
-from ..base.similarity import batch_vote, cosine, pull_term, selection_entropy_term
+from ..base.row_pool import RowPool
+from ..base.search import KeyIndex
+from ..base.similarity import batch_vote, compare, cosine, pull_term
 from .config import L2PConfig
 
 
-class L2PPool(PromptPool):
+class L2PPool(RowPool):
     """Parameters: `prompts` (P_i of the paper), (layers, M, L, D), and `keys` (k_i), (key sets, M, D).
 
     As tokens there is one layer and one key set. `chosen_before` and `chosen_now` count selections in training, of
-    earlier tasks and of this one; only the diversified selection reads them.
+    earlier tasks and of this one; only the diversified selection reads them. With `past_rows="frozen"` the rows from
+    before the last growth are `past_prompts` and `past_keys`.
     """
 
     config: L2PConfig
+    row_axes = {"prompts": -3, "keys": -2}
 
     def __init__(self, config: L2PConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        size = geometry.hidden_size
         sets = len(config.layers) if config.keys_per_layer else 1
         layers, length = len(config.layers), config.prompt_length
-        rows = config.pool_size, length, geometry.size_at(config.layers)
-        self.prompts = nn.Parameter(draw_rows(config.init, layers, *rows))
-        self.keys = nn.Parameter(draw_rows(config.init, sets, config.pool_size, size))
+        count = config.total_rows - config.past_count
+        self._make_rows(
+            {
+                "prompts": (layers, count, length, geometry.size_at(config.layers)),
+                "keys": (sets, count, config.key_width(geometry)),
+            },
+            config.past_count,
+        )
         if config.frequency_penalty:
-            self.register_buffer("chosen_before", torch.zeros(sets, config.pool_size))
-            self.register_buffer("chosen_now", torch.zeros(sets, config.pool_size))
+            self.register_buffer("chosen_before", torch.zeros(sets, config.total_rows))
+            self.register_buffer("chosen_now", torch.zeros(sets, config.total_rows))
+        self.index = KeyIndex()
 
     @property
     def head_type(self) -> str:
@@ -47,9 +54,10 @@ class L2PPool(PromptPool):
     @property
     def rows_in_use(self) -> int:
         config = self.config
-        return (self.task + 1) * config.top_k if config.use_prompt_mask else config.pool_size
+        return (self.task + 1) * config.top_k if config.use_prompt_mask else config.total_rows
 
     def begin_task(self, index: int) -> None:
+        super().begin_task(index)
         first, end = index * self.config.top_k, (index + 1) * self.config.top_k
         if self.config.shared_prompt_pool and end <= self.config.pool_size:
             with torch.no_grad():
@@ -58,48 +66,87 @@ class L2PPool(PromptPool):
             self.chosen_before += self.chosen_now
             self.chosen_now.zero_()
 
+    def grow(self, count: int) -> int:
+        added = super().grow(count)
+        if self.config.frequency_penalty:
+            for name in ("chosen_before", "chosen_now"):
+                setattr(self, name, F.pad(getattr(self, name), (0, added)))
+        return added
+
+    def take_growth(self, grown: list[int]) -> None:
+        super().take_growth(grown)
+        if self.config.frequency_penalty:
+            for name in ("chosen_before", "chosen_now"):
+                setattr(self, name, torch.zeros(len(self.keys), self.config.total_rows, device=self.keys.device))
+
     def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.config.frequency_penalty:
             self.chosen_now = total(self.chosen_now)
 
     def select(self, query: torch.Tensor) -> Prompts:
         config = self.config
-        similarity = cosine(query, self.keys)  # (sets, B, M)
-        selected = self._choose(similarity)  # (sets, B, N)
-        losses = {}
+        keys = self.rows("keys")
+        similarity, losses = None, {}
+        if self.training or config.search == "exact":
+            similarity = compare(query, keys, config.similarity)  # (sets, B, M)
+        selected = self._choose(query, keys, similarity)  # (sets, B, N)
         if self.training:
             if config.frequency_penalty:
-                self.chosen_now += F.one_hot(selected, config.pool_size).sum(dim=(1, 2))
-            pull = pull_term(
-                query, self.keys, similarity, selected, form=config.pull_form, reduction=config.pull_reduction
-            )
-            losses["pull"] = config.pull_coefficient * pull
-            if config.entropy_coefficient:
-                losses["entropy"] = config.entropy_coefficient * selection_entropy_term(similarity)
+                self.chosen_now += F.one_hot(selected, config.total_rows).sum(dim=(1, 2))
+            cosines = similarity if config.similarity == "cosine" else cosine(query, keys)
+            pull = pull_term(query, keys, cosines, selected, form=config.pull_form, reduction=config.pull_reduction)
+            losses = {"pull": config.pull_coefficient * pull, **self.terms(similarity)}
+        selected, weights = self._weigh(query, keys, selected)
         layers = {}
         for place, layer in enumerate(config.layers):
-            chosen = selected[place if config.keys_per_layer else 0]
+            which = place if config.keys_per_layer else 0
             # Not by indexing: on several CPU threads its gradient is summed in an order that changes from run to run.
-            rows = F.embedding(chosen, self.prompts[place].flatten(1))
+            rows = F.embedding(selected[which], self.rows("prompts")[place].flatten(1))
             prompts = rows.unflatten(-1, self.prompts.shape[2:])  # (B, N, L, D)
+            if weights is not None:
+                prompts = prompts * weights[which][..., None, None]
             if config.prompt_type == "tokens":
                 layers[layer] = Injection(tokens=prompts.flatten(1, 2), cls_position=config.prompt_positions == "cls")
             else:
                 layers[layer] = Injection.from_halves(prompts)
         return Prompts(layers, losses, selected.squeeze(0))
 
-    def _choose(self, similarity: torch.Tensor) -> torch.Tensor:
-        """(sets, B, M) -> (sets, B, N) rows."""
-        config = self.config
+    def _choose(self, query: torch.Tensor, keys: torch.Tensor, similarity: torch.Tensor | None) -> torch.Tensor:
+        """(sets, B, N) rows, from the similarities (sets, B, M) where all are there."""
+        config, batch = self.config, (len(keys), len(query))
+        own = torch.arange(config.top_k, device=query.device)
         if self.training and config.use_prompt_mask:
-            rows = torch.arange(config.top_k, device=similarity.device) + self.task * config.top_k
-            return rows.expand(*similarity.shape[:2], -1)
-        if not self.training:
-            similarity = similarity[..., : self.rows_in_use]
-        elif config.frequency_penalty and self.task > 0:
-            frequency = self.chosen_before / self.chosen_before.sum(-1, keepdim=True).clamp_min(1)
-            similarity = -(1 - similarity) * frequency[:, None]
-        selected = similarity.topk(config.top_k, dim=-1).indices
+            return (own + self.task * config.top_k).expand(*batch, -1)
+        if not self.training and config.known_task_rows and self.known_tasks is not None:
+            return (own + self.known_tasks.to(own)[:, None] * config.top_k).expand(*batch, -1)
+        if similarity is None:
+            stamp = [(rows.data_ptr(), rows._version, rows.shape) for rows in (self.keys, self.past("keys"))]
+            rows = keys[:, : self.rows_in_use]
+            selected = self.index.nearest(query, rows, config.top_k, config.similarity, (stamp, len(rows[0])))
+        else:
+            if not self.training:
+                similarity = similarity[..., : self.rows_in_use]
+            elif config.frequency_penalty and self.task > 0:
+                frequency = self.chosen_before / self.chosen_before.sum(-1, keepdim=True).clamp_min(1)
+                similarity = -(1 - similarity) * frequency[:, None]
+            selected = similarity.topk(config.top_k, dim=-1).indices
         if config.batchwise_prompt if self.training else config.batchwise_prompt_at_test:
-            selected = batch_vote(selected, config.pool_size)
+            selected = batch_vote(selected, config.total_rows)
         return selected
+
+    def _weigh(
+        self, query: torch.Tensor, keys: torch.Tensor, selected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `selection` makes of the chosen rows (sets, B, N): the rows, and their weights of the same shape."""
+        config = self.config
+        if config.selection == "topk":
+            return selected, None
+        # As an embedding, whose gradient is summed in the same order in every run.
+        chosen = torch.stack([F.embedding(rows, each) for rows, each in zip(selected, keys, strict=True)])
+        if config.similarity == "cosine":
+            similarity = F.cosine_similarity(query[None, :, None], chosen, dim=-1)
+        else:
+            similarity = (query[None, :, None] * chosen).sum(-1)
+        if config.selection == "soft":
+            return selected, config.top_k * (similarity / config.selection_temperature).softmax(-1)
+        return torch.where(similarity >= config.selection_threshold, selected, selected[..., :1]), None
