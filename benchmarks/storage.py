@@ -36,14 +36,13 @@ from peft_cl.commands.digits import load_digits_dataset
 
 
 METHODS = {"l2p": L2PConfig, "dualprompt": DualPromptConfig, "coda": CodaPromptConfig}
-PRESETS = {"l2p": "paper", "dualprompt": "paper", "coda": "paper"}
 FORMATS = ("float32", "bfloat16", "float16")
 
 
 def learn(method: str, dtype: str, seed: int, data: DatasetDict, options: argparse.Namespace) -> dict[str, Any]:
     """Learn all tasks; what was saved, how large it is, and how good."""
     set_seed(seed)
-    config = METHODS[method].from_preset(PRESETS[method], storage_dtype=dtype)
+    config = METHODS[method].from_preset("paper", storage_dtype=dtype)
     model = AutoModelForImageClassification.from_pretrained(default_backbone(), dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         trainer = ContinualTrainer(

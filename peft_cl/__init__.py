@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         L2PModel,
         LinearProbeConfig,
         LinearProbeModel,
+        suggested_pool_size,
     )
 
 #: Module -> its public names. It is imported when one of them is first asked for: `datasets`, which scenarios and the
@@ -64,6 +65,7 @@ NAMES = {
         "L2PModel",
         "LinearProbeConfig",
         "LinearProbeModel",
+        "suggested_pool_size",
     ),
     "version": ("__version__",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from cli_fixtures import pictures
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
 from peft_cl.cli import main
+from peft_cl.hub.terms import NOT_SETTINGS
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -150,3 +153,16 @@ def test_adapters_of_other_methods_are_refused(place, tmp_path, capsys):
         assert "is of the PEFT type LORA, which is none of peft_cl's" in capsys.readouterr().err.replace(
             "PeftType.", ""
         )
+
+
+def test_the_help_of_train_lists_every_setting_with_its_own_text(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for config_class in (L2PConfig, DualPromptConfig, CodaPromptConfig):
+        for each in fields(config_class):
+            if each.name not in NOT_SETTINGS:
+                assert f" {each.name} (" in text, each.name
+                assert " ".join(each.metadata["help"].split()) in text, each.name
+    for name in ("images_per_class", "per_task", "validation_fraction"):
+        assert f" {name} (null)" in text

@@ -114,8 +114,8 @@ def test_the_model_is_as_it_was_afterwards(case, tmp_path) -> None:
         model.save_pretrained(tmp_path)
     assert model.peft_config["default"].to_dict() == settings and "forward" not in vars(model.get_base_model())
     assert json.loads((tmp_path / "adapter_config.json").read_text()).get("top_k") == settings.get("top_k")
-    with pytest.raises(RuntimeError), ensemble_of_top_k(model, 2):
-        model(pixel_values=images()[:, :1])  # not of three channels
+    with pytest.raises(ValueError, match="channel"), ensemble_of_top_k(model, 2):
+        model(pixel_values=images()[:, :1])
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
     assert not torch.equal(inside, before)
     model.train()(pixel_values=images(), labels=labels(model)).loss.backward()  # it learns on
@@ -314,8 +314,9 @@ def test_the_command_asks_ensembles(saved, place, capsys) -> None:
     model = load("first")
     model.load_adapter(str(saved / "second"), "second")
     ensemble = AdapterEnsemble(model, ["default", "second"])
-    data[0]["image"].save(saved / "photo.png")
-    others = ("--with", str(saved / "second"), "--unknown", str(saved))
+    (saved / "photos").mkdir()
+    data[0]["image"].save(saved / "photos" / "1.png")
+    others = ("--with", str(saved / "second"), "--unknown", str(saved / "photos"))
     found = measured(capsys, str(saved / "first"), *words, *others)
     assert found["accuracy"] == pytest.approx(accuracy(ensemble, ensemble.classes))
     assert found["ensemble"] == f"with {saved / 'second'}" and list(found["tasks"]) == ["task_0", "task_1"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tuner_cases import images, step, task_names, tiny
 
-from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig
+from peft_cl import CodaPromptConfig, DualPromptConfig, L2PConfig, suggested_pool_size
 
 
 L2P = {"pool_size": 6, "prompt_length": 4, "top_k": 2}
@@ -136,6 +136,40 @@ def test_an_adapter_that_is_not_there_or_does_not_fit_is_refused(tmp_path):
         learnt(L2PConfig, L2P, init="adapter", init_from=str(tmp_path))
     few = learnt(L2PConfig, {**L2P, "pool_size": 3}, init="adapter", init_from=str(tmp_path)).base_model.pool
     assert few.prompts.shape[1] == 3
+
+
+# ----------------------------------------------------------------------------------------------- size
+
+
+@pytest.mark.parametrize(
+    ("tasks", "classes", "size"), [(1, 2, 10), (5, 10, 10), (10, 100, 20), (10, 200, 40), (20, 100, 40), (3, 99, 19)]
+)
+def test_the_rule_for_the_size_of_a_pool(tasks, classes, size):
+    """max(2 T, T C / 5, 10)."""
+    assert suggested_pool_size(tasks, classes) == size == max(2 * tasks, classes // 5, 10)
+
+
+@pytest.mark.parametrize(("config_class", "fields"), SHARED)
+def test_the_size_is_settled_once_the_scenario_is_known(config_class, fields):
+    config = config_class(**{**fields, "pool_size": "auto"})
+    with pytest.raises(
+        ValueError, match=r"pool_size is 'auto', but here the scenario is not known.*suggested_pool_size"
+    ):
+        get_peft_model(tiny(), config)
+    config.set_pool_size(10, 100)
+    assert get_peft_model(tiny(), config).base_model.pool.rows_in_use == config.pool_size == 20
+
+
+@pytest.mark.parametrize(("config_class", "fields"), [(DualPromptConfig, EXPERTS), (CodaPromptConfig, CODA)])
+def test_a_size_by_the_rule_is_refused_where_tasks_bring_their_rows(config_class, fields):
+    with pytest.raises(ValueError, match="pool_size is 'auto', but each task .*Set pool_size to None, or "):
+        config_class(**{**fields, "pool_size": "auto"})
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "large", True])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="pool_size is .*whole number of at least 1"):
+        L2PConfig(pool_size=size)
 
 
 # ----------------------------------------------------------------------------------------------- growth

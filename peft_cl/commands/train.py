@@ -39,6 +39,7 @@ from .options import apply_overrides
 from .output import say
 from .sections import ONLY, DatasetSettings
 from .settings import SECTIONS, RunSettings, make_settings
+from .settings_help import in_lines, settings_help
 from .sources import CONFIG_FILE, RESULTS_FILE, WEIGHTS_FILE, load_backbone, load_pair, load_processor
 from .summary import going_on, next_commands, summary
 
@@ -67,10 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="teach a saved adapter (a folder, or its name on the Hub) more tasks; earlier_test in the configuration "
         "names test images of the tasks before, which are measured then",
     )
-    parser.epilog = (
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = in_lines(
         "Any setting may be changed by its dotted name, with a value in YAML: --training.learning_rate 0.01 "
         f"--adapter.layers '[0, 1]' --method coda. Sections: {', '.join(SECTIONS)}."
     )
+    parser.epilog += "\n\n" + settings_help()
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[tuple[str, Any]], command: str) -> None:
@@ -212,6 +215,8 @@ def make_trainer(
     with explained(f"training.seed is {settings.training.seed}"):
         set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
+        if hasattr(settings.adapter, "set_pool_size"):
+            settings.adapter.set_pool_size(len(scenario), len(scenario.classes))
         return trainer_class(
             put_adapter_on(backbone, settings),
             settings.training,

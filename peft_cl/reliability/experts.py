@@ -15,8 +15,9 @@ def rows_of_a_task(tuner: PromptPoolModel) -> int | None:
         there is one task.
     """
     config, rows = tuner.peft_config[tuner.active_adapters[0]], tuner.pool.rows_in_use
-    shared = config.stream or config.train_prompts == "first_task" or getattr(config, "shares_rows", True)
-    if shared or config.num_tasks < 2 or not rows or rows % config.num_tasks:
+    own = not getattr(config, "shares_rows", True) or getattr(config, "use_prompt_mask", False)
+    learns = not config.stream and config.train_prompts == "every_task" and config.num_tasks > 1
+    if not (own and learns and rows) or rows % config.num_tasks:
         return None
     return rows // config.num_tasks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base.bare_models import enter_transformers
 from .base.config import PromptPoolConfig
 from .base.model import PromptPoolModel
+from .base.pool_size import suggested_pool_size
 from .coda import CodaPromptConfig, CodaPromptModel
 from .dualprompt import DualPromptConfig, DualPromptModel
 from .l2p import L2PConfig, L2PModel
@@ -22,6 +23,7 @@ __all__ = [
     "LinearProbeModel",
     "PromptPoolConfig",
     "PromptPoolModel",
+    "suggested_pool_size",
 ]
 
 enter_transformers()

@@ -12,6 +12,7 @@ from ...heads.checks import check_count, check_number
 from ...text import brief
 from .config import PromptPoolConfig
 from .initialisation import FROM_ADAPTER, FROM_IMAGES, check_source
+from .pool_size import AUTO, suggested_pool_size
 
 
 #: Terms over pairs of rows that `orthogonality` names; what each is stands in `similarity.py`.
@@ -164,6 +165,21 @@ class PoolConfig(PromptPoolConfig):
         """The setting that makes all tasks share the rows, in words."""
         return "pool_size"
 
+    def set_pool_size(self, num_tasks: int, num_classes: int) -> None:
+        """Settle `pool_size="auto"`, once the scenario is known.
+
+        Raises:
+            ValueError: the pool does not go with another setting.
+        """
+        if self.pool_size == AUTO:
+            self.pool_size = suggested_pool_size(num_tasks, num_classes)
+            self._check_pool_size()
+
+    def _check_pool_size(self) -> None:
+        """Refuse what is no number of rows, or does not go with another setting; `"auto"` is looked at later."""
+        if self.pool_size not in (None, AUTO):
+            check_count("pool_size", self.pool_size)
+
     @property
     def total_rows(self) -> int:
         """Rows of a pool that is shared, with those that it has grown."""
@@ -250,13 +266,18 @@ class PoolConfig(PromptPoolConfig):
                         f"{default!r}, or let the tasks share the rows: {self.size_option}."
                     )
             return
-        if self.max_pool_size is not None and self.max_pool_size < self.total_rows:
+        if self.pool_size != AUTO and self.max_pool_size is not None and self.max_pool_size < self.total_rows:
             raise ValueError(
                 f"max_pool_size is {self.max_pool_size}, but the pool has {self.total_rows} rows. Set it to "
                 f"{self.total_rows} or more, or lower pool_size."
             )
 
     def settle(self, geometry: Geometry, base: nn.Module) -> None:
+        if self.pool_size == AUTO:
+            raise ValueError(
+                "pool_size is 'auto', but here the scenario is not known (`peft-cl train` knows it). Set it to "
+                "suggested_pool_size(num_tasks, num_classes), or call set_pool_size with these."
+            )
         super().settle(geometry, base)
         if isinstance(self.query_layer, float):
             self.query_layer = int(self.query_layer * geometry.num_layers)

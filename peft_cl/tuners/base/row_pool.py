@@ -39,7 +39,7 @@ class RowPool(PromptPool):
         self.spans: dict[tuple[str, int], list[RowSpan]] = {}
         self.pair_sums = PairSums()
         if config.adaptive_orthogonality:
-            self.register_buffer("mean_queries", torch.zeros(max(config.num_tasks, 1), config.key_width(geometry)))
+            self.register_buffer("mean_queries", torch.zeros(self.task + 1, config.key_width(geometry)))
             self.register_buffer("task_coefficient", torch.tensor(UNLIKE))
 
     # ----------------------------------------------------------------------------------------------- rows
@@ -151,7 +151,7 @@ class RowPool(PromptPool):
         """
         config = self.config
         config.grown = list(grown)
-        for name, axis in self.row_axes.items():
+        for name in self.row_axes:
             current = getattr(self, name)
             if config.past_rows == "frozen":
                 dtype = storage_dtype(f"past_{name}", config)

@@ -12,6 +12,7 @@ from ...heads.checks import check_count
 from ..base.config import ALL
 from ..base.head_config import BEST
 from ..base.pool_config import OrthogonalityForm, PoolConfig
+from ..base.pool_size import AUTO
 
 
 @dataclass
@@ -36,11 +37,11 @@ class CodaPromptConfig(PoolConfig):
             "train the pool_size components."
         },
     )
-    pool_size: int | None = field(
+    pool_size: int | str | None = field(
         default=None,
         metadata={
-            "help": "Most components the adapter may hold (M), or those that all tasks share. None: as many as there "
-            "come tasks."
+            "help": "Most components the adapter may hold (M), or those that all tasks share ('auto': 2 a task or one "
+            "for 5 classes, at least 10). None: as many as there come tasks."
         },
     )
     prompt_length: int = field(
@@ -106,9 +107,7 @@ class CodaPromptConfig(PoolConfig):
                 "components_per_task and pool_size are both None, so the pool has no size. Set pool_size to the "
                 "components that all tasks share, for instance 10, or components_per_task to those of each task."
             )
-        if self.pool_size is not None:
-            self._check_positive("pool_size")
-            self.check_next_task(0)
+        self._check_pool_size()
         self._check_rows()
         if self.layers is not None:
             self._check_layers("layers")
@@ -124,6 +123,16 @@ class CodaPromptConfig(PoolConfig):
                 f"task_evidence is {self.task_evidence}, but it compares the query of the query pass, and "
                 f"query_source is {self.query_source!r}. Set one of the two to its default."
             )
+
+    def _check_pool_size(self) -> None:
+        super()._check_pool_size()
+        if self.pool_size == AUTO and not self.shares_rows:
+            raise ValueError(
+                "pool_size is 'auto', but each task adds components_per_task components. Set pool_size to None, or "
+                "components_per_task to None, for components that all tasks share."
+            )
+        if self.pool_size is not None:
+            self.check_next_task(0)
 
     @property
     def shares_rows(self) -> bool:

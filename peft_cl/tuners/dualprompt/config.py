@@ -9,6 +9,7 @@ from peft.utils.peft_types import PeftType
 
 from ..base.head_config import BEST
 from ..base.key_config import KeyPoolConfig
+from ..base.pool_size import AUTO
 
 
 @dataclass
@@ -24,9 +25,12 @@ class DualPromptConfig(KeyPoolConfig):
         20
     """
 
-    pool_size: int | None = field(
+    pool_size: int | str | None = field(
         default=10,
-        metadata={"help": "Expert rows the adapter may hold, one a task (M). None: as many as there come tasks."},
+        metadata={
+            "help": "Expert rows the adapter may hold, one a task (M), or those that all tasks share (expert_choice="
+            "'key'; 'auto': 2 a task or one for 5 classes, at least 10). None: as many as there come tasks."
+        },
     )
     prompt_length: int = field(
         default=5,
@@ -108,8 +112,7 @@ class DualPromptConfig(KeyPoolConfig):
         super().__post_init__()
         self.peft_type = PeftType.DUALPROMPT
         self._check_positive("prompt_length", "g_prompt_length")
-        if self.pool_size is not None:
-            self._check_positive("pool_size")
+        self._check_pool_size()
         self._check_not_negative("pull_coefficient", "separation_coefficient")
         self._check_choice()
         self._check_rows()
@@ -135,6 +138,14 @@ class DualPromptConfig(KeyPoolConfig):
                     f"separation_coefficient is {self.separation_coefficient}, but {name} is empty: there is no "
                     f"{prompt} prompt to separate from. Name its layers or set the coefficient to 0."
                 )
+
+    def _check_pool_size(self) -> None:
+        super()._check_pool_size()
+        if self.pool_size == AUTO and not self.shares_rows:
+            raise ValueError(
+                "pool_size is 'auto', but each task brings a row of its own. Set pool_size to None, or expert_choice "
+                "to 'key', for experts that all tasks share."
+            )
 
     def _check_choice(self) -> None:
         by_key = self.expert_choice == "key"
@@ -175,7 +186,7 @@ class DualPromptConfig(KeyPoolConfig):
             )
 
     def check_next_task(self, index: int) -> None:
-        if self.pool_size is not None and index >= self.pool_size and not self.shares_rows:
+        if not self.shares_rows and self.pool_size is not None and index >= self.pool_size:
             raise ValueError(
                 f"pool_size is {self.pool_size}, but task {index + 1} needs a row of its own: the pool must hold one "
                 "for each task. Enlarge pool_size, or set it to None to let the pool grow."

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 from peft.utils.peft_types import PeftType
 
 from ...backbones import Geometry
-from ...heads.checks import check_number
+from ...heads.checks import check_count, check_number
 from ..base.head_config import BEST
 from ..base.key_config import KeyPoolConfig
+from ..base.pool_size import AUTO
 from ..base.search import check_faiss
 
 
@@ -43,7 +44,10 @@ class L2PConfig(KeyPoolConfig):
         ValueError: top_k is 4, but the pool holds only pool_size 3 prompts. Lower top_k or enlarge pool_size.
     """
 
-    pool_size: int = field(default=10, metadata={"help": "Prompts in the pool (M)."})
+    pool_size: int | str = field(
+        default=10,
+        metadata={"help": "Prompts in the pool (M); 'auto': 2 a task or one for 5 classes, at least 10."},
+    )
     prompt_length: int = field(
         default=5,
         metadata={"help": "Rows of a prompt (L_p). As prefix the first half are keys and the second half values."},
@@ -163,14 +167,10 @@ class L2PConfig(KeyPoolConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.L2P
-        self._check_positive("pool_size", "prompt_length", "top_k")
+        self._check_positive("prompt_length", "top_k")
+        self._check_pool_size()
         self._check_not_negative("pull_coefficient")
         self._check_layers("layers")
-        if self.top_k > self.pool_size:
-            raise ValueError(
-                f"top_k is {self.top_k}, but the pool holds only pool_size {self.pool_size} prompts. Lower top_k or "
-                "enlarge pool_size."
-            )
         self._check_selection()
         self._check_rows()
         if self.prompt_type == "prefix":
@@ -185,6 +185,16 @@ class L2PConfig(KeyPoolConfig):
             raise ValueError(
                 f"layers is {self.layers} and keys_per_layer {self.keys_per_layer}, but tokens enter once, at layer "
                 "0. Set prompt_type='prefix' to prompt other layers."
+            )
+
+    def _check_pool_size(self) -> None:
+        super()._check_pool_size()
+        if self.pool_size is None:
+            check_count("pool_size", self.pool_size)
+        if self.pool_size != AUTO and self.top_k > self.pool_size:
+            raise ValueError(
+                f"top_k is {self.top_k}, but the pool holds only pool_size {self.pool_size} prompts. Lower top_k or "
+                "enlarge pool_size."
             )
 
     def _check_selection(self) -> None:
