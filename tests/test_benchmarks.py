@@ -24,6 +24,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("script", "options", "rows"),
     [
         ("growth", ["--tasks", "10", "20", "--repeats", "1"], 8),
+        ("search", ["--sizes", "100", "1000", "--queries", "20", "--repeats", "1"], 2),
         ("trainer_share", ["--batch-size", "4", "--steps", "2"], 2),
         ("sequence_time", ["--backbone", "vit-tiny-64", "--tasks", "2", "--images", "1", "--methods", "coda"], 1),
         ("storage", ["--per-digit", "4", "--tasks", "2", "--epochs", "1", "--seeds", "0", "--methods", "coda"], 3),

@@ -122,6 +122,7 @@ def test_a_resumed_run_has_the_same_temperatures(calibrated):
     assert done.results.calibration == whole.results.calibration
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_in_a_task(calibrated):
     class Interrupt(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

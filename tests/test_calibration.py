@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -388,7 +389,15 @@ def test_an_adapter_without_classes_is_not_calibrated():
         calibrate(prompted("l2p", tasks=0), [])
 
 
-def test_an_end_of_the_range_is_told(caplog):
-    fit_calibration([[2.0, 0.0], [0.0, 2.0]], [0, 1], measure_on_half=False)
+@pytest.mark.parametrize(
+    ("truth", "temperature", "expected"),
+    [
+        ([0, 1], 1.0, "All 2 held-out images are predicted right.*the temperature stays 1. Give more images"),
+        ([1, 0], 100.0, "The temperature is 100.0, the end of its range: for these 2 held-out images"),
+    ],
+)
+def test_images_that_say_too_little_are_told_of(truth, temperature, expected, caplog):
+    """Where all are right the likeliest temperature is 0, at which the next error would be made in full certainty."""
+    assert fit_calibration([[2.0, 0.0], [0.0, 2.0]], truth, measure_on_half=False).temperature == temperature
     (said,) = [record.getMessage() for record in caplog.records if "temperature" in record.getMessage()]
-    assert "The temperature is 0.05, the end of its range: for these 2 held-out images" in said
+    assert re.match(expected, said)

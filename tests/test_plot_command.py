@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from peft_cl.cli import main
 from peft_cl.commands.plot import tell_apart
 from peft_cl.metrics import RunResults, continual_metrics
-from peft_cl.plots.run import PICTURE_FILES, read_keys
+from peft_cl.plots.run import PICTURE_FILES, read_rows
 from peft_cl.reliability import fit_calibration
 
 
@@ -44,9 +44,9 @@ def results(method: str = "L2P", seed: int = 0, finished: int = 3, **fields) -> 
 
 
 def save_adapter(folder: Path, layers: list[int] | None = None, **keys: torch.Tensor) -> None:
-    """Write an adapter with these tensors in its pool, and with prompts and a head, which are not read."""
+    """Write an adapter with these tensors in its pool, and with a general prompt and a head, which are not read."""
     tensors = {f"base_model.model.vit.coda_pool.{name}": tensor for name, tensor in keys.items()}
-    others = ("vit.coda_pool.prompts", "classifier.coda_head.weight")
+    others = ("vit.coda_pool.g_prompts", "classifier.coda_head.weight")
     save_file(
         tensors | {f"base_model.model.{name}": torch.ones(2) for name in others}, folder / "adapter_model.safetensors"
     )
@@ -60,7 +60,9 @@ def run(tmp_path) -> Path:
     folder = tmp_path / "run"
     calibration = fit_calibration([[2.0, 0.0]] * 6, [0, 0, 0, 1, 1, 1]).to_dict()
     results(prompt_usage=[[3, 1], [1, 3], [2, 2]], calibration=[None, None, calibration]).save(_made(folder))
-    save_adapter(folder, [1, 3], keys=torch.full((2, 2, 4), 5.0), past_keys=torch.arange(32.0).reshape(2, 4, 4))
+    keys = {"keys": torch.full((2, 2, 4), 5.0), "past_keys": torch.arange(32.0).reshape(2, 4, 4)}
+    prompts = {"prompts": torch.full((2, 2, 2, 3, 4), 5.0), "past_prompts": torch.arange(192.0).reshape(2, 2, 4, 3, 4)}
+    save_adapter(folder, [1, 3], **keys, **prompts)
     return folder
 
 
@@ -82,23 +84,40 @@ def test_one_run_is_drawn_into_its_folder(run, capsys):
 
 
 def test_keys_of_past_tasks_come_first(run):
-    keys = read_keys(run)
+    keys = read_rows(run)
     assert keys.values.shape == (2, 6, 4)
     np.testing.assert_array_equal(keys.values[:, :4].ravel(), np.arange(32))
     assert (keys.values[:, 4:] == 5).all()
     assert keys.rows_of_tasks == [2, 2, 2] and keys.set_names == ["layer 1", "layer 3"]
 
 
+def test_a_prompt_is_one_vector_of_its_keys_and_values(run):
+    prompts = read_rows(run, "prompts")
+    assert prompts.values.shape == (2, 6, 24) and prompts.rows_of_tasks == [2, 2, 2]
+    past = np.arange(192.0).reshape(2, 2, 4, 3, 4)
+    for layer in range(2):
+        for row in range(4):
+            np.testing.assert_array_equal(prompts.values[layer, row], past[layer, :, row].ravel())
+
+
+def test_rows_that_grew_belong_to_no_task(tmp_path):
+    save_adapter(tmp_path, [0], keys=torch.ones(1, 2, 4), past_keys=torch.ones(1, 4, 4))
+    assert read_rows(tmp_path).rows_of_tasks == [2, 2, 2]
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "grown": [2]}))
+    assert read_rows(tmp_path).rows_of_tasks is None
+
+
 def test_rows_of_a_pool_without_past_rows_belong_to_no_task(tmp_path):
     save_adapter(tmp_path, [0, 2, 4], keys=torch.ones(1, 5, 4, dtype=torch.bfloat16))
-    keys = read_keys(tmp_path)
+    keys = read_rows(tmp_path)
     assert keys.values.shape == (1, 5, 4) and keys.values.dtype == np.float32
     assert keys.rows_of_tasks is None and keys.set_names == ["set 0"]  # shared by the three layers
 
 
 def test_keys_of_an_adapter_with_a_name_are_in_a_folder_of_that_name(tmp_path):
     save_adapter(_made(tmp_path / "birds"), [0], keys=torch.ones(1, 5, 4))
-    assert read_keys(tmp_path).values.shape == (1, 5, 4)
+    assert read_rows(tmp_path).values.shape == (1, 5, 4)
 
 
 def test_only_what_the_run_has_is_drawn(tmp_path):

@@ -177,3 +177,37 @@ def test_prompt_usage_is_on_record(make_trainer):
     linear = make_trainer(CONFIGS["linear-probe"](), num_tasks=2, folder="probe", num_train_epochs=1)
     linear.train()
     assert linear.results.prompt_usage is None
+
+
+def test_the_gradients_of_a_part_are_clipped_by_themselves(make_trainer):
+    """The pool's to a norm of 0.001, the head's not; then the Trainer clips all of them together, here not at all."""
+
+    class Norms(TrainerCallback):
+        seen: list[dict[str, float]] = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            squares = {"pool": 0.0, "head": 0.0}
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    squares["pool" if "_pool." in name else "head"] += parameter.grad.square().sum().item()
+            self.seen.append({part: square**0.5 for part, square in squares.items()})
+
+    norms = Norms()
+    settings = {"num_tasks": 2, "max_steps": 3, "max_grad_norm": 0.0}
+    make_trainer(CONFIGS["coda"](), callbacks=[norms], max_grad_norms={"pool": 1e-3}, **settings).train()
+    assert len(norms.seen) == 6
+    assert all(each["pool"] == pytest.approx(1e-3, rel=1e-4) and each["head"] > 0.1 for each in norms.seen)
+
+
+@pytest.mark.parametrize(
+    ("norms", "message"),
+    [
+        ({"prompt": 1.0}, "max_grad_norms names 'prompt', but the parts are prompts, g_prompts"),
+        ({"pool": 0}, "max_grad_norms gives 'pool' the norm 0, but a norm must be a number above 0"),
+        ({"pool": "1"}, "gives 'pool' the norm '1'"),
+        (1.0, r"max_grad_norms is 1.0, but must be norms by part, such as \{'pool': 1.0\}"),
+    ],
+)
+def test_norms_that_are_none_are_refused(norms, message, make_trainer):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CONFIGS["coda"](), max_grad_norms=norms)

@@ -37,6 +37,7 @@ SETTINGS = {
     "backbone_dtype": "Backbone in",
     "learning_rate": "Learning rate",
     "learning_rates": "Learning rates of parts",
+    "max_grad_norms": "Gradient clipping of parts",
     "lr_scheduler_type": "Learning rate schedule",
     "optim": "Optimizer",
     "weight_decay": "Weight decay",

@@ -76,6 +76,9 @@ def fit_calibration(
     So one half of the images of each class is measured with a temperature fitted on the other half. The temperature
     that is returned is fitted on all images, as each makes it surer.
 
+    Where all images are predicted right, they say nothing of the errors to come: the smaller the temperature, the
+    likelier they are. It stays 1 then, with a warning.
+
     Args:
         logits: (images, classes) of held-out images, at the temperature 1.
         labels: (images,), rows of the head.
@@ -92,7 +95,7 @@ def fit_calibration(
         3.0
     """
     logits, labels = checked_logits(logits, labels)
-    temperature, measured, used = fit_temperature(logits, labels), slice(None), None
+    temperature, measured, used = _unless_all_right(logits, labels), slice(None), None
     if measure_on_half:
         if len(labels) < 2:
             raise ValueError(
@@ -100,11 +103,17 @@ def fit_calibration(
                 "images, or set measure_on_half to False."
             )
         half = half_of_each_class(labels, seed)
-        measured, used = ~half, fit_temperature(logits[half], labels[half])
-    if temperature in (LOWEST, HIGHEST):
+        measured, used = ~half, _unless_all_right(logits[half], labels[half])
+    if _all_right(logits, labels):
+        logger.warning(
+            "All %d held-out images are predicted right, which says nothing of how often others will be: the "
+            "temperature stays 1. Give more images, on which the model makes some errors.",
+            len(labels),
+        )
+    elif temperature in (LOWEST, HIGHEST):
         logger.warning(
             "The temperature is %s, the end of its range: for these %d held-out images the likelihood has no maximum "
-            "within it, as where all are predicted right. Give more images, on which the model makes some errors.",
+            "within it. Give more images, and make sure that their labels are rows of the head.",
             temperature,
             len(labels),
         )
@@ -112,6 +121,14 @@ def fit_calibration(
         CalibrationMeasures.of(logits[measured], labels[measured], each, bins) for each in (1.0, used or temperature)
     )
     return Calibration(temperature, before, after, len(labels))
+
+
+def _unless_all_right(logits: np.ndarray, labels: np.ndarray) -> float:
+    return 1.0 if _all_right(logits, labels) else fit_temperature(logits, labels)
+
+
+def _all_right(logits: np.ndarray, labels: np.ndarray) -> bool:
+    return bool((logits.argmax(-1) == labels).all())
 
 
 def half_of_each_class(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..scenarios.columns import is_number, plain
 from .bad_images import CHOICES, STOP
+from .clipping import check_norms
 from .learning_rates import check_rates
 from .per_task import checked
 
@@ -121,6 +122,8 @@ class ContinualTrainingArguments(TrainingArguments):
         learning_rates: rates that differ from `learning_rate`, by the part's name: `"prompts"`, `"g_prompts"`
             (DualPrompt's general one), `"keys"`, `"attention"`, `"query_projection"` (the pool's parameters),
             `"head"`, or `"pool"` for all of the pool that is not named; the schedule holds for all.
+        max_grad_norms: norms to which the gradients of a part are clipped by themselves, by the same names (`"pool"`:
+            all that is not named of the pool), before `max_grad_norm` clips all of them together.
         learning_rate_per_256: the rate of a step on 256 images, in place of `learning_rate`, which becomes this times
             the images of a step (batch x accumulation x processes) / 256, as the JAX protocols of L2P and DualPrompt
             have it. Rates in `learning_rates` are taken as they are.
@@ -159,6 +162,7 @@ class ContinualTrainingArguments(TrainingArguments):
         fit_temperature: after each task, before it is measured, fit the temperature that logits are divided by in
             evaluation on the validation images of the tasks so far (`validation_fraction`, or `validation=` of the
             trainer). Predictions stay the same, probabilities become truer; `results.calibration` says by how much.
+            Where all of these images are predicted right it stays 1.
 
     Raises:
         ValueError: a setting that would be wrong for a task sequence, with the reason.
@@ -189,6 +193,10 @@ class ContinualTrainingArguments(TrainingArguments):
     learning_rates: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Rates by part that differ from learning_rate, for instance {'prompts': 0.005}."},
+    )
+    max_grad_norms: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Norms to which the gradients of a part alone are clipped, for instance {'pool': 1.0}."},
     )
     learning_rate_per_256: float | None = field(
         default=None,
@@ -259,6 +267,9 @@ class ContinualTrainingArguments(TrainingArguments):
         if isinstance(self.learning_rates, dict):
             self.learning_rates = {name: plain(rate) for name, rate in self.learning_rates.items()}
         check_rates(self.learning_rates)
+        if isinstance(self.max_grad_norms, dict):
+            self.max_grad_norms = {name: plain(norm) for name, norm in self.max_grad_norms.items()}
+        check_norms(self.max_grad_norms)
         self.scale_rate()
         self._check_evaluation_and_saving()
         self.per_task = checked(self)

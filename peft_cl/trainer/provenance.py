@@ -49,8 +49,9 @@ RECORDED = (
     "train_sampling_strategy",
     "load_best_model_at_end",
 )
-#: Those that are seldom at work: by what is measured within a task and kept for it, or by draws that come again.
+#: Those that are seldom at work: by what is measured within a task and kept for it, by draws that come again, ...
 MEASURING = (
+    "max_grad_norms",
     "eval_strategy",
     "eval_steps",
     "metric_for_best_model",

@@ -21,6 +21,7 @@ from .arguments import ContinualTrainingArguments
 from .bad_images import ImageReader, check_range, mended
 from .batch_augmentation import check_batch_augmentation, of_that_shape
 from .checks import check_augmentation, check_image_size, warn_of_empty_classes
+from .clipping import clip_parts
 from .costs import Flops
 from .examples import EpochDraws, places_of, rows_by_image
 from .image_cache import ImageCache
@@ -278,6 +279,8 @@ class TaskTrainer(TaskData):
             loss = self._learn_from(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
                 self.strategy.after_backward(self)
+                if self.args.max_grad_norms:
+                    clip_parts(self.model, self.args.max_grad_norms, self.accelerator)
         return loss
 
     def _learn_from(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
