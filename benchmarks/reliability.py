@@ -1,7 +1,9 @@
-"""How far predictions can be relied on: calibration, images of classes never seen, and abstaining, for the preset "best".
+"""How far the preset "best" can be relied on: calibration, images of classes never seen, and abstaining.
 
-    python benchmarks/reliability.py --data DATA/tiny-imagenet-cl --json benchmarks/results/reliability/tiny-imagenet-cl.json
-    python benchmarks/reliability.py --scenario domain-incremental --data DATA/pacs --json benchmarks/results/reliability/pacs.json
+    python benchmarks/reliability.py --data DATA/tiny-imagenet-cl \
+        --json benchmarks/results/reliability/tiny-imagenet-cl.json
+    python benchmarks/reliability.py --scenario domain-incremental --data DATA/pacs \
+        --json benchmarks/results/reliability/pacs.json
     python benchmarks/reliability.py --data digits --images-per-class 8 --methods none --seeds 0    # a trial
 
 Half of the classes, drawn by the seed, are learnt task after task from `--images-per-class` images of each. Other
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from statistics import fmean
@@ -164,19 +167,20 @@ def main() -> None:
     parser.add_argument("--images-per-class", type=int, default=50, help="to learn from, in each domain")
     parser.add_argument("--held-out", type=int, default=20, help="further training images of a class")
     parser.add_argument("--epochs", type=int, help="of each task; each method has its own")
-    parser.add_argument("--work", type=Path, default=Path("out/reliability"), help="the trainers' own folders")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = load_digits_dataset() if options.data == "digits" else load_dataset(options.data)
     rows: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        for method in options.methods:
-            rows.append(measure(method, seed, data, options))
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        options.work = Path(folder)  # of the trainers
+        for seed in options.seeds:
+            for method in options.methods:
+                rows.append(measure(method, seed, data, options))
+                if options.json:
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    options.json.write_text(json.dumps(rows, indent=2) + "\n")
     print(table(rows, options.methods))
 
 

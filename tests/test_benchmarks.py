@@ -27,6 +27,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("search", ["--sizes", "100", "1000", "--queries", "20", "--repeats", "1"], 2),
         ("trainer_share", ["--batch-size", "4", "--steps", "2"], 2),
         ("sequence_time", ["--backbone", "vit-tiny-64", "--tasks", "2", "--images", "1", "--methods", "coda"], 1),
+        (
+            "reliability",
+            ["--data", "digits", "--methods", "none", "--images-per-class", "4", "--held-out", "4"]
+            + ["--num-tasks", "2", "--seeds", "0", "--threads", "1", "--quiet"],
+            1,
+        ),
         ("storage", ["--per-digit", "4", "--tasks", "2", "--epochs", "1", "--seeds", "0", "--methods", "coda"], 3),
     ],
 )

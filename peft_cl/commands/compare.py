@@ -189,7 +189,7 @@ def check_row(settings: RunSettings, scenarios: dict[str, Scenario]) -> None:
     base = settings.model
     backbone = load_backbone(base.name, base.dtype, base.attn_implementation, base.trust_remote_code)
     with explained("it cannot be set up"):
-        model, strategy = put_adapter_on(backbone, settings), Combined(settings.strategies)
+        model, strategy = put_adapter_on(backbone, settings, scenarios[key]), Combined(settings.strategies)
         check_fit(model, settings.training, scenarios[key], strategy)
         strategy.prepare(model)  # which some refuse
 

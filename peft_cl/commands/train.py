@@ -215,10 +215,8 @@ def make_trainer(
     with explained(f"training.seed is {settings.training.seed}"):
         set_seed(settings.training.seed)  # the adapter's parameters are drawn before the Trainer sets it
     with explained("This run cannot be set up"):
-        if hasattr(settings.adapter, "set_pool_size"):
-            settings.adapter.set_pool_size(len(scenario), len(scenario.classes))
         return trainer_class(
-            put_adapter_on(backbone, settings),
+            put_adapter_on(backbone, settings, scenario),
             settings.training,
             scenario,
             processing_class=processor,
@@ -230,9 +228,11 @@ def make_trainer(
         )
 
 
-def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings) -> PeftModel:
+def put_adapter_on(backbone: PreTrainedModel, settings: RunSettings, scenario: Scenario) -> PeftModel:
     """A new adapter, or the saved one that is to learn more."""
     if settings.continue_from is None:
+        if hasattr(settings.adapter, "set_pool_size"):
+            settings.adapter.set_pool_size(len(scenario), len(scenario.classes))
         return get_peft_model(backbone, settings.adapter)
     model = PeftModel.from_pretrained(backbone, str(settings.continue_from.folder), is_trainable=True)
     model.base_model.need_sums()  # now, and not when the first task begins
