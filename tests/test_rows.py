@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_cases import MAKERS
 from peft import PeftModel, get_peft_model
 from tuner_cases import images, step, task_names, tiny
 
@@ -103,6 +104,13 @@ def test_prompts_begin_as_patches_and_keys_as_queries_of_the_tasks_images(config
     assert farthest(rows, patches) == 0
     assert farthest(pool.keys.detach().reshape(-1, 24), queries) == 0
     assert len(rows.unique(dim=0)) >= min(len(rows), len(patches)) / 2  # not one row for all
+
+
+def test_patches_of_another_width_than_the_prompts_are_refused():
+    """Swin's layers grow wider; its patches are as wide as the first."""
+    config = L2PConfig(**{**PREFIX, "layers": [0, 2]}, init="patches")
+    with pytest.raises(ValueError, match=r"init is 'patches', but embeddings of patches have \d+ numbers.*\[0, 2\]"):
+        get_peft_model(MAKERS["swin"](), config)
 
 
 def test_new_rows_begin_from_the_images_of_their_own_task():
@@ -282,6 +290,16 @@ BAD = [
     (L2PConfig, {**L2P, "init_from": "x"}, "init is 'uniform' and init_from 'x', but the two go together"),
     (L2PConfig, {**L2P, "init_noise": -1}, "init_noise is -1.*at least 0"),
     (L2PConfig, {**L2P, "growth": "adaptive", "use_prompt_mask": True}, "growth is 'adaptive'.*use_prompt_mask"),
+    (
+        CodaPromptConfig,
+        {"query_source": "layer_cls", "key_init": "queries"},
+        "key_init is 'queries', but keys meet the layer's own input",
+    ),
+    (
+        CodaPromptConfig,
+        {**SHARED_CODA, "query_source": "layer_cls", "growth": "adaptive"},
+        "growth is 'adaptive', but keys meet.*Leave growth at its default",
+    ),
     (
         CodaPromptConfig,
         {"components_per_task": None},

@@ -93,7 +93,8 @@ class PromptedEncoder(AdapterLayer):
             call.query = query
         # The pool computes in its own precision, whatever the passes run in.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None, call.task_ids)
+            pool.known_tasks = call.task_ids
+            prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None)
         if start is None or trace.wanted or not self._is_fixed(pixel_values, first):
             start = self._start(pixel_values, interpolate, first, trace)
         feature, tokens = self._for_head(call, start, first, prompts, trace)

@@ -33,7 +33,7 @@ class PromptPool(nn.Module):
     #: Whether the prompted pass would only be the query pass again: a query that is given then is the feature.
     query_is_feature = False
 
-    #: The tasks of the images of this call, (B,), where they are known.
+    #: The tasks of the images of this call, (B,), where they are known; the encoder sets it.
     known_tasks: torch.Tensor | None = None
 
     #: What the head reads: what the base model's own classifier does (`"cls"`: in ViT it is that token), or an output
@@ -90,14 +90,12 @@ class PromptPool(nn.Module):
     def begin_stream(self) -> None:
         """Make the pool ready for a stream without task boundaries. Default: nothing changes."""
 
-    def forward(self, query: torch.Tensor | None, known_tasks: torch.Tensor | None = None) -> Prompts:
+    def forward(self, query: torch.Tensor | None) -> Prompts:
         """Prompts for a batch.
 
         Args:
             query: (B, D) features of the frozen model, or None if `needs_query` is False.
-            known_tasks: (B,), the task of each image where it is known.
         """
-        self.known_tasks = known_tasks
         if query is None:
             return self.select(None)
         # The keys decide by small differences of cosines, so the query takes their precision (float32, unless the

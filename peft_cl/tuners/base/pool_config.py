@@ -228,6 +228,12 @@ class PoolConfig(PromptPoolConfig):
                 f"init is {self.init!r} and init_from {self.init_from!r}, but the two go together. Set init='adapter' "
                 "with the adapter's folder or Hub name, or neither."
             )
+        for name, value in (("key_init", "queries"), ("growth", "adaptive")):
+            if getattr(self, name) == value and not self.has_query:
+                raise ValueError(
+                    f"{name} is {value!r}, but keys meet the layer's own input (query_source), of which there is none "
+                    f"before the pass. Leave {name} at its default, or set query_source='pretrained'."
+                )
         if self.init_layers == "hierarchical" and self.init == FROM_ADAPTER:
             raise ValueError("init_layers is 'hierarchical', but init='adapter' has rows for each layer. Set one.")
 
@@ -290,7 +296,8 @@ class PoolConfig(PromptPoolConfig):
             if geometry.size_at([self.query_layer]) != geometry.hidden_size:
                 raise ValueError(
                     f"query_layer is {self.query_layer}, but its width is {geometry.size_at([self.query_layer])}, and "
-                    f"queries have {geometry.hidden_size} numbers. Leave it at None."
+                    f"queries have {geometry.hidden_size} numbers. Set it to one of the last "
+                    f"{geometry.alike_at_the_end} layers, or None."
                 )
         if self.alignment_coefficient and (self.key_size or geometry.hidden_size) != geometry.size_at(
             self.prompted_layers
@@ -299,6 +306,12 @@ class PoolConfig(PromptPoolConfig):
                 f"alignment_coefficient is {self.alignment_coefficient}, but keys have "
                 f"{self.key_size or geometry.hidden_size} numbers and rows of prompts "
                 f"{geometry.size_at(self.prompted_layers)}: they cannot be compared. Set it to 0."
+            )
+        width = geometry.size_at(self.prompted_layers)
+        if self.init == "patches" and geometry.size_at([0]) != width:
+            raise ValueError(
+                f"init is 'patches', but embeddings of patches have {geometry.size_at([0])} numbers, and prompts of "
+                f"layers {list(self.prompted_layers)} have {width}. Set init to another, or prompt the first layers."
             )
         if self.init == FROM_ADAPTER and not self.tasks:
             check_source(self.init_from)

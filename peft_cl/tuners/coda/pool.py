@@ -51,10 +51,10 @@ class CodaPromptPool(RowPool):
         if not self.config.shares_rows:
             self.add_rows(self.config.components_per_task)
 
-    def forward(self, query: torch.Tensor | None, known_tasks: torch.Tensor | None = None) -> Prompts:
+    def forward(self, query: torch.Tensor | None) -> Prompts:
         if not self.needs_query:
             return LayerwisePrompts(self)
-        return super().forward(query, known_tasks)
+        return super().forward(query)
 
     def select(self, query: torch.Tensor) -> Prompts:
         similarity, prompts = self.weigh(query)
