@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from test_calibration import drawn
 from test_own_metrics_kept import record
 from trainer_cases import CONFIGS, images, whole_and_resumed
 from transformers import TrainerCallback
@@ -236,3 +237,36 @@ def test_a_record_reads_back(tmp_path):
 def test_a_record_of_junk_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         record(calibration=value)
+
+
+def test_it_goes_to_json_and_back(tmp_path):
+    found = fit_calibration(*drawn(rows=60))
+    assert None in found.before.bins.accuracy  # an empty bin
+    found.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == found
+    assert json.loads((tmp_path / "calibration.json").read_text()) == found.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1}, "calibration.temperature is -1"),
+        ({"temperature": "hot"}, "calibration.temperature is 'hot', but must be a number"),
+        ({"images": 1.5}, "calibration.images is 1.5, but must be a whole number"),
+        ({"after": None}, "calibration.after is None, but must be values by name"),
+        ({"more": 1}, "must be temperature, before, after, images by name"),
+        ({"before": {"nll": 1, "ece": 2, "accuracy": 1, "bins": {}}}, "calibration.before.ece is 2"),
+    ],
+)
+def test_junk_is_no_calibration(change, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration.from_dict({**fit_calibration(*drawn(rows=60)).to_dict(), **change})
+
+
+def test_bins_that_do_not_fit_are_junk():
+    facts = fit_calibration(*drawn(rows=60)).to_dict()
+    facts["before"]["bins"]["count"][-1] = 0
+    with pytest.raises(
+        ValueError, match="calibration.before.bins is .* must be a number for each bin that has images"
+    ):
+        Calibration.from_dict(facts)

@@ -17,7 +17,6 @@ from tuner_cases import METHODS, begin, config, images, labels, logits, prompted
 from peft_cl import L2PConfig
 from peft_cl.plots import plot_reliability
 from peft_cl.reliability import (
-    Calibration,
     calibrate,
     expected_calibration_error,
     fit_calibration,
@@ -207,39 +206,6 @@ def test_one_image_has_no_halves():
     with pytest.raises(ValueError, match="There is 1 held-out image.*set measure_on_half to False"):
         fit_calibration([[1.0, 2.0]], [0])
     assert fit_calibration([[1.0, 2.0]], [0], measure_on_half=False).temperature == 100
-
-
-def test_it_goes_to_json_and_back(tmp_path):
-    found = fit_calibration(*drawn(rows=60))
-    assert None in found.before.bins.accuracy  # an empty bin
-    found.save(tmp_path / "calibration.json")
-    assert Calibration.load(tmp_path / "calibration.json") == found
-    assert json.loads((tmp_path / "calibration.json").read_text()) == found.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temperature": -1}, "calibration.temperature is -1"),
-        ({"temperature": "hot"}, "calibration.temperature is 'hot', but must be a number"),
-        ({"images": 1.5}, "calibration.images is 1.5, but must be a whole number"),
-        ({"after": None}, "calibration.after is None, but must be values by name"),
-        ({"more": 1}, "must be temperature, before, after, images by name"),
-        ({"before": {"nll": 1, "ece": 2, "accuracy": 1, "bins": {}}}, "calibration.before.ece is 2"),
-    ],
-)
-def test_junk_is_no_calibration(change, message):
-    with pytest.raises(ValueError, match=message):
-        Calibration.from_dict({**fit_calibration(*drawn(rows=60)).to_dict(), **change})
-
-
-def test_bins_that_do_not_fit_are_junk():
-    facts = fit_calibration(*drawn(rows=60)).to_dict()
-    facts["before"]["bins"]["count"][-1] = 0
-    with pytest.raises(
-        ValueError, match="calibration.before.bins is .* must be a number for each bin that has images"
-    ):
-        Calibration.from_dict(facts)
 
 
 def test_the_diagram_shows_the_bins(tmp_path):

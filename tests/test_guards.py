@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from trainer_cases import CONFIGS
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from peft_cl import (
     CodaPromptConfig,
@@ -23,7 +25,7 @@ from peft_cl import (
     task_incremental,
 )
 from peft_cl.assets import default_backbone
-from peft_cl.metrics.same_rows import ways_to_other_rows
+from peft_cl.metrics.same_rows import same_rows, ways_to_other_rows
 from peft_cl.strategies import FineTuning
 from peft_cl.trainer import guards
 
@@ -366,8 +368,6 @@ def test_guards_change_nothing(name, make_trainer):
 
 def test_a_sound_run_is_quiet(make_trainer, embedded, said, data):
     """The embedded backbone, a head that does not forget, a pool that is large enough."""
-    from transformers import AutoImageProcessor
-
     processor = AutoImageProcessor.from_pretrained(default_backbone())
     config = L2PConfig(pool_size=8, prompt_length=2, top_k=2, use_prompt_mask=True, head="lda")
     trainer = make_trainer(
@@ -375,3 +375,36 @@ def test_a_sound_run_is_quiet(make_trainer, embedded, said, data):
     )
     trainer.train()
     assert said == []
+
+
+def test_the_table_of_warnings_has_each_of_them(tiny_vit, data):
+    """`docs/training.md` names a warning by its first words, and what helps as the warning does."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.partition("| warning |")[2].splitlines()[2:]]
+    table = {row[0].removesuffix(" is ..."): row[2] for row in rows[:9]}
+    rows_alike = torch.ones(5, 3, 2, 48)
+    pool = pool_of(CodaPromptConfig(components_per_task=3, prompt_length=2), rows_alike, tiny_vit)
+    unfrozen = tiny_vit().vit
+    mask = L2PConfig(top_k=1).to_dict()
+    results = SimpleNamespace(
+        usage_metrics=lambda: {"usage_overlap": 1.0},
+        prompt_usage=[[1, 0], [1, 0]],
+        task_names=["a", "b"],
+        hyperparameters={"adapter": mask},
+    )
+    texts = [
+        guards.random_backbone(unfrozen),
+        guards.trained_backbone(unfrozen),
+        guards.small_pool(L2PConfig(), 20),
+        guards.same_query(torch.ones(4, 8), L2PConfig(query_layer=1)),
+        guards.collapse(pool, None),
+        guards.few_rows(np.array([[9, 0, 0], [9, 0, 0]]), 1, mask),
+        same_rows(results),
+        guards.heavy_orthogonality({"cross_entropy": 0.1, "orthogonality": 9.0}),
+        guards.forgetting_head(L2PConfig(), class_incremental(data, 3), 0.5),
+    ]
+    assert len(table) == len(texts)
+    for (words, helps), text in zip(table.items(), texts, strict=True):
+        assert text.startswith(words)
+        options = [name for name in re.findall(r"[a-z]+_[a-z_]+", helps) if name != "from_pretrained"]
+        assert all(name in text for name in options)

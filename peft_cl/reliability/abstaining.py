@@ -119,7 +119,7 @@ def threshold_for_accuracy(confidence: ArrayLike, correct: ArrayLike, accuracy: 
         raise ValueError(
             f"accuracy is {accuracy}, but no threshold reaches it on these images: the best is "
             f"{1 - curve.risk[best]:.4f}, at a threshold of {curve.thresholds[best]:.4f}, which leaves "
-            f"{100 * curve.coverage[best]:.1f} % of them. Ask for no more than that."
+            f"{100 * curve.coverage[best]:.1f} % of them. Give no more than that."
         )
     return float(curve.thresholds[reached[-1]])
 
