@@ -67,11 +67,15 @@ def divided(data: Any, seed: int, options: argparse.Namespace) -> dict[str, Data
         count = min(options.images_per_class, max(1, len(rows) - options.held_out))
         learnt += rows[:count].tolist()
         held_out += rows[count : count + options.held_out].tolist()
+    tested = [
+        rng.permutation(np.flatnonzero(labels["test"] == label))[: options.test_images] for label in sorted(classes)
+    ]
+    tested = np.sort(np.concatenate(tested))
     return {
         "train": data["train"].select(sorted(learnt)),
         "held_out": data["train"].select(sorted(held_out)),
-        "test": data["test"].select(np.flatnonzero(is_known["test"])),
-        "unknown": data["test"].select(np.flatnonzero(~is_known["test"])),
+        "test": data["test"].select(tested[is_known["test"][tested]]),
+        "unknown": data["test"].select(tested[~is_known["test"][tested]]),
     }
 
 
@@ -166,6 +170,7 @@ def main() -> None:
     )
     parser.add_argument("--images-per-class", type=int, default=50, help="to learn from, in each domain")
     parser.add_argument("--held-out", type=int, default=20, help="further training images of a class")
+    parser.add_argument("--test-images", type=int, help="at most so many of each class; None: all")
     parser.add_argument("--epochs", type=int, help="of each task; each method has its own")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--json", type=Path, help="write the rows into this file")

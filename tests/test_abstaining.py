@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from tuner_cases import config, images, logits, prompted
 from peft_cl import classify
 from peft_cl.cli import main
 from peft_cl.reliability import (
+    abstaining,
     accuracy_at_coverage,
     expert_tasks,
     kept_above,
@@ -40,6 +42,11 @@ def test_what_is_kept_by_hand() -> None:
     assert kept_above(confidence, correct, 0.61) == (0.25, 1.0)
     assert kept_above(confidence, correct, 0.0) == (1.0, 0.5)
     assert kept_above(confidence, correct, 0.95) == (0.0, None)
+
+
+def test_examples_in_docstrings_are_true() -> None:
+    found = doctest.testmod(abstaining)
+    assert found.attempted and not found.failed
 
 
 def test_the_curve_has_a_point_for_each_threshold() -> None:

@@ -30,7 +30,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         (
             "reliability",
             ["--data", "digits", "--methods", "none", "--images-per-class", "4", "--held-out", "4"]
-            + ["--num-tasks", "2", "--seeds", "0", "--threads", "1", "--quiet"],
+            + ["--test-images", "4", "--num-tasks", "2", "--seeds", "0", "--threads", "1", "--quiet"],
             1,
         ),
         ("storage", ["--per-digit", "4", "--tasks", "2", "--epochs", "1", "--seeds", "0", "--methods", "coda"], 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft_cl import CodaPromptConfig
 from peft_cl.cli import main
 from peft_cl.reliability import AdapterEnsemble, ensemble_of_top_k
 from peft_cl.scenarios import ImageTransform
+from peft_cl.strategies.packnet import MASKS_FILE
 
 
 # ------------------------------------------------------------------------------------------------ L2P
@@ -323,12 +325,25 @@ def test_the_command_asks_ensembles(saved, place, capsys) -> None:
     assert set(found["unknown"]["scores"]) == {"max_probability"}
 
 
-def test_adapters_that_do_not_fit_are_refused(saved, place, capsys) -> None:
+def test_adapters_that_do_not_fit_are_refused(saved, place, tmp_path, capsys) -> None:
     words = ("--dataset", str(place / "data"))
+    moved, networks = (shutil.copytree(saved / "first", tmp_path / name) for name in ("moved", "networks"))
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "other/model"}))
+    (networks / MASKS_FILE).touch()
+    photo = tmp_path / "photos"
+    photo.mkdir()
+    load_dataset(str(place / "data"))["test"][0]["image"].save(photo / "1.png")
     for command, expected in (
+        ((str(saved / "first"), "--with", str(moved)), "was learnt on 'other/model', but"),
+        ((str(networks), "--with", str(saved / "first")), "holds a network for each task, so it is no member"),
+        ((str(networks), "--ensemble-top-k", "2"), "Leave --ensemble-top-k out"),
+        ((str(networks), "--unknown", str(photo)), "holds a network for each task, and none for images of no task"),
         ((str(saved / "first"), "--with", str(saved / "l2p")), "is of L2P, but"),
         ((str(saved / "first"), "--ensemble-top-k", "2"), "--ensemble-top-k is 2, which cannot be done: An ensemble"),
         ((str(saved / "l2p"), "--ensemble-top-k", "9"), "k is 9, but the choice is among 6 rows"),
     ):
         assert main(["evaluate", *command, *words]) == 2
         assert expected in capsys.readouterr().err
+    words = (*words, "--model", str(place / "model"))  # the remedy
+    assert main(["evaluate", str(saved / "first"), "--with", str(moved), *words]) == 0

@@ -59,7 +59,8 @@ GROWN = {"l2p": [2], "dualprompt": [5], "coda": None}
 @pytest.mark.parametrize("method", RUNS)
 def test_a_run_with_options(method, place, tmp_path):
     adapter = json.dumps(RUNS[method])
-    words = ["train", str(place / "config.yaml"), "--method", method, "--preset", PRESETS[method], "--adapter", adapter]
+    words = ["train", str(place / "config.yaml"), "--method", method, "--adapter", adapter]
+    words += ["--preset", PRESETS[method]]
     assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
     results = RunResults.load(tmp_path / "run")
     settings = results.hyperparameters["adapter"]

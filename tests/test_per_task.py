@@ -280,10 +280,18 @@ def test_the_list_of_tasks_says_nothing_where_nothing_differs(data):
     assert list_tasks(scenario, None) == list_tasks(scenario)
 
 
-def test_the_record_and_the_parser_of_transformers_know_it(tmp_path):
+def test_the_parser_of_transformers_leaves_the_arguments_as_they_are(tmp_path):
+    """It writes types of its own into the fields of the class."""
+    parser = HfArgumentParser(ContinualTrainingArguments)
+    assert "--per_task" in parser.format_help()
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--max_steps", "3"])
+    assert args.max_steps == 3 and args.per_task is None
+    assert arguments(tmp_path).max_steps == -1
+
+
+def test_the_record_knows_it(tmp_path):
     both = arguments(tmp_path, per_task={0: {"max_steps": 1, "weight_decay": 0.5}, "0": {"max_steps": 2}})
     assert both.per_task == {"0": {"max_steps": 2, "weight_decay": 0.5}}
     args = arguments(tmp_path, per_task={0: {"lr_scheduler_type": "cosine", "learning_rates": {"keys": 1}}})
     assert json.loads(args.to_json_string())["per_task"] == args.per_task
     assert type(args.per_task["0"]["lr_scheduler_type"]) is str
-    assert "--per_task" in HfArgumentParser(ContinualTrainingArguments).format_help()

@@ -3,6 +3,7 @@ the command."""
 
 from __future__ import annotations
 
+import doctest
 import json
 import shutil
 
@@ -32,6 +33,7 @@ from peft_cl.reliability import (
     mahalanobis,
     max_probability,
     score_images,
+    scores,
     separation,
 )
 from peft_cl.scenarios import ImageTransform
@@ -130,6 +132,11 @@ def test_every_head_that_keeps_a_second_moment_has_gaussians(name, options, part
         assert far.isfinite() and far < near < 0
 
 
+def test_examples_in_docstrings_are_true() -> None:
+    found = doctest.testmod(scores)
+    assert found.attempted and not found.failed
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_is_that_of_scikit_learn(ties) -> None:
     rng = np.random.default_rng(0)
@@ -194,7 +201,7 @@ def test_one_pass_gives_all_scores_of_an_adapter(name) -> None:
     handle.remove()
     assert len(calls) == 2
     expected = {"max_probability", "energy", "mahalanobis"} | ({"key_similarity"} if name != "frozen" else set())
-    assert set(found) == expected and all(scores.shape == (5,) for scores in found.values())
+    assert set(found) == expected and all(values.shape == (5,) for values in found.values())
     own = logits(model, pixels).double()
     np.testing.assert_allclose(found["max_probability"], own.softmax(-1).amax(-1), atol=1e-5)
     np.testing.assert_allclose(found["energy"], own.logsumexp(-1), rtol=1e-4)
@@ -251,8 +258,8 @@ def test_sums_are_read_from_beside_the_adapter(tmp_path) -> None:
     model.base_model.save_sums(tmp_path)
     again = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
     found = score_images(again, [{"pixel_values": images()}])
-    for name, scores in expected.items():
-        np.testing.assert_allclose(found[name], scores, rtol=1e-4)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4)
     (tmp_path / "head_sums.safetensors").unlink()
     alone = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
     assert "Copy that file there" in ImageScorer(alone).missing["mahalanobis"]
@@ -298,13 +305,13 @@ def test_the_command_measures_images_of_other_classes(half, capsys) -> None:
     assert (found["images"], found["left_out"], found["split"]) == (12, 0, "test")
     model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(default_backbone()), run).eval()
     transform = ImageTransform(AutoImageProcessor.from_pretrained(run))
-    scores = [
+    found_here = [
         score_images(model, [{"pixel_values": transform(load_dataset(str(half / name))["test"]["image"][:])}])
         for name in ("two", "others")
     ]
-    for name, values in separation(*scores).items():
+    for name, values in separation(*found_here).items():
         assert found["scores"][name] == pytest.approx(values), name
-    assert set(found["scores"]) == set(scores[0]) and set(found["missing"]) == {"key_similarity"}
+    assert set(found["scores"]) == set(found_here[0]) and set(found["missing"]) == {"key_similarity"}
     assert found["scores"]["mahalanobis"]["auroc"] > 0.95  # colours that were never seen
 
 

@@ -94,8 +94,8 @@ def _choices(tuner: PromptPoolModel, k: int) -> list[Callable[[], AbstractContex
     if choice is None or not rows:
         raise ValueError(
             f"An ensemble of top-1 to top-{k} is of methods that choose prompts by rank (L2P, and DualPrompt with "
-            f"expert prompts), but this {method} adapter does not. Use it as it is, or an ensemble of several adapters "
-            "(AdapterEnsemble; `peft-cl evaluate --with`)."
+            f"expert prompts), but this {method} adapter does not. Use it as it is, or an ensemble of several "
+            "adapters (AdapterEnsemble; `peft-cl evaluate --with`)."
         )
     if k > rows:
         raise ValueError(

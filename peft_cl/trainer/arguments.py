@@ -303,14 +303,11 @@ class ContinualTrainingArguments(TrainingArguments):
 
     def _check_switches(self) -> None:
         """A word is true, whatever it says."""
-        for each in fields(self):
-            allowed = {"bool": (True, False), "bool | None": (True, False, None)}.get(
-                "bool" if each.type is bool else str(each.type), ()
-            )
-            value = getattr(self, each.name)
-            if allowed and not any(value is one for one in allowed):
+        for name, allowed in SWITCHES.items():
+            value = getattr(self, name)
+            if not any(value is one for one in allowed):
                 words = ", ".join(map(str, allowed[:-1]))
-                raise ValueError(f"{each.name} is {value!r}, but must be {words} or {allowed[-1]}.")
+                raise ValueError(f"{name} is {value!r}, but must be {words} or {allowed[-1]}.")
 
     def _check_evaluation_and_saving(self) -> None:
         for name in ("fp16_full_eval", "bf16_full_eval"):
@@ -347,3 +344,12 @@ class ContinualTrainingArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images in a step of the optimizer: batch x accumulation x processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+_BOOL = {"bool": (True, False), "bool | None": (True, False, None)}
+#: Fields that are switches, and what they may be. Read once: `HfArgumentParser` writes other types into the fields.
+SWITCHES = {
+    each.name: _BOOL[kind]
+    for each in fields(ContinualTrainingArguments)
+    if (kind := "bool" if each.type is bool else str(each.type)) in _BOOL
+}

@@ -126,8 +126,8 @@ def check_choices(args: ContinualTrainingArguments, callbacks: Iterable[Any] | N
         )
     if args.fit_temperature and not validated:
         raise ValueError(
-            "fit_temperature is True, but there are no validation images: fitted on test images, the temperature would "
-            f"make the calibration of the test look better than it is. {REMEDY}."
+            "fit_temperature is True, but there are no validation images: fitted on test images, the temperature "
+            f"would make the calibration of the test look better than it is. {REMEDY}."
         )
 
 

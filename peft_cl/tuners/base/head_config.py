@@ -112,9 +112,9 @@ class HeadConfig(PeftConfig):
         """Put the temperature back to 1, with a warning if it was another: it was fitted on other classes."""
         if self.temperature != 1.0:
             logger.warning(
-                "The adapter's temperature was %.4g, fitted on the classes that it had, and is 1 again, as its classes "
-                "change. Fit it anew afterwards, by peft_cl.reliability.calibrate or by fit_temperature of the "
-                "trainer's arguments.",
+                "The adapter's temperature was %.4g, fitted on the classes that it had, and is 1 again, as its "
+                "classes change. Fit it anew afterwards, by peft_cl.reliability.calibrate or by fit_temperature of "
+                "the trainer's arguments.",
                 self.temperature,
             )
             self.temperature = 1.0
