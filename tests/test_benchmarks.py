@@ -33,7 +33,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
             + ["--test-images", "4", "--num-tasks", "2", "--seeds", "0", "--threads", "1", "--quiet"],
             1,
         ),
-        ("storage", ["--per-digit", "4", "--tasks", "2", "--epochs", "1", "--seeds", "0", "--methods", "coda"], 3),
+        ("storage", [*"--per-digit 4 --tasks 2 --epochs 1 --seeds 0 --methods coda --threads 1".split()], 3),
     ],
 )
 def test_a_benchmark_prints_and_writes_its_rows(script, options, rows, tmp_path):

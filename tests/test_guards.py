@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from peft_cl import (
     DualPromptConfig,
     L2PConfig,
     LinearProbeConfig,
+    RunResults,
     class_incremental,
     domain_incremental,
     task_incremental,
@@ -248,12 +248,15 @@ def test_what_helps_against_few_rows_can_be_set():
     text = ways_to_other_rows(settings, 5)
     assert "use_prompt_mask=True with pool_size=10 gives" in text
     L2PConfig(top_k=2, use_prompt_mask=True, pool_size=10)
-    options = dict(re.findall(r"(\w+)=('\w+'|[\d.]+|True)", text.partition("Or let")[2]))
+    options = dict(re.findall(r"(\w+)=('\w+'|[\d.]*\d|True)", text.partition("Or spread")[2]))
     assert set(options) == {"frequency_penalty", "entropy_coefficient", "key_init"}
     for name, value in options.items():
         set_to = L2PConfig(top_k=2, **{name: eval(value)})
         assert name not in ways_to_other_rows(set_to.to_dict(), 5)
     assert ways_to_other_rows(CodaPromptConfig().to_dict(), 5) == ""
+    stream = ways_to_other_rows(settings, 5, has_tasks=False)
+    assert stream == " To spread the choices among shared rows: entropy_coefficient=0.1, key_init='queries'."
+    L2PConfig(entropy_coefficient=0.1, key_init="queries").check_stream()
 
 
 def test_a_run_whose_images_all_choose_the_same_is_told_once(make_trainer, said):
@@ -385,13 +388,18 @@ def test_the_table_of_warnings_has_each_of_them(tiny_vit, data):
     rows_alike = torch.ones(5, 3, 2, 48)
     pool = pool_of(CodaPromptConfig(components_per_task=3, prompt_length=2), rows_alike, tiny_vit)
     unfrozen = tiny_vit().vit
-    mask = L2PConfig(top_k=1).to_dict()
-    results = SimpleNamespace(
-        usage_metrics=lambda: {"usage_overlap": 1.0},
-        prompt_usage=[[1, 0], [1, 0]],
-        task_names=["a", "b"],
-        hyperparameters={"adapter": mask},
-    )
+    mask, scenario = L2PConfig(top_k=1).to_dict(), class_incremental(data, 3)
+    facts = {"method": "L2P", "peft_type": "L2P", "base_model": "", "dataset": "", "seed": 0, "finished_tasks": 2}
+    facts |= {"task_names": ["a", "b"], "accuracy_matrix": [[1.0, 0.0], [0.0, 1.0]], "test_sizes": [1, 1]}
+    facts |= {
+        "metrics": {},
+        "trainable_parameters": 1,
+        "total_parameters": 1,
+        "adapter_bytes": 1,
+        "train_seconds": 0.0,
+    }
+    facts |= {"scenario": scenario.describe(), "hyperparameters": {"adapter": mask}}
+    results = RunResults(prompt_usage=[[1, 0], [1, 0]], **facts)
     texts = [
         guards.random_backbone(unfrozen),
         guards.trained_backbone(unfrozen),
@@ -401,7 +409,7 @@ def test_the_table_of_warnings_has_each_of_them(tiny_vit, data):
         guards.few_rows(np.array([[9, 0, 0], [9, 0, 0]]), 1, mask),
         same_rows(results),
         guards.heavy_orthogonality({"cross_entropy": 0.1, "orthogonality": 9.0}),
-        guards.forgetting_head(L2PConfig(), class_incremental(data, 3), 0.5),
+        guards.forgetting_head(L2PConfig(), scenario, 0.5),
     ]
     assert len(table) == len(texts)
     for (words, helps), text in zip(table.items(), texts, strict=True):

@@ -58,7 +58,6 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
         "l2p+uneven",
         "coda+uneven+accumulated",
         "probe+lda+uneven",
-        "coda+shared+adaptive+uneven",
         *(
             pytest.param(method, marks=pytest.mark.slow)
             for method in (
@@ -70,6 +69,7 @@ def check_same(found: Path, expected: Path, absolute: float, relative: float) ->
                 "dualprompt",
                 "dualprompt+bykey+adaptive",
                 "l2p+growing+uneven",
+                "coda+shared+adaptive+uneven",
                 "coda+cached",
                 "l2p+augmented",
                 "l2p+er+uneven",

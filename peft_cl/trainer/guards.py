@@ -152,13 +152,14 @@ def collapse(pool: PromptPool, before: torch.Tensor | None) -> str | None:
     )
 
 
-def few_rows(counts: np.ndarray, choices: int, adapter: Mapping[str, Any]) -> str | None:
+def few_rows(counts: np.ndarray, choices: int, adapter: Mapping[str, Any], has_tasks: bool = True) -> str | None:
     """Of a pool of which a few rows serve all images, though there are more.
 
     Args:
         counts: how often each row was chosen for each task's test images, (tasks, rows).
         choices: rows that one image chooses.
         adapter: the settings, as the record has them.
+        has_tasks: False for a stream.
     """
     total = np.sort(np.asarray(counts).sum(axis=0))[::-1]
     in_use = int(np.searchsorted(np.cumsum(total), NEARLY_ALL * total.sum()) + 1)
@@ -168,7 +169,7 @@ def few_rows(counts: np.ndarray, choices: int, adapter: Mapping[str, Any]) -> st
     return (
         f"Few prompts are ever chosen: {in_use} of {len(total)} rows of the pool have {percent(share)} % of all "
         f"choices of {counted(len(counts), 'task')}, and one image chooses {choices}. The pool then works as one "
-        "prompt for all images." + ways_to_other_rows(adapter, len(counts))
+        "prompt for all images." + ways_to_other_rows(adapter, len(counts), has_tasks)
     )
 
 
@@ -292,4 +293,5 @@ class Guards(TrainerCallback):
         if is_last:
             self.tell("rows", same_rows(results))
         choices = getattr(pool.config, "top_k", 1) * self.trainer.key_sets
-        self.tell("rows", few_rows(counts, choices, results.hyperparameters.get("adapter", {})))
+        adapter, has_tasks = results.hyperparameters.get("adapter", {}), self.trainer.scenario.boundaries
+        self.tell("rows", few_rows(counts, choices, adapter, has_tasks))

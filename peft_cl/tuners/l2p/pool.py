@@ -113,7 +113,7 @@ class L2PPool(RowPool):
 
     def _choose(self, query: torch.Tensor, keys: torch.Tensor, similarity: torch.Tensor | None) -> torch.Tensor:
         """(sets, B, N) rows, from the similarities (sets, B, M) where all are there."""
-        config, batch = self.config, (len(keys), len(query))
+        config, batch = self.config, (keys.shape[0], query.shape[0])  # not len(), which an export takes for a constant
         own = torch.arange(config.top_k, device=query.device)
         if self.training and config.use_prompt_mask:
             return (own + self.task * config.top_k).expand(*batch, -1)
