@@ -106,18 +106,11 @@ def test_a_small_pool_is_told_with_the_size_that_is_enough(make_trainer, said):
     assert guards.small_pool(L2PConfig(pool_size=5, growth="every_task"), 3) is None
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        L2PConfig(pool_size=10, top_k=1, use_prompt_mask=True),  # rows of its own for each task
-        L2PConfig.from_preset("best"),  # learnt in the first task alone
-        DualPromptConfig(),
-        CodaPromptConfig(),
-        LinearProbeConfig(),
-    ],
-)
-def test_a_pool_that_tasks_do_not_share_is_never_small(config):
-    assert guards.small_pool(config, 10) is None
+def test_a_pool_that_tasks_do_not_share_is_never_small():
+    own_rows = L2PConfig(pool_size=10, top_k=1, use_prompt_mask=True)
+    of_first_task = L2PConfig.from_preset("best")
+    for config in (own_rows, of_first_task, DualPromptConfig(), CodaPromptConfig(), LinearProbeConfig()):
+        assert guards.small_pool(config, 10) is None
 
 
 # ------------------------------------------------------------------------------------------------ collapse
@@ -150,11 +143,7 @@ def test_rows_of_past_tasks_are_compared_too_and_keys_and_values_are_one_row(tin
     assert guards.cosines_of_rows(model.base_model.pool) is None  # one row
     model.begin_task(["c", "d"])
     pool = model.base_model.pool
-    both = [
-        torch.cat([part[layer].flatten() for part in (rows,)])
-        for rows in (pool.past_prompts, pool.prompts)
-        for layer in [1]
-    ]
+    both = [rows[1].flatten() for rows in (pool.past_prompts, pool.prompts)]  # of the second layer
     assert guards.cosines_of_rows(pool)[1].item() == pytest.approx(F.cosine_similarity(*both, dim=0).item(), abs=1e-6)
 
 
@@ -288,10 +277,7 @@ def test_orthogonality_far_above_the_cross_entropy(make_trainer, said):
 @pytest.mark.parametrize(
     ("losses", "told"),
     [
-        (
-            {"cross_entropy": 0.5, "pull": 9.0, "orthogonality": 5.1},
-            "5.1 on average over the task, 10 times the cross-en",
-        ),
+        ({"cross_entropy": 0.5, "pull": 9.0, "orthogonality": 5.1}, "5.1 on average over the task, 10 times the"),
         ({"cross_entropy": 0.5, "orthogonality": 4.9}, None),
         ({"own_loss": 0.1, "orthogonality": 40.0}, "400 times the own-loss (0.1)"),
         ({"cross_entropy": 0.5}, None),
@@ -385,19 +371,13 @@ def test_the_table_of_warnings_has_each_of_them(tiny_vit, data):
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.partition("| warning |")[2].splitlines()[2:]]
     table = {row[0].removesuffix(" is ..."): row[2] for row in rows[:9]}
-    rows_alike = torch.ones(5, 3, 2, 48)
-    pool = pool_of(CodaPromptConfig(components_per_task=3, prompt_length=2), rows_alike, tiny_vit)
+    pool = pool_of(CodaPromptConfig(components_per_task=3, prompt_length=2), torch.ones(5, 3, 2, 48), tiny_vit)
     unfrozen = tiny_vit().vit
     mask, scenario = L2PConfig(top_k=1).to_dict(), class_incremental(data, 3)
     facts = {"method": "L2P", "peft_type": "L2P", "base_model": "", "dataset": "", "seed": 0, "finished_tasks": 2}
     facts |= {"task_names": ["a", "b"], "accuracy_matrix": [[1.0, 0.0], [0.0, 1.0]], "test_sizes": [1, 1]}
-    facts |= {
-        "metrics": {},
-        "trainable_parameters": 1,
-        "total_parameters": 1,
-        "adapter_bytes": 1,
-        "train_seconds": 0.0,
-    }
+    facts |= {"metrics": {}, "adapter_bytes": 1, "train_seconds": 0.0}
+    facts |= {"trainable_parameters": 1, "total_parameters": 1}
     facts |= {"scenario": scenario.describe(), "hyperparameters": {"adapter": mask}}
     results = RunResults(prompt_usage=[[1, 0], [1, 0]], **facts)
     texts = [
