@@ -20,7 +20,7 @@ from peft_cl.tuners.base.encoder import NO_PROMPTS
 
 
 #: Presets whose prompts enter as tokens, and the reason that a family gives against them.
-TOKENS = ("l2p", "l2p-textbook", "dualprompt-textbook", "coda-textbook")
+TOKENS = ("l2p", "l2p-textbook", "dualprompt-textbook", "dualprompt-key", "coda-textbook", "coda-shared")
 NO_TOKENS = {"beit": "relative positions", "beit-shared": "relative positions", "swin": "windows", "swinv2": "windows"}
 
 
@@ -28,7 +28,7 @@ def why_refused(name: str, case: str) -> str | None:
     """The words of the reason for which this combination is refused, or None."""
     if case in TOKENS and name in NO_TOKENS:
         return f"prompt_type is 'tokens', but .*{NO_TOKENS[name]}.*prompt_type='prefix'"
-    if case == "coda-textbook" and name.startswith("siglip"):
+    if case in ("coda-textbook", "coda-shared") and name.startswith("siglip"):
         return "query_source is 'layer_cls', but the base model has no CLS token"
     if case == "coda-layer-mean" and name.startswith("swin"):
         return r"layers are of the widths \[12, 24\]"
