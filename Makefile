@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Processes that the tests run in: as many as there are cores, or a number.
 JOBS ?= auto
+# How tests are divided among them.
+DIST := loadfile
 # More arguments for the target's command, as in: make test ARGS="-k coda -x"
 ARGS ?=
 
@@ -21,7 +23,8 @@ else
 SELECTION :=
 SELECTION_NOTE := PEFT_CL_DATA=$(PEFT_CL_DATA): tests marked 'data' run too
 endif
-PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# Tests of a file share what it makes once. Slow ones take minutes: a process without work takes over from another.
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist $(DIST)
 # Keeps pytest's own exit status.
 KEPT = status=$$?; echo $$status > $(PYTEST_STATUS); exit $$status
 
@@ -50,6 +53,7 @@ test: install  ## Run the tests (with those on real images if PEFT_CL_DATA names
 	@echo "$(SELECTION_NOTE)"
 	@$(PYTEST) -m "not slow $(SELECTION)" $(ARGS); $(KEPT)
 
+test-slow: DIST := worksteal
 test-slow: install  ## Run the tests that take long: more kills and processes, matrices, benchmarks
 	@echo "$(SELECTION_NOTE)"
 	@$(PYTEST) -m "slow $(SELECTION)" $(ARGS); $(KEPT)
