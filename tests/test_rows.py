@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,6 +134,18 @@ def test_rows_of_another_adapter(config_class, fields, tmp_path):
     model.save_pretrained(tmp_path / "own")
     (tmp_path / "adapter_model.safetensors").unlink()  # a saved adapter needs the other no more
     PeftModel.from_pretrained(tiny(), tmp_path / "own")
+
+
+def test_a_loaded_adapter_does_not_look_for_the_one_that_it_began_from(tmp_path):
+    """Whoever wrote its configuration could name any place; its rows are its own, before its first task too."""
+    learnt(L2PConfig, L2P).save_pretrained(tmp_path / "first")
+    config = L2PConfig(**L2P, init="adapter", init_from=str(tmp_path / "first"))
+    get_peft_model(tiny(), config).save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny(), tmp_path / "second", is_trainable=True)
+    rows = model.base_model.pool.prompts.detach().clone()
+    model.begin_task(["a", "b"])
+    assert torch.equal(model.base_model.pool.prompts, rows)
 
 
 def test_an_adapter_that_is_not_there_or_does_not_fit_is_refused(tmp_path):

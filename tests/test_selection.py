@@ -140,6 +140,8 @@ def test_a_known_task_takes_its_own_rows(name):
     logits(model, task_ids=numbers)
     expected = numbers[:, None] if name == "dualprompt" else numbers[:, None] * 2 + torch.arange(2)
     assert torch.equal(model.base_model.head.last_selected, expected)
+    with pytest.raises(ValueError, match=r"task_ids holds \[3\], but the active adapter has begun 3 tasks"):
+        logits(model, task_ids=torch.tensor([0, 3, 1, 1]))
     logits(model)  # unknown again: by the keys
     assert model.base_model.pool.known_tasks is None
 
@@ -217,6 +219,11 @@ BAD = [
         L2PConfig,
         {"known_task_rows": True},
         "known_task_rows is True, but without use_prompt_mask.*Set use_prompt_mask",
+    ),
+    (
+        L2PConfig,
+        {"shared_prompt_pool": True, "past_rows": "frozen"},
+        "shared_prompt_pool is True.*past_rows to 'trained'",
     ),
     (L2PConfig, {"key_size": 8}, "key_size is 8, but query_projection is None.*Set query_projection='linear'"),
     (L2PConfig, {"key_size": 0, "query_projection": "mlp"}, "key_size is 0.*at least 1"),

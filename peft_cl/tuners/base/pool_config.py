@@ -313,7 +313,7 @@ class PoolConfig(PromptPoolConfig):
                 f"init is 'patches', but embeddings of patches have {geometry.size_at([0])} numbers, and prompts of "
                 f"layers {list(self.prompted_layers)} have {width}. Set init to another, or prompt the first layers."
             )
-        if self.init == FROM_ADAPTER and not self.tasks:
+        if self.init == FROM_ADAPTER and not self.tasks and self.source is None:
             check_source(self.init_from)
 
     def key_width(self, geometry: Geometry) -> int:

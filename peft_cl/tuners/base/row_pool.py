@@ -167,8 +167,9 @@ class RowPool(PromptPool):
             self.grow(self.config.growth_size)
 
     def take_over(self) -> None:
-        """At the first task's start: the rows of the adapter that `init_from` names."""
-        if self.config.init != FROM_ADAPTER:
+        """At the first task's start: the rows of the adapter that `init_from` names. An adapter that was loaded has
+        rows, and what it names is not looked for."""
+        if self.config.init != FROM_ADAPTER or self.config.source is not None:
             return
         found = rows_of_adapter(self.config.init_from, self.row_axes)
         for name, rows in found.items():

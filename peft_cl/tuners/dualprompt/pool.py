@@ -115,7 +115,8 @@ class DualPromptPool(RowPool):
         """(sets, B, 1) rows, at test."""
         config, keys = self.config, self.rows("keys")
         if config.known_task_rows and self.known_tasks is not None:
-            return self.known_tasks.to(query.device)[None, :, None].expand(len(keys), -1, -1)
+            known = self.known_tasks.to(query.device).clamp(0, self.task)  # the head says what is wrong with others
+            return known[None, :, None].expand(len(keys), -1, -1)
         selected = compare(query, keys, config.similarity).argmax(-1, keepdim=True)
         return batch_vote(selected, self.rows_in_use) if config.batchwise_prompt_at_test else selected
 

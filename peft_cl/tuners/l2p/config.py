@@ -213,6 +213,11 @@ class L2PConfig(KeyPoolConfig):
                 "known_task_rows is True, but without use_prompt_mask no rows belong to a task. Set use_prompt_mask="
                 "True."
             )
+        if self.shared_prompt_pool and self.past_rows == "frozen":
+            raise ValueError(
+                "shared_prompt_pool is True, which writes into rows from the beginning of the pool, but past_rows is "
+                "'frozen'. Set shared_prompt_pool to False, or past_rows to 'trained'."
+            )
         if self.use_prompt_mask and self.growth is not None:
             raise ValueError(
                 f"growth is {self.growth!r}, but with use_prompt_mask each task has rows of its own. Set growth to "

@@ -118,7 +118,8 @@ class L2PPool(RowPool):
         if self.training and config.use_prompt_mask:
             return (own + self.task * config.top_k).expand(*batch, -1)
         if not self.training and config.known_task_rows and self.known_tasks is not None:
-            return (own + self.known_tasks.to(own)[:, None] * config.top_k).expand(*batch, -1)
+            known = self.known_tasks.to(own).clamp(0, self.task)  # the head says what is wrong with others
+            return (own + known[:, None] * config.top_k).expand(*batch, -1)
         if similarity is None:
             stamp = [(rows.data_ptr(), rows._version, rows.shape) for rows in (self.keys, self.past("keys"))]
             rows = keys[:, : self.rows_in_use]
