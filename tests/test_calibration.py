@@ -165,7 +165,7 @@ def test_bad_probabilities_are_refused(probabilities, bins, message):
 def test_a_temperature_is_above_zero(temperature):
     with pytest.raises(ValueError, match=r"temperature is .*, but must be a number above 0"):
         negative_log_likelihood([[1.0, 2.0]], [0], temperature)
-    with pytest.raises(ValueError, match=r"temperature is .*, but must be a number above 0"):
+    with pytest.raises(ValueError, match=r"temperature is .*, but must be a number at least 0.001 and at most"):
         L2PConfig(temperature=temperature)
 
 

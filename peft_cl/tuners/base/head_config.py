@@ -34,6 +34,8 @@ BEST = {
     "head_layers": None,
     "train_prompts": "first_task",
 }
+#: Below it, logits divided by a temperature are no numbers any more.
+LEAST_TEMPERATURE = 1e-3
 #: With `head_layers=None` the head sees at most so many layers, and at most so many numbers of an image: the square of
 #: the latter has to be kept.
 MOST_LAYERS, MOST_NUMBERS = 6, 3072
@@ -120,7 +122,7 @@ class HeadConfig(PeftConfig):
             self.temperature = 1.0
 
     def _check_head(self) -> None:
-        check_number("temperature", self.temperature, above=0)
+        check_number("temperature", self.temperature, least=LEAST_TEMPERATURE, most=1e6)
         if not isinstance(self.head_options, dict):
             raise ValueError(f"head_options is {self.head_options!r}, but must be a dict of the head's own settings.")
         kind = self._kind_of_head()

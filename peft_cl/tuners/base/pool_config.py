@@ -225,7 +225,7 @@ class PoolConfig(PromptPoolConfig):
     def _check_init(self) -> None:
         if (self.init == FROM_ADAPTER) != (self.init_from is not None):
             raise ValueError(
-                f"init is {self.init!r} and init_from {self.init_from!r}, but the two go together. Set init='adapter' "
+                f"init is {self.init!r} and init_from {brief(self.init_from)}, but the two go together. Set init='adapter' "
                 "with the adapter's folder or Hub name, or neither."
             )
         for name, value in (("key_init", "queries"), ("growth", "adaptive")):
@@ -268,7 +268,7 @@ class PoolConfig(PromptPoolConfig):
             ):
                 if getattr(self, name) != default:
                     raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, but each task has rows of its own here. Leave it at "
+                        f"{name} is {brief(getattr(self, name))}, but each task has rows of its own here. Leave it at "
                         f"{default!r}, or let the tasks share the rows: {self.size_option}."
                     )
             return
