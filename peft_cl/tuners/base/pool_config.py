@@ -225,8 +225,8 @@ class PoolConfig(PromptPoolConfig):
     def _check_init(self) -> None:
         if (self.init == FROM_ADAPTER) != (self.init_from is not None):
             raise ValueError(
-                f"init is {self.init!r} and init_from {brief(self.init_from)}, but the two go together. Set init='adapter' "
-                "with the adapter's folder or Hub name, or neither."
+                f"init is {self.init!r} and init_from {brief(self.init_from)}, but the two go together. Set "
+                "init='adapter' with the adapter's folder or Hub name, or neither."
             )
         for name, value in (("key_init", "queries"), ("growth", "adaptive")):
             if getattr(self, name) == value and not self.has_query:
