@@ -1,10 +1,13 @@
-"""Bars of other libraries, where nobody sees them move."""
+"""Bars: our own, and those of other libraries where nobody sees them move."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import datasets
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 
@@ -18,3 +21,8 @@ def no_bars() -> None:
     """Switch them off."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def batch_bar(batches: Iterable[Any], what: str) -> Iterable[Any]:
+    """The batches, with a bar called `what` while they come, where the output is a terminal."""
+    return tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True, disable=None)

@@ -21,7 +21,7 @@ from ..trainer.extras import spared
 from ..tuners.base.formats import format_needed
 from .adapters import SavedAdapter
 from .data_options import add_data_options, data_settings
-from .errors import CommandError, explained, some
+from .errors import CommandError, explained, refuse_below_one, some
 from .evaluate import add_model_options, load_networks
 from .learnt_images import LearntImages, learnt_images
 from .output import say, say_json
@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise CommandError(f"--batch-size is {arguments.batch_size}, but must be at least 1.")
+    refuse_below_one("--batch-size", arguments.batch_size)
     if not local_path(arguments.adapter).exists():
         raise CommandError(
             f"There is no folder {arguments.adapter!r}, and the temperature is written into the adapter's folder. "

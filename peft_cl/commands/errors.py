@@ -81,3 +81,9 @@ def unknown(what: str, name: object, known: Iterable[str], prefix: str = "") -> 
 def some(names: Sequence[str]) -> str:
     """List the first names of what may be many."""
     return ", ".join(map(plain, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def refuse_below_one(option: str, value: int) -> None:
+    """Refuse a number of an option that is not at least 1."""
+    if value < 1:
+        raise CommandError(f"{option} is {value}, but must be at least 1.")

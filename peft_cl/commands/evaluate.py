@@ -17,7 +17,7 @@ from . import abstain, ensembles
 from . import unknown as unknown_images
 from .adapters import SavedAdapter
 from .data_options import add_data_options, data_settings
-from .errors import CommandError, explained
+from .errors import CommandError, explained, refuse_below_one
 from .learnt_images import learnt_images
 from .networks import network_of
 from .output import say, say_json
@@ -103,8 +103,7 @@ class Evaluation:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise CommandError(f"--batch-size is {arguments.batch_size}, but must be at least 1.")
+    refuse_below_one("--batch-size", arguments.batch_size)
     adapter = SavedAdapter.read(arguments.adapter)
     settings = data_settings(arguments)
     examples = split_of(load_data(settings), settings, "test_split")

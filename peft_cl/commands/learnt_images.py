@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from ..scenarios import ContinualCollator, ImageTransform
 from ..scenarios.columns import find_image_column, read_labels
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
+from .bars import batch_bar
 from .errors import CommandError, explained, some
 from .sections import DatasetSettings
 from .sources import RESULTS_FILE, load_processor
@@ -153,6 +153,5 @@ def each_logits(model: PeftModel, batches: DataLoader, tasks: np.ndarray | None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     parts = itertools.repeat(None) if tasks is None else torch.from_numpy(tasks).split(batches.batch_size)
-    shown = tqdm(batches, desc="images", unit="batch", leave=False, dynamic_ncols=True, disable=None)
-    for batch, task_ids in zip(shown, parts, strict=False):  # the repetition has no end
+    for batch, task_ids in zip(batch_bar(batches, "images"), parts, strict=False):  # the repetition has no end
         yield model(batch["pixel_values"].to(device), task_ids=task_ids).logits

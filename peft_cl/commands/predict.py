@@ -20,7 +20,7 @@ from ..scenarios import open_image
 from ..text import counted, percent, plain
 from .abstain import add_threshold, check_threshold
 from .adapters import SavedAdapter
-from .errors import CommandError, explained, unknown
+from .errors import CommandError, explained, refuse_below_one, unknown
 from .evaluate import add_model_options, load_adapter
 from .networks import network_of
 from .output import complain, say
@@ -51,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     for name, value in (("--top-k", arguments.top_k), ("--batch-size", arguments.batch_size)):
-        if value < 1:
-            raise CommandError(f"{name} is {value}, but must be at least 1.")
+        refuse_below_one(name, value)
     check_threshold(arguments.abstain_below)
     if local_path(arguments.adapter).is_file() and any(
         (local_path(name) / CONFIG_FILE).is_file() for name in arguments.images

@@ -12,7 +12,6 @@ import numpy as np
 from datasets import Dataset, Image
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..disk import local_path
 from ..reliability.scores import ImageScorer, scores_of, separation
@@ -22,6 +21,7 @@ from ..text import counted, percent
 from ..trainer.bad_images import BadImageError, ImageReader
 from ..trainer.examples import TaskExamples
 from .adapters import SavedAdapter
+from .bars import batch_bar
 from .errors import CommandError, explained, some
 from .folders import image_files, kind_of, visible_files
 from .learnt_images import LearntImages
@@ -138,8 +138,7 @@ def measure_unknown(model: nn.Module, known: LearntImages, unknown: UnknownImage
     try:
         for examples, collate in ((known.images, known.collator), (images, collator)):
             batches = DataLoader(examples, batch_size, collate_fn=collate)
-            shown = tqdm(batches, desc="scores", unit="batch", leave=False, dynamic_ncols=True, disable=None)
-            scored.append(scores_of(scorer, shown))
+            scored.append(scores_of(scorer, batch_bar(batches, "scores")))
     except BadImageError as error:
         raise CommandError(str(error)) from error
     with explained("The scores cannot be compared"):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..disk import read_json
 from ..metrics import RunResults
 from ..reliability.calibration import Calibration
-from ..tuners.base.saved import read_header
+from ..tuners.base.saved import part_of_pool, read_header
 from .comparison import plot_comparison
 from .curves import plot_curves
 from .keys import plot_key_similarity
@@ -151,8 +151,7 @@ def _tensors(file: Path, name: str) -> dict[str, torch.Tensor]:
     """
     found = {}
     for key, stored in read_header(file).items():
-        place, _, part = key.rpartition(".")
-        if place.endswith("_pool") and part in (name, f"past_{name}"):
+        if (part := part_of_pool(key)) in (name, f"past_{name}"):
             found[part] = key, stored.shape
     # Keys are (sets, rows, D); prompts (layers, rows, L, D), or (layers, 2, rows, L, D) with keys and values apart.
     dimensions, axis = ((3,), -2) if name == "keys" else ((4, 5), -3)

@@ -188,7 +188,7 @@ class ImageScorer:
 
     def _key_similarity(self, query: torch.Tensor) -> torch.Tensor:
         pool = self.tuner.pool
-        own = pool.query_projection(query[:, : pool.geometry.hidden_size].to(pool.keys.dtype))
+        own = pool.mapped(query[:, : pool.geometry.hidden_size])
         return key_similarity(own, _rows(pool, "keys"), _rows(pool, "attention"))
 
 

@@ -264,11 +264,10 @@ class ContinualTrainingArguments(TrainingArguments):
         if own_loading and self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True
         self._check_data_and_device()
-        if isinstance(self.learning_rates, dict):
-            self.learning_rates = {name: plain(rate) for name, rate in self.learning_rates.items()}
+        for name in ("learning_rates", "max_grad_norms"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, {part: plain(value) for part, value in getattr(self, name).items()})
         check_rates(self.learning_rates)
-        if isinstance(self.max_grad_norms, dict):
-            self.max_grad_norms = {name: plain(norm) for name, norm in self.max_grad_norms.items()}
         check_norms(self.max_grad_norms)
         self.scale_rate()
         self._check_evaluation_and_saving()

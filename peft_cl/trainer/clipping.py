@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .learning_rates import PARTS, part_of
+from .learning_rates import check_by_part, part_of
 
 
 def check_norms(norms: dict[str, float] | None) -> None:
     """Raise a `ValueError` for a part that does not exist or a norm that is none."""
-    if norms is not None and not isinstance(norms, dict):
-        raise ValueError(f"max_grad_norms is {norms!r}, but must be norms by part, such as {{'pool': 1.0}}.")
-    for name, norm in (norms or {}).items():
-        if name not in PARTS:
-            raise ValueError(f"max_grad_norms names {name!r}, but the parts are {', '.join(PARTS)}. Name these.")
-        if isinstance(norm, bool) or not isinstance(norm, (int, float)) or not 0 < norm < math.inf:
-            raise ValueError(f"max_grad_norms gives {name!r} the norm {norm!r}, but a norm must be a number above 0.")
+    check_by_part("max_grad_norms", "norm", norms, "{'pool': 1.0}", "above 0", lambda norm: norm > 0)
 
 
 def clip_parts(model: nn.Module, norms: Mapping[str, float], accelerator: Accelerator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,15 +16,38 @@ PARTS = ("prompts", "g_prompts", "keys", "attention", "query_projection", "head"
 
 def check_rates(rates: dict[str, float] | None) -> None:
     """Raise a `ValueError` for a part that does not exist or a rate that is none."""
-    if rates is not None and not isinstance(rates, dict):
-        raise ValueError(f"learning_rates is {rates!r}, but must be rates by part, such as {{'prompts': 0.005}}.")
-    for name, rate in (rates or {}).items():
+    check_by_part("learning_rates", "rate", rates, "{'prompts': 0.005}", "of at least 0", lambda rate: rate >= 0)
+
+
+def check_by_part(
+    setting: str,
+    what: str,
+    values: dict[str, float] | None,
+    example: str,
+    rule: str,
+    holds: Callable[[float], bool],
+) -> None:
+    """Refuse what gives no finite numbers to parts.
+
+    Args:
+        setting: the argument's name.
+        what: what a number is called.
+        values: by the name of the part; None: nothing is set.
+        example: values that will do.
+        rule: what a number must be.
+        holds: whether it is.
+
+    Raises:
+        ValueError: it names the part, its value and the rule.
+    """
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{setting} is {values!r}, but must be {what}s by part, such as {example}.")
+    for name, value in (values or {}).items():
         if name not in PARTS:
-            raise ValueError(f"learning_rates names {name!r}, but the parts are {', '.join(PARTS)}. Name these.")
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-            raise ValueError(
-                f"learning_rates gives {name!r} the rate {rate!r}, but a rate must be a number of at least 0."
-            )
+            raise ValueError(f"{setting} names {name!r}, but the parts are {', '.join(PARTS)}. Name these.")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+        if not is_number or not holds(value):
+            raise ValueError(f"{setting} gives {name!r} the {what} {value!r}, but a {what} must be a number {rule}.")
 
 
 def check_parts(rates: dict[str, float], model: nn.Module) -> None:

@@ -120,7 +120,7 @@ class QueryCache:
         weight = next(base.parameters())
         kind = weight.device.type
         features = tuner.encoder.query_features
-        layer = getattr(tuner.head.config, "query_layer", None)
+        layer = tuner.pool.query_layer
         return {
             **({} if layer is None else {"query_layer": layer}),
             **({} if features == CLS else {"features": str(features)}),

@@ -135,8 +135,8 @@ class PromptedEncoder(AdapterLayer):
         """The lowest layer that is of the two passes' own, or whose output the head reads."""
         layers = 1 if features is None else features.layers
         layers = max(layers, self.query_features.layers if pool.needs_query else 1)
-        queried = getattr(pool.config, "query_layer", None)
-        return min(pool.first_layer, len(self._layers) - layers, *([] if queried is None else [queried + 1]))
+        first = min(pool.first_layer, len(self._layers) - layers)
+        return first if pool.query_layer is None else min(first, pool.query_layer + 1)
 
     def _read(self, features: Features, start: State, first: int, prompts: Prompts, trace: Trace) -> torch.Tensor:
         """(B, parts x layers x D): the features of the last layers' outputs, from the input of layer `first` on."""
@@ -195,7 +195,8 @@ class PromptedEncoder(AdapterLayer):
     @torch.no_grad()
     def _query(self, pixel_values: torch.Tensor, interpolate: bool, first: int) -> tuple[torch.Tensor, State]:
         """The query (B, Q), and the input of layer `first` on the way to it."""
-        last = getattr(self.active and self.active.config, "query_layer", None)
+        pool: PromptPool | None = self.active
+        last = None if pool is None else pool.query_layer
         with evaluation_mode(self.base_layer):
             start = self._start(pixel_values, interpolate, first, Trace())
             if last is not None:  # an early layer's output, where the pass ends
@@ -277,8 +278,8 @@ class PromptedEncoder(AdapterLayer):
         if read == "own" and self.family.reads == "cls":
             read = "cls"
         # Attention knows no order: where tokens stand shows in hidden states and attentions alone.
-        behind_cls = getattr(self.active and self.active.config, "token_order", None) == "cls_first"
-        place = self.family.num_special(self.base_layer) if behind_cls else 0
+        pool: PromptPool | None = self.active
+        place = self.family.num_special(self.base_layer) if pool is not None and pool.behind_cls else 0
         at_the_front = read in READ_AT_THE_FRONT and self.family.cls_is_first_token and not place
         for index, layer in enumerate(layers[first:], start=first):
             injection = prompts.at(index, hidden)

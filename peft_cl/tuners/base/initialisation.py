@@ -8,23 +8,19 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from .saved import file_beside, read_header
+from .saved import file_beside, part_of_pool, read_header
 
 
 #: The official JAX code draws prompts and keys from U[0, 0.01), its PyTorch ports from U(-1, 1), CODA's from U[0, 1).
 UNIFORM_RANGES = {"uniform": (0.0, 0.01), "wide_uniform": (-1.0, 1.0), "unit_uniform": (0.0, 1.0)}
 #: Standard deviations.
 NORMAL = {"normal": 0.02, "near_zero": 1e-4}
-ORTHOGONAL, FROM_ADAPTER = "orthogonal", "adapter"
-#: These wait for images of a task; until then their rows are normal.
-FROM_IMAGES = ("patches",)
+#: The last two come from elsewhere: from images of a task, or another adapter. Until then rows are normal.
+ORTHOGONAL, PATCHES, FROM_ADAPTER = "orthogonal", "patches", "adapter"
 
 
 def draw_rows(kind: str, *shape: int) -> torch.Tensor:
-    """Random float32 rows: a uniform range of `UNIFORM_RANGES`, or normal with a deviation of `NORMAL`.
-
-    Rows that come from elsewhere (`"patches"`, `"adapter"`) are normal until they do.
-    """
+    """Random float32 rows: a uniform range of `UNIFORM_RANGES`, or normal with a deviation of `NORMAL`."""
     if kind in UNIFORM_RANGES:
         return torch.empty(*shape).uniform_(*UNIFORM_RANGES[kind])
     return torch.randn(*shape) * NORMAL.get(kind, NORMAL["normal"])
@@ -42,9 +38,9 @@ def layer_by_layer(first: torch.Tensor, layers: int, noise: float) -> torch.Tens
     return torch.cat([first[None], first + steps.cumsum(0)])
 
 
-def some_of(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def some_of(rows: torch.Tensor, count: int) -> torch.Tensor:
     """`count` of `rows` (N, ...) by chance, each as often as another: none twice before all were taken."""
-    order = [torch.randperm(len(rows), generator=generator) for _ in range(-(-count // len(rows)))]
+    order = [torch.randperm(len(rows)) for _ in range(-(-count // len(rows)))]
     return rows[torch.cat(order)[:count].to(rows.device)]
 
 
@@ -55,7 +51,7 @@ def check_source(place: str) -> None:
         ValueError: it names the place.
     """
     path = file_beside((place, {}), SAFETENSORS_WEIGHTS_NAME)
-    if path is None or not any(_is_of_pool(name, "prompts") for name in read_header(path)):
+    if path is None or not any(part_of_pool(key) == "prompts" for key in read_header(path)):
         raise ValueError(
             f"init_from is {place!r}, but no prompt adapter is there ({SAFETENSORS_WEIGHTS_NAME} with the prompts of "
             "a pool). Give the folder that save_pretrained wrote, or its Hub name."
@@ -72,15 +68,11 @@ def rows_of_adapter(place: str, axes: Mapping[str, int]) -> dict[str, torch.Tens
     tensors = load_file(file_beside((place, {}), SAFETENSORS_WEIGHTS_NAME))
     found = {}
     for name, axis in axes.items():
-        parts = [value for past in ("past_", "") for key, value in tensors.items() if _is_of_pool(key, past + name)]
+        wanted = (f"past_{name}", name)
+        parts = [value for each in wanted for key, value in tensors.items() if part_of_pool(key) == each]
         if parts:
             found[name] = torch.cat(parts, dim=axis).float()
     return found
-
-
-def _is_of_pool(key: str, name: str) -> bool:
-    place, _, part = key.rpartition(".")
-    return place.endswith("_pool") and part == name
 
 
 class RowSpan:

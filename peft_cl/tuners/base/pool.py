@@ -40,6 +40,12 @@ class PromptPool(nn.Module):
     #: of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
     head_type = "cls"
 
+    #: The layer whose CLS output is the query, where the query pass ends; None: the last one.
+    query_layer: int | None = None
+
+    #: Whether prompt tokens stand behind the special tokens, and not in front.
+    behind_cls = False
+
     #: Parameters with rows of past tasks, and the axis of the rows, counted from the end.
     row_axes: Mapping[str, int] = {}
 
@@ -98,9 +104,15 @@ class PromptPool(nn.Module):
         """
         if query is None:
             return self.select(None)
-        # The keys decide by small differences of cosines, so the query takes their precision (float32, unless the
-        # user cast the whole model), not the frozen model's.
-        return self.select(self.query_projection(query.to(next(self.parameters()).dtype)))
+        return self.select(self.mapped(query))
+
+    def mapped(self, query: torch.Tensor) -> torch.Tensor:
+        """The query (B, D) as it meets the keys.
+
+        They decide by small differences of cosines, so it takes their precision (float32, unless the user cast the
+        whole model), not the frozen model's.
+        """
+        return self.query_projection(query.to(next(self.parameters()).dtype))
 
     def select(self, query: torch.Tensor | None) -> Prompts:
         """Choose the prompts of a batch for its mapped query (B, D). In training, add the method's loss terms."""

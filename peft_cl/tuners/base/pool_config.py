@@ -11,7 +11,7 @@ from ...backbones import Geometry
 from ...heads.checks import check_count, check_number
 from ...text import brief
 from .config import PromptPoolConfig
-from .initialisation import FROM_ADAPTER, FROM_IMAGES, check_source
+from .initialisation import FROM_ADAPTER, PATCHES, check_source
 from .pool_size import AUTO, suggested_pool_size
 
 
@@ -177,6 +177,11 @@ class PoolConfig(PromptPoolConfig):
 
     def _check_pool_size(self) -> None:
         """Refuse what is no number of rows, or does not go with another setting; `"auto"` is looked at later."""
+        if self.pool_size == AUTO and not self.shares_rows:
+            raise ValueError(
+                "pool_size is 'auto', but each task has rows of its own here. Set pool_size to None, or let the tasks "
+                f"share the rows: {self.size_option}."
+            )
         if self.pool_size not in (None, AUTO):
             check_count("pool_size", self.pool_size)
 
@@ -184,6 +189,11 @@ class PoolConfig(PromptPoolConfig):
     def total_rows(self) -> int:
         """Rows of a pool that is shared, with those that it has grown."""
         return self.pool_size + sum(self.grown or ())
+
+    @property
+    def current_count(self) -> int:
+        """Of a pool that is shared: rows that learn."""
+        return self.total_rows - self.past_count
 
     @property
     def past_count(self) -> int:
@@ -299,16 +309,13 @@ class PoolConfig(PromptPoolConfig):
                     f"queries have {geometry.hidden_size} numbers. Set it to one of the last "
                     f"{geometry.alike_at_the_end} layers, or None."
                 )
-        if self.alignment_coefficient and (self.key_size or geometry.hidden_size) != geometry.size_at(
-            self.prompted_layers
-        ):
-            raise ValueError(
-                f"alignment_coefficient is {self.alignment_coefficient}, but keys have "
-                f"{self.key_size or geometry.hidden_size} numbers and rows of prompts "
-                f"{geometry.size_at(self.prompted_layers)}: they cannot be compared. Set it to 0."
-            )
         width = geometry.size_at(self.prompted_layers)
-        if self.init == "patches" and geometry.size_at([0]) != width:
+        if self.alignment_coefficient and self.key_width(geometry) != width:
+            raise ValueError(
+                f"alignment_coefficient is {self.alignment_coefficient}, but keys have {self.key_width(geometry)} "
+                f"numbers and rows of prompts {width}: they cannot be compared. Set it to 0."
+            )
+        if self.init == PATCHES and geometry.size_at([0]) != width:
             raise ValueError(
                 f"init is 'patches', but embeddings of patches have {geometry.size_at([0])} numbers, and prompts of "
                 f"layers {list(self.prompted_layers)} have {width}. Set init to another, or prompt the first layers."
@@ -324,7 +331,7 @@ class PoolConfig(PromptPoolConfig):
     def wants_images(self) -> bool:
         """Whether a task begins with a look at its images."""
         return (
-            self.init in FROM_IMAGES
+            self.init == PATCHES
             or self.key_init == "queries"
             or self.growth == "adaptive"
             or self.adaptive_orthogonality

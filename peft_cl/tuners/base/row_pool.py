@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...backbones import Geometry
-from .initialisation import FROM_ADAPTER, ORTHOGONAL, RowSpan, draw_rows, layer_by_layer, rows_of_adapter, some_of
+from .initialisation import (
+    FROM_ADAPTER,
+    ORTHOGONAL,
+    PATCHES,
+    RowSpan,
+    draw_rows,
+    layer_by_layer,
+    rows_of_adapter,
+    some_of,
+)
 from .pair_sums import DIVERSITY, FORMS, PairSums
 from .pool import PromptPool
 from .pool_config import PoolConfig
-from .similarity import cosine, evenness, selection_entropy_term
+from .similarity import cosine, evenness, pull_term, selection_entropy_term
 from .storage import round_prompts, storage_dtype
 
 
@@ -78,6 +87,14 @@ class RowPool(PromptPool):
         return super().rows(name) if hasattr(self, f"past_{name}") else getattr(self, name)
 
     @property
+    def query_layer(self) -> int | None:
+        return self.config.query_layer
+
+    @property
+    def behind_cls(self) -> bool:
+        return self.config.token_order == "cls_first"
+
+    @property
     def renewed(self) -> dict[str, nn.Parameter]:
         stays = self.config.shares_rows and self.config.growth is None and self.config.past_rows == "trained"
         return {} if stays else super().renewed
@@ -89,15 +106,20 @@ class RowPool(PromptPool):
     def new_rows(self, name: str, count: int) -> torch.Tensor:
         """`count` rows of `name`, as `init` and `init_layers` have them begin."""
         config, shape = self.config, self._sized(name, count)
-        if config.init == "patches" and name == "prompts" or config.key_init == "queries" and name == "keys":
+        if config.init == PATCHES and name == "prompts" or config.key_init == "queries" and name == "keys":
             self.waiting[name] = count
         by_layer = name == "prompts" and config.init_layers == "hierarchical"
         if config.init == ORTHOGONAL:
             rows = torch.stack([span.new_rows() for span in self._spans(name, count)[: 1 if by_layer else None]])
             rows = self.unflat(name, rows)
-        else:
-            rows = draw_rows(config.init, *(1 if by_layer else shape[0], *shape[1:]))
-        return layer_by_layer(rows[0], shape[0], config.init_noise) if by_layer else rows
+            return layer_by_layer(rows[0], shape[0], config.init_noise) if by_layer else rows
+        return self.drawn(shape, by_layer)
+
+    def drawn(self, shape: tuple[int, ...], by_layer: bool) -> torch.Tensor:
+        """Rows (layers, ...) as `init` draws them; with `by_layer` each layer's from those of the layer before."""
+        if not by_layer:
+            return draw_rows(self.config.init, *shape)
+        return layer_by_layer(draw_rows(self.config.init, *shape[1:]), shape[0], self.config.init_noise)
 
     def _spans(self, name: str, count: int) -> list[RowSpan]:
         sets, _, size = self.flat(name, torch.empty(self._sized(name, 1), device="meta")).shape
@@ -115,8 +137,7 @@ class RowPool(PromptPool):
         earlier, learn_on = self.rows_in_use, self.config.shares_rows and self.config.past_rows == "trained"
         if not learn_on:
             round_prompts(self, self.config)  # first: spans and sums are of the rows that are kept
-        for key, pairs in self._pair_terms():
-            if not learn_on:
+            for key, pairs in self._pair_terms():
                 self.pair_sums.add(key, pairs, *self._compared(key[1]))
         for name in self.row_axes:
             rows = begun.get(name)
@@ -156,7 +177,7 @@ class RowPool(PromptPool):
             if config.past_rows == "frozen":
                 dtype = storage_dtype(f"past_{name}", config)
                 setattr(self, f"past_{name}", current.new_zeros(self._sized(name, config.past_count), dtype=dtype))
-            rows = current.new_zeros(self._sized(name, config.total_rows - config.past_count))
+            rows = current.new_zeros(self._sized(name, config.current_count))
             setattr(self, name, nn.Parameter(rows, requires_grad=current.requires_grad))
 
     def begin_task(self, index: int) -> None:
@@ -173,20 +194,17 @@ class RowPool(PromptPool):
             return
         found = rows_of_adapter(self.config.init_from, self.row_axes)
         for name, rows in found.items():
-            own = getattr(self, name)
-            axis = self.row_axes[name]
-            wanted = list(own.shape)
+            own, axis = getattr(self, name), self.row_axes[name]
             fits = rows.ndim == own.ndim and rows.shape[axis] >= own.shape[axis]
-            if fits:
-                wanted[axis] = rows.shape[axis]
-            if not fits or list(rows.shape) != wanted:
+            first = rows.narrow(axis, 0, own.shape[axis]) if fits else rows
+            if first.shape != own.shape:
                 raise ValueError(
                     f"init_from is {self.config.init_from!r}, whose {name} are of the shape {tuple(rows.shape)}, but "
                     f"here they are {tuple(own.shape)}. Give prompts of the same length, layers, kind and width, and "
                     "no more rows than there are in that adapter."
                 )
             with torch.no_grad():
-                own.copy_(rows.narrow(axis, 0, own.shape[axis]))
+                own.copy_(first)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -205,7 +223,7 @@ class RowPool(PromptPool):
             patches: (patches of all images, width) embeddings, before the first layer.
         """
         config = self.config
-        query = self.query_projection(query.to(next(self.parameters()).dtype))
+        query = self.mapped(query)
         if config.growth == "adaptive" and config.num_tasks > 1 and self.is_full(query):
             self.grow(config.growth_size)
         waiting, self.waiting = self.waiting, {}
@@ -213,9 +231,9 @@ class RowPool(PromptPool):
             parameter, axis = getattr(self, name), self.row_axes[name]
             last = parameter.narrow(axis, parameter.shape[axis] - count, count)
             if name == "keys":
-                last.copy_(some_of(query, last.shape[:-1].numel(), None).view_as(last))
+                last.copy_(some_of(query, last.shape[:-1].numel()).view_as(last))
             else:
-                rows = some_of(patches.to(last), last.shape[:-1].numel(), None).view_as(last)
+                rows = some_of(patches.to(last), last.shape[:-1].numel()).view_as(last)
                 layered = config.init_layers == "hierarchical"
                 last.copy_(layer_by_layer(rows[0].cpu(), len(rows), config.init_noise) if layered else rows)
         if config.adaptive_orthogonality:
@@ -239,6 +257,22 @@ class RowPool(PromptPool):
 
     # ----------------------------------------------------------------------------------------------- terms of the loss
 
+    def terms_of_choice(
+        self, query: torch.Tensor, keys: torch.Tensor, similarity: torch.Tensor, selected: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The pull of the chosen keys, for methods that choose by keys (`KeyPoolConfig`), and `terms`.
+
+        Args:
+            query: (B, key width).
+            keys: (sets, rows, key width).
+            similarity: of the two, as `similarity` of the configuration has it, (sets, B, rows).
+            selected: (sets, B, N) of these rows.
+        """
+        config = self.config
+        cosines = similarity if config.similarity == "cosine" else cosine(query, keys)
+        pull = pull_term(query, keys, cosines, selected, form=config.pull_form, reduction=config.pull_reduction)
+        return {"pull": config.pull_coefficient * pull, **self.terms(similarity)}
+
     def terms(self, similarity: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The terms of the loss that hold rows apart, weighted.
 
@@ -246,17 +280,16 @@ class RowPool(PromptPool):
             similarity: of the batch with the keys, (sets, B, rows); None: nothing is chosen.
         """
         config, losses = self.config, {}
+        layers = 1 if config.orthogonality_scope == "global" else len(self.prompts)
         if self._penalised:
             # Gram: mean((R R' - I)^2), summed over layers (CODA-Prompt, eq. 8, as its code has it). Absolute cosines:
             # the sum over ordered pairs, averaged over layers (section 5). Products: summed over layers (section 3).
             form = config.orthogonality
-            layers = 1 if config.orthogonality_scope == "global" else len(self.prompts)
             count = {"gram": self.rows_in_use**2, "pairwise": layers}.get(form, 1)
             penalty = sum(self._total(("orthogonality", name), FORMS[form]) for name in self._penalised) / count
             weight = self.task_coefficient if config.adaptive_orthogonality else config.orthogonality_coefficient
             losses["orthogonality"] = weight * penalty
         if config.diversity_coefficient:  # section 9.5's sum of cosines, averaged over layers
-            layers = 1 if config.orthogonality_scope == "global" else len(self.prompts)
             cosines = self._total(("diversity", "prompts"), DIVERSITY) / layers
             losses["diversity"] = config.diversity_coefficient * cosines
         if config.alignment_coefficient:  # section 7's mse(K, mean of P over its length)

@@ -72,6 +72,12 @@ def read_header(path: Path) -> dict[str, Stored]:
         ) from error
 
 
+def part_of_pool(key: str) -> str | None:
+    """The name that the tensor `key` of an adapter's file has in its pool; None: it is of another part."""
+    place, _, part = key.rpartition(".")
+    return part if place.endswith("_pool") else None
+
+
 def file_beside(source: tuple[str, Mapping[str, Any]] | None, name: str) -> Path | None:
     """A file of the adapter that was loaded from `source`, here or from the Hub; None if it has none.
 

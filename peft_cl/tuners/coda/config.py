@@ -12,7 +12,6 @@ from ...heads.checks import check_count
 from ..base.config import ALL
 from ..base.head_config import BEST
 from ..base.pool_config import OrthogonalityForm, PoolConfig
-from ..base.pool_size import AUTO
 
 
 @dataclass
@@ -126,11 +125,6 @@ class CodaPromptConfig(PoolConfig):
 
     def _check_pool_size(self) -> None:
         super()._check_pool_size()
-        if self.pool_size == AUTO and not self.shares_rows:
-            raise ValueError(
-                "pool_size is 'auto', but each task adds components_per_task components. Set pool_size to None, or "
-                "components_per_task to None, for components that all tasks share."
-            )
         if self.pool_size is not None:
             self.check_next_task(0)
 

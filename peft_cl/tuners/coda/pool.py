@@ -26,7 +26,7 @@ class CodaPromptPool(RowPool):
     def __init__(self, config: CodaPromptConfig, geometry: Geometry):
         super().__init__(config, geometry)
         layers, size, past = len(config.layers), config.key_width(geometry), config.past_count
-        count = config.total_rows - past if config.shares_rows else config.components_per_task
+        count = config.current_count if config.shares_rows else config.components_per_task
         shapes = {
             "prompts": (layers, count, config.prompt_length, geometry.size_at(config.layers)),
             "keys": (layers, count, size),

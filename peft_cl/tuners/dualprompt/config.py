@@ -9,7 +9,6 @@ from peft.utils.peft_types import PeftType
 
 from ..base.head_config import BEST
 from ..base.key_config import KeyPoolConfig
-from ..base.pool_size import AUTO
 
 
 @dataclass
@@ -138,14 +137,6 @@ class DualPromptConfig(KeyPoolConfig):
                     f"separation_coefficient is {self.separation_coefficient}, but {name} is empty: there is no "
                     f"{prompt} prompt to separate from. Name its layers or set the coefficient to 0."
                 )
-
-    def _check_pool_size(self) -> None:
-        super()._check_pool_size()
-        if self.pool_size == AUTO and not self.shares_rows:
-            raise ValueError(
-                "pool_size is 'auto', but each task brings a row of its own. Set pool_size to None, or expert_choice "
-                "to 'key', for experts that all tasks share."
-            )
 
     def _check_choice(self) -> None:
         by_key = self.expert_choice == "key"

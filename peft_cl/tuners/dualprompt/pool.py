@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..base.initialisation import draw_rows, layer_by_layer
 from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
 from ..base.row_pool import RowPool
-from ..base.similarity import batch_vote, compare, cosine, pull_term
+from ..base.similarity import batch_vote, compare
 from .config import DualPromptConfig
 
 
@@ -33,12 +32,14 @@ class DualPromptPool(RowPool):
         sets = layers if config.keys_per_layer else 1
         parts = 2 if config.prompt_type == "prefix" else 1
         wide = geometry.size_at(config.prompted_layers)  # a layer may take both prompts
-        self.g_prompts = nn.Parameter(self._general(len(config.g_layers), parts, config.g_prompt_length, wide))
+        general = (len(config.g_layers), parts, config.g_prompt_length, wide)
+        by_layer = config.init_layers == "hierarchical" and bool(config.g_layers)
+        self.g_prompts = nn.Parameter(self.drawn(general, by_layer))
         if not layers:  # the general prompt alone: nothing is chosen
             self.row_axes = {}
             return
         past = config.past_count if config.shares_rows else self.task
-        rows = config.total_rows - past if config.shares_rows else config.pool_size if config.stream else 1
+        rows = config.current_count if config.shares_rows else config.pool_size if config.stream else 1
         self._make_rows(
             {
                 "prompts": (layers, parts, rows, config.prompt_length, wide),
@@ -46,11 +47,6 @@ class DualPromptPool(RowPool):
             },
             past,
         )
-
-    def _general(self, *shape: int) -> torch.Tensor:
-        by_layer = self.config.init_layers == "hierarchical" and shape[0]
-        rows = draw_rows(self.config.init, *((1, *shape[1:]) if by_layer else shape))
-        return layer_by_layer(rows[0], shape[0], self.config.init_noise) if by_layer else rows
 
     def flat(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         return rows.transpose(1, 2).flatten(2) if name == "prompts" else rows  # keys and values are one row
@@ -93,9 +89,7 @@ class DualPromptPool(RowPool):
             keys = self.rows("keys") if config.shares_rows else self.keys
             similarity = compare(query, keys, config.similarity)  # (sets, B, rows)
             chosen = similarity.argmax(-1, keepdim=True)
-            cosines = similarity if config.similarity == "cosine" else cosine(query, keys)
-            pull = pull_term(query, keys, cosines, chosen, form=config.pull_form, reduction=config.pull_reduction)
-            losses = {"pull": config.pull_coefficient * pull, **self.terms(similarity)}
+            losses = self.terms_of_choice(query, keys, similarity, chosen)
             selected = chosen + self.rows_in_use - keys.shape[-2]
             experts = {
                 layer: self._experts(place, chosen, keys.shape[-2]) for place, layer in enumerate(config.layers)

@@ -11,7 +11,7 @@ from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
 from ..base.row_pool import RowPool
 from ..base.search import KeyIndex
-from ..base.similarity import batch_vote, compare, cosine, pull_term
+from ..base.similarity import batch_vote, compare
 from .config import L2PConfig
 
 
@@ -30,7 +30,7 @@ class L2PPool(RowPool):
         super().__init__(config, geometry)
         sets = len(config.layers) if config.keys_per_layer else 1
         layers, length = len(config.layers), config.prompt_length
-        count = config.total_rows - config.past_count
+        count = config.current_count
         self._make_rows(
             {
                 "prompts": (layers, count, length, geometry.size_at(config.layers)),
@@ -93,9 +93,7 @@ class L2PPool(RowPool):
         if self.training:
             if config.frequency_penalty:
                 self.chosen_now += F.one_hot(selected, config.total_rows).sum(dim=(1, 2))
-            cosines = similarity if config.similarity == "cosine" else cosine(query, keys)
-            pull = pull_term(query, keys, cosines, selected, form=config.pull_form, reduction=config.pull_reduction)
-            losses = {"pull": config.pull_coefficient * pull, **self.terms(similarity)}
+            losses = self.terms_of_choice(query, keys, similarity, selected)
         selected, weights = self._weigh(query, keys, selected)
         layers = {}
         for place, layer in enumerate(config.layers):
