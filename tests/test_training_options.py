@@ -206,6 +206,8 @@ def test_the_gradients_of_a_part_are_clipped_by_themselves(make_trainer):
         ({"pool": 0}, "max_grad_norms gives 'pool' the norm 0, but a norm must be a number above 0"),
         ({"pool": "1"}, "gives 'pool' the norm '1'"),
         (1.0, r"max_grad_norms is 1.0, but must be norms by part, such as \{'pool': 1.0\}"),
+        ({"g_prompts": 1.0}, "max_grad_norms names g_prompts, but this adapter has no such part"),
+        ({"backbone": 1.0}, "max_grad_norms names backbone, but the backbone is frozen"),
     ],
 )
 def test_norms_that_are_none_are_refused(norms, message, make_trainer):

@@ -50,21 +50,27 @@ def check_by_part(
             raise ValueError(f"{setting} gives {name!r} the {what} {value!r}, but a {what} must be a number {rule}.")
 
 
-def check_parts(rates: dict[str, float], model: nn.Module) -> None:
-    """Raise a `ValueError` for a rate that no parameter in `model` would have; a frozen backbone has none."""
-    if "backbone" in rates and not any(
-        parameter.requires_grad and part_of(name, rates) == "backbone" for name, parameter in model.named_parameters()
+def check_parts(setting: str, values: dict[str, float] | None, model: nn.Module) -> None:
+    """Raise a `ValueError` for a value that no parameter in `model` would have; a frozen backbone has none.
+
+    Args:
+        setting: the argument's name.
+        values: by the name of the part.
+    """
+    values = values or {}
+    if "backbone" in values and not any(
+        parameter.requires_grad and part_of(name, values) == "backbone" for name, parameter in model.named_parameters()
     ):
         raise ValueError(
-            "learning_rates names backbone, but the backbone is frozen. Take the name out, or give a strategy that "
+            f"{setting} names backbone, but the backbone is frozen. Take the name out, or give a strategy that "
             "trains the backbone, such as FineTuning()."
         )
-    used = {part_of(name, rates) for name, _ in model.named_parameters()}
-    unused = [part for part in rates if part not in used]
+    used = {part_of(name, values) for name, _ in model.named_parameters()}
+    unused = [part for part in values if part not in used]
     if unused:
         raise ValueError(
-            f"learning_rates names {', '.join(unused)}, but this adapter has no such part, or all of it has rates of "
-            "its own. Take the name out."
+            f"{setting} names {', '.join(unused)}, but this adapter has no such part, or all of it has values of its "
+            "own. Take the name out."
         )
 
 

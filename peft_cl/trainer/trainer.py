@@ -154,7 +154,8 @@ class ContinualTrainer(MeasuringTrainer):
         self._backbone = digest_of_weights(model.base_model.encoder.base_layer)[:12]
         strategy.prepare(model)
         # Of what is trained now.
-        for_each_task(args, scenario, lambda each: check_parts(each.learning_rates or {}, model))
+        for setting in ("learning_rates", "max_grad_norms"):
+            for_each_task(args, scenario, lambda each, name=setting: check_parts(name, getattr(each, name), model))
         super().__init__(
             model,
             args,
