@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .exporting import export_adapter
     from .heads import Head, SolvedHead, Sums, register_head
+    from .hub import HubError, push_adapter
     from .metrics import RunResults, continual_metrics, results_table
     from .predicting import Prediction, classify
     from .scenarios import (
@@ -34,13 +36,17 @@ if TYPE_CHECKING:
         L2PModel,
         LinearProbeConfig,
         LinearProbeModel,
+        join_adapters,
+        split_adapter,
         suggested_pool_size,
     )
 
 #: Module -> its public names. It is imported when one of them is first asked for: `datasets`, which scenarios and the
 #: trainer need, takes longer to import than all else here, and who loads an adapter needs none of it.
 NAMES = {
+    "exporting": ("export_adapter",),
     "heads": ("Head", "SolvedHead", "Sums", "register_head"),
+    "hub": ("HubError", "push_adapter"),
     "metrics": ("RunResults", "continual_metrics", "results_table"),
     "predicting": ("Prediction", "classify"),
     "scenarios": (
@@ -65,6 +71,8 @@ NAMES = {
         "L2PModel",
         "LinearProbeConfig",
         "LinearProbeModel",
+        "join_adapters",
+        "split_adapter",
         "suggested_pool_size",
     ),
     "version": ("__version__",),
@@ -80,6 +88,7 @@ PARTS = (
     "predicting",
     "reliability",
     "scenarios",
+    "serving",
     "strategies",
     "trainer",
     "tuners",

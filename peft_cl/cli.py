@@ -26,6 +26,13 @@ WORDS = {
     "evaluate": "measure a saved adapter on a data set",
     "predict": "say what a saved adapter takes images for",
     "calibrate": "fit the temperature of a saved adapter on held-out images",
+    "push": "upload a saved adapter, with card, record and pictures",
+    "card": "write the card of a run anew",
+    "serve": "open a page on which a saved adapter answers and is taught classes",
+    "export": "write a saved adapter with its backbone as an ONNX or torch.export file",
+    "join": "make one adapter of several that were learnt apart, without training",
+    "split": "take tasks out of a saved adapter into one of their own",
+    "forget": "make an adapter that does not know some classes of a saved one",
     "info": "say what is in an adapter's folder",
     "compare": "run a suite of methods and seeds, and put the results into tables",
     "plot": "draw the pictures of a run, or of several side by side",
@@ -35,7 +42,10 @@ WORDS = {
 CONFIGURED = {"train": "tasks", "tune": "trials"}
 
 #: Those that know methods, heads and backbones by name, so that a user's own can be among them.
-IMPORTING = ("train", "compare", "tune", "evaluate", "predict", "calibrate", "info")
+IMPORTING = (
+    *("train", "compare", "tune", "evaluate", "predict", "calibrate", "export", "push", "serve", "join", "split"),
+    *("forget", "info"),
+)
 IMPORTING_HELP = "run your own code first (a file or a module): the strategies, heads and families it registers"
 
 

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 import importlib.util
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
     torch.set_num_threads(1)
 
 
+#: Programs that playwright can drive as they are, without a download of its own.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 #: Marker -> whether this machine has what such tests need, and what that is.
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "a CUDA GPU"),
@@ -39,6 +42,10 @@ NEEDS = {
     "quanto": (importlib.util.find_spec("optimum") is not None, "optimum-quanto"),
     "bitsandbytes": (importlib.util.find_spec("bitsandbytes") is not None, "bitsandbytes"),
     "torchvision": (importlib.util.find_spec("torchvision") is not None, "torchvision"),
+    "browser": (
+        importlib.util.find_spec("playwright") is not None and any(map(shutil.which, BROWSERS)),
+        "the package playwright, or chromium",
+    ),
 }
 
 

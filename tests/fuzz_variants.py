@@ -189,6 +189,7 @@ KINDS: dict[str, Variant] = {
             "components_per_task": (10**8, 10**18, -1, "2", None),
             "pool_size": ("auto", 10**18, "x" * 10**5),
             "grown": ([10**9], "5", [-1], [1] * 10**6),
+            "joined": ([[10**9, 1]], "5", [[-1, 1]], [[2, 1]] * 10**6, [[1, 1]], [2, 1], [[2, 1]]),
             "key_size": (10**9, "5"),
             "query_layer": (10**9, 0.5, "x"),
             "init": ("adapter", "patches", ["x"]),

@@ -5,7 +5,7 @@ PLACE is the folder of the fixture of that name, FOLDER is written into. `share`
 - `user/adapter`: an adapter in training, by `model.push_to_hub`;
 - `user/run`: a run, by `trainer.push_to_hub` after its end, with the token TOKEN;
 - `user/automatic`: a run, by `train()` itself, with the settings that make the Trainer push most;
-- `user/cli`: a run of `peft-cl train`, with TOKEN on the command line.
+- `user/cli`: a run of `peft-cl train` on the backbone `user/base` of the Hub, with TOKEN on the command line.
 
 `load` fetches them, as another machine would, and tries to push with TOKEN. Both print what they saw as JSON in their
 last line.
@@ -84,7 +84,8 @@ def train(place: Path, folder: Path, name: str, token: str) -> dict[str, Any]:
     settings = {"push_to_hub": "true", "hub_model_id": name, "hub_token": token}
     settings |= {"hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": "1"}
     dotted = [word for setting, value in settings.items() for word in (f"--training.{setting}", value)]
-    return run_command("train", str(place / "config.yaml"), "--output_dir", str(folder), *dotted)
+    words = ("--model.name", "user/base", "--output_dir", str(folder))
+    return run_command("train", str(place / "config.yaml"), *words, *dotted)
 
 
 def share(place: Path, folder: Path, token: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ BAD_SETTINGS = [
     ),
     (L2PConfig, {"train_prompts": "never"}, "train_prompts is 'never', but must be one of 'every_task'"),
     (L2PConfig, {"head": "lda", "task_evidence": 6}, "task_evidence is 6, but head='lda' compares classes"),
-    (LinearProbeConfig, {"format_version": 4}, "format_version is 4.*newer peft_cl.*Upgrade"),
+    (LinearProbeConfig, {"format_version": 5}, "format_version is 5.*newer peft_cl.*Upgrade"),
 ]
 #: Of the training arguments: name, value, the rule that the message gives.
 BAD_ARGUMENTS = [

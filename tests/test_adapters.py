@@ -100,12 +100,6 @@ def test_another_method_on_the_same_model_is_refused():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
 
 
-def test_adapters_cannot_be_mixed_in_a_batch():
-    model = prompted("coda")
-    with pytest.raises(ValueError, match="adapter_names is given.*set_adapter"):
-        model(images(), adapter_names=["default"] * 4)
-
-
 def test_a_head_without_a_classifier_to_follow_goes_where_the_model_is():
     base = tiny(num_labels=0).to("meta")
     model = get_peft_model(base, config("coda"))

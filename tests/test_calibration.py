@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tuner_cases import METHODS, begin, config, images, labels, logits, prompted, step, tiny
 
-from peft_cl import L2PConfig
+from peft_cl import L2PConfig, join_adapters
 from peft_cl.plots import plot_reliability
 from peft_cl.reliability import (
     calibrate,
@@ -304,8 +304,8 @@ def test_other_changes_of_the_classes_put_it_back_too(caplog):
     model.begin_task(["class 7"])
     model.fit_head([{"pixel_values": images(seed=1), "labels": torch.zeros(4, dtype=torch.long)}])
     model.set_adapter("default")
-    model.base_model.join("other")
-    assert model.peft_config["default"].temperature == 1.0
+    join_adapters(model, ["default", "other"], "both")
+    assert model.peft_config["both"].temperature == 1.0
     assert sum("temperature was 2" in record.getMessage() for record in caplog.records) == 2
 
 

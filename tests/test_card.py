@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from peft_cl import CodaPromptConfig, LinearProbeConfig
 from peft_cl.assets import default_backbone
 from peft_cl.hub import Paper, model_card, write_model_card
+from peft_cl.hub.present_card import check_card
 from peft_cl.metrics import RunResults, continual_metrics
 
 
@@ -299,3 +300,48 @@ def test_what_was_measured_ahead_and_told_of_tasks_is_on_the_card(tmp_path: Path
 def test_the_command_does_not_say_where_folders_lie(command: str, shown: str, tmp_path: Path) -> None:
     card = read(model_card(run(command=command)), tmp_path)
     assert table_row(card, "Command") == [f"`{shown}`"]
+
+
+def test_the_matrix_is_shown_where_it_lies_beside_the_card(tmp_path: Path) -> None:
+    assert "![" not in write_model_card(tmp_path, run()).read_text()
+    (tmp_path / "accuracy_matrix.png").write_bytes(b"")
+    text = write_model_card(tmp_path, run()).read_text()
+    matrix, picture = text.index("### Accuracy matrix"), text.index("](accuracy_matrix.png)")
+    assert matrix < picture < text.index("## Protocol")
+    assert "![" not in write_model_card(tmp_path, run(finished=0)).read_text()
+
+
+@pytest.mark.parametrize("license", ["My own", "MIT License", "", "-"])
+def test_a_licence_that_is_no_identifier_is_refused_before_a_card_is_written(license: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="license is .*but must be an identifier of the Hub, such as apache-2.0"):
+        write_model_card(tmp_path, run(), license=license)
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ("base_model: a/b/c", "base_model is 'a/b/c'"),
+        ("base_model: [a/b, ../c]", "base_model is '../c'"),
+        ("datasets: [7]", "datasets is 7"),
+        ("tags: ['']", "tags is"),
+        ("pipeline_tag: Image Classification", "pipeline_tag is 'Image Classification'"),
+        ("- a list", "cannot be read"),
+        ("a: {", "cannot be read"),
+        ("model-index: 3", "cannot be read"),
+    ],
+)
+def test_metadata_that_the_hub_would_refuse_is_named(metadata: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_card(f"---\n{metadata}\n---\n# Card\n")
+
+
+def test_every_card_of_ours_has_valid_metadata(tmp_path: Path) -> None:
+    odd = {
+        "method": "Ünï # method",
+        "dataset": "in-memory: images",
+        "base_model": "- [x]",
+        "task_names": ["a: b", "#", "---"],
+    }
+    for results in (run(), run(0), run(**odd)):
+        check_card(model_card(results, adapter_id="user/x", license="cc-by-4.0"))

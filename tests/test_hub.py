@@ -7,12 +7,12 @@ nor its token loads.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hub_cases import environment
 from hub_process import CLASSES
 from hub_server import Commit, LoopbackHub
 from huggingface_hub import ModelCard
@@ -28,25 +28,18 @@ OWN_TOKEN, GIVEN_TOKEN = "hf_TokenOfTheEnvironment", "hf_TokenGivenToTheRun"
 
 def client(hub: LoopbackHub, home: Path, *words: object, token: str | None = None) -> dict:
     """Run the process against `hub`; what it prints."""
-    foreign = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")  # offline switches, caches and tokens of the user
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(foreign) and not name.lower().endswith("_proxy")
-    }
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if token:
-        environment["HF_TOKEN"] = token
+    known = environment(hub, home, token)
     words = [sys.executable, str(PROCESS), *map(str, words)]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, env=known)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def hub():
+def hub(place):
     with LoopbackHub(tokens=(OWN_TOKEN, GIVEN_TOKEN)) as hub:
+        files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+        hub.add_commit("user/base", "initial commit", OWN_TOKEN, files)
         yield hub
 
 
@@ -137,7 +130,7 @@ def test_the_command_pushes_its_pictures_and_names_itself(hub, shared):
 def test_the_token_given_to_a_run_is_the_one_that_pushes(hub, shared):
     tokens = {name: commits[-1].token for name, commits in hub.repositories.items()}
     own, given = ("user/adapter", "user/automatic"), ("user/run", "user/cli")
-    assert tokens == dict.fromkeys(own, OWN_TOKEN) | dict.fromkeys(given, GIVEN_TOKEN)
+    assert tokens == dict.fromkeys(("user/base", *own), OWN_TOKEN) | dict.fromkeys(given, GIVEN_TOKEN)
 
 
 @pytest.mark.parametrize("name", ["user/adapter", *RUNS])
@@ -147,6 +140,16 @@ def test_no_token_is_shared(name, hub, shared):
     tokens = (OWN_TOKEN.encode(), GIVEN_TOKEN.encode())
     telling = [path for path, content in files.items() if any(token in content for token in tokens)]
     assert not telling, f"the token can be read in {telling} of {name}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_place_on_this_machine_is_shared(name, hub, shared, place):
+    """The adapters of two runs are on a backbone in a folder, whose name alone is told."""
+    files = hub.pushed(name)[-1].files
+    places = (str(place).encode(), str(shared["folder"]).encode())
+    assert not [path for path, content in files.items() if any(each in content for each in places)]
+    base = json.loads(files["adapter_config.json"])["base_model_name_or_path"]
+    assert base == ("user/base" if name == "user/cli" else "path/to/model")
 
 
 def test_info_reads_an_adapter_on_the_hub(loaded):

@@ -333,9 +333,9 @@ def test_other_shapes_are_not_loaded_in_place(name, saved):
 def test_an_adapter_of_a_newer_format_is_refused(saved):
     _, folder = saved("coda")
     facts = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**facts, "format_version": 4, "new_option": "on"}))
+    (folder / CONFIG).write_text(json.dumps({**facts, "format_version": 5, "new_option": "on"}))
     with (
-        pytest.raises(ValueError, match="format_version is 4.*formats up to 3.*newer peft_cl.*Upgrade"),
+        pytest.raises(ValueError, match="format_version is 5.*formats up to 4.*newer peft_cl.*Upgrade"),
         pytest.warns(UserWarning, match="new_option"),
     ):
         PeftModel.from_pretrained(tiny(), folder)

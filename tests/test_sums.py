@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from observing_cases import LDA, PROMPTS, WIDE, adapter_logits, batch_of, check_close
@@ -17,6 +16,7 @@ from peft_cl import (
     LinearProbeConfig,
     RunResults,
     class_incremental,
+    join_adapters,
     results_table,
 )
 from peft_cl.heads.files import SUMS_FILE
@@ -121,10 +121,10 @@ def test_a_loop_of_ones_own(make_trainer, tiny_vit, data):
     check_close(found, adapter_logits(expected, data["test"]))
 
 
-def test_halves_learnt_apart_join(make_trainer, tiny_vit, data):
+def test_halves_learnt_apart_join(make_trainer, tiny_vit, data, tmp_path):
     whole = make_trainer(LinearProbeConfig(**LDA), num_tasks=2, folder="whole")
     whole.train()
-    folders = []
+    folders = {}
     for name, keep in (("low", range(3)), ("high", range(2, 6))):  # one class in both
         rows = {
             split: part.filter(lambda label, keep=keep: label in keep, input_columns="label")
@@ -134,45 +134,16 @@ def test_halves_learnt_apart_join(make_trainer, tiny_vit, data):
             rows["train"] = rows["train"].filter(lambda label: label > 2, input_columns="label")
         trainer = make_trainer(LinearProbeConfig(**LDA), scenario=class_incremental(rows, 1), folder=name)
         trainer.train()
-        folders.append(trainer.args.output_dir)
-    model = PeftModel.from_pretrained(tiny_vit(), folders[0], is_trainable=True)
-    model.load_adapter(folders[1], "high", is_trainable=True)
-    model.join("high")
+        folders[name] = trainer.args.output_dir
+    model = PeftModel.from_pretrained(tiny_vit(), folders["low"], "low")
+    model.load_adapter(folders["high"], "high")
+    join_adapters(model, ["low", "high"], "both")
+    model.set_adapter("both")
     assert model.config.id2label == whole.model.config.id2label
     with torch.no_grad():
         found = model.eval()(batch_of(whole, data["test"])["pixel_values"]).logits
     check_close(found, adapter_logits(whole, data["test"]))
-    assert model.peft_config["default"].num_tasks == 2
-    with pytest.raises(ValueError, match="'none' is no other adapter"):
-        model.join("none")
-
-
-@pytest.mark.parametrize("head", ["ncm", "lda"])
-def test_a_forgotten_class_is_gone_from_every_file(head, make_trainer, tiny_vit, data, tmp_path):
-    options = {"shrinkage": 0.1, "by_class": True} if head == "lda" else {}
-    adapters = {}
-    for name in ("forgets", "never"):
-        model = get_peft_model(tiny_vit(), LinearProbeConfig(head=head, head_options=options))
-        for labels in ([0, 1], [2, 3, 4]):
-            labels = [label for label in labels if name == "forgets" or label != 3]
-            model.begin_task([f"class {label}" for label in labels])
-            rows = data["train"].filter(lambda label, labels=labels: label in labels, input_columns="label")
-            names = [model.config.label2id[f"class {label}"] for label in rows["label"]]
-            pixels = torch.stack([torch.from_numpy(np.array(each)) for each in rows["image"]])
-            pixels = pixels.permute(0, 3, 1, 2).float() / 255
-            for place in range(len(names)):  # each image alone, so that the rest of a batch is the same
-                model.observe(pixels[place : place + 1], torch.tensor(names[place : place + 1]))
-            model.fit_head()
-        adapters[name] = model
-    adapters["forgets"].forget_classes(["class 3"])
-    for name, model in adapters.items():
-        model.save_pretrained(tmp_path / name)
-        model.save_sums(tmp_path / name)
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in adapters]
-    assert files[0] == files[1] and SUMS_FILE in files[0]
-    for file in files[0]:
-        if file.endswith(("json", "safetensors")):
-            assert (tmp_path / "forgets" / file).read_bytes() == (tmp_path / "never" / file).read_bytes(), file
+    assert model.peft_config["both"].num_tasks == 2
 
 
 def test_forgetting_says_what_it_cannot_do(make_trainer):

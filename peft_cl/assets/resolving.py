@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft.config import PeftConfigMixin
 from transformers.utils import hub
 
@@ -59,8 +60,16 @@ def resolve_embedded_names() -> None:
     hub.cached_files = cached_files
 
 
+def _fetched_backbone(repo_id: str, options: dict[str, Any]) -> Path:
+    """The folder with the backbone that lies beside an adapter on the Hub, fetched from there."""
+    known = ("revision", "token", "cache_dir", "local_files_only")
+    given = {name: options[name] for name in known if options.get(name) is not None}
+    return Path(snapshot_download(repo_id, allow_patterns=[f"{BESIDE}/*"], **given))
+
+
 def resolve_backbones_beside() -> None:
-    """Let `PeftConfig.from_pretrained`, and so `AutoPeftModel`, find a backbone that lies beside its adapter.
+    """Let `PeftConfig.from_pretrained`, and so `AutoPeftModel`, find a backbone that lies beside its adapter, here or
+    on the Hub.
 
     The file names it by its folder there. PEFT reads files of all methods in one place and tells none of them where
     it read, so that place is wrapped; adapters whose base model has another name are as they were.
@@ -74,6 +83,8 @@ def resolve_backbones_beside() -> None:
         config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if config.base_model_name_or_path == BESIDE:
             folder = Path(pretrained_model_name_or_path, subfolder or "")
+            if not folder.is_dir():
+                folder = _fetched_backbone(str(pretrained_model_name_or_path), kwargs)
             # PEFT saves adapters of other names than "default" into folders of their own.
             found = [place / BESIDE for place in (folder, folder.parent) if (place / BESIDE).is_dir()]
             config.base_model_name_or_path = str(found[0]) if found else BESIDE

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 
@@ -12,6 +13,15 @@ def draws(module: nn.Module) -> bool:
     """Whether the module draws random numbers in training."""
     rates = ("p", "attention_dropout", "dropout", "drop_prob")
     return any(isinstance(rate, float) and rate > 0 for rate in (getattr(module, name, None) for name in rates))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Compute in the precision of the weights inside the block.
+
+    Where there is no autocast to turn off, nothing is done: a program with a block that turns out empty (a pool that
+    chooses nothing) is exported, but cannot be loaded.
+    """
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..disk import local_path
+from ..hub.shared_files import fits_adapter
 from ..hub.sources import find_source
 from ..metrics import RunResults
 from ..strategies.fine_tuning import BACKBONE_FOLDER
@@ -55,7 +56,7 @@ class SavedAdapter:
         """
         folder = adapter_folder(name)
         config, results = load_config(folder), load_results(folder)
-        if results is not None and not _fits(config, results):
+        if results is not None and not fits_adapter(config, results):
             warnings.warn(
                 f"The {RESULTS_FILE} beside {name!r} tells of other tasks than the adapter has learnt, and is left "
                 "out. Put the record of its own run there.",
@@ -132,17 +133,6 @@ class SavedAdapter:
             if name != self.base_model:
                 raise
             raise CommandError(f"{error} Or give the adapter's base model by --model.") from error
-
-
-def _fits(config: PromptPoolConfig, results: RunResults) -> bool:
-    """Whether a record can be of the run that taught the adapter. A run that went on with an adapter, or joined two,
-    tells of some of its tasks only."""
-    counts = results.scenario.get("classes_per_task")
-    if results.peft_type not in (None, config.peft_type.value):
-        return False
-    if config.stream or not isinstance(counts, list) or config.num_tasks != results.finished_tasks:
-        return True
-    return [len(rows) for rows in config.tasks or ()] == counts[: config.num_tasks]
 
 
 def _place(name: str) -> Path:

@@ -42,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of what the adapter is put on, which `load_adapter` takes."""
+def add_model_options(parser: argparse.ArgumentParser, batch_size: bool = True) -> None:
+    """Options of what the adapter is put on, which `load_adapter` takes; of a batch its size, where there are any."""
     parser.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+    if batch_size:
+        parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -139,14 +140,22 @@ def run(arguments: argparse.Namespace) -> None:
         say(evaluation)
 
 
-def load_adapter(adapter: SavedAdapter, model: str | None, dtype: str, trust_remote_code: bool = False) -> PeftModel:
+def load_adapter(
+    adapter: SavedAdapter,
+    model: str | None,
+    dtype: str,
+    trust_remote_code: bool = False,
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+) -> PeftModel:
     """Put the adapter on its base model, or on the one given in its place."""
     name = model or adapter.base_model
     if not name:
         raise CommandError("The adapter names no base model. Give it by --model.")
     backbone = adapter.load_base(name, dtype, trust_remote_code=trust_remote_code)
     with explained(f"The adapter {str(adapter.folder)!r} cannot be loaded on {name!r}"):
-        return PeftModel.from_pretrained(backbone, str(adapter.folder)).eval()
+        return PeftModel.from_pretrained(backbone, str(adapter.folder), adapter_name, is_trainable=is_trainable).eval()
 
 
 def load_networks(

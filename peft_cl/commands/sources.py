@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftConfig
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..backbones import loader_of
 from ..disk import local_path, read_json
+from ..hub.fetching import fetch_adapter
 from ..hub.sources import EMBEDDED, find_source
+from ..hub.usage import PROCESSOR_FILES
 from ..metrics import RunResults
 from ..scenarios.columns import read_labels
 from ..scenarios.pixels import BACKGROUND, WHITE_VALUE
@@ -36,7 +38,6 @@ RESULTS_FILE = "results.json"
 FROM_LOAD_DATASET = ("name", "revision", "data_dir", "data_files")
 #: Names that `load_dataset` reads files by which data_files or data_dir name.
 READERS = ("imagefolder", "parquet", "arrow", "webdataset")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 WRITTEN_BY_SAVE_TO_DISK = ("dataset_dict.json", "state.json")
 
 
@@ -233,7 +234,7 @@ def adapter_folder(name: str) -> Path:
     if not path.exists():
         _require_folder("adapter", name)
         with explained(f"There is no folder {name!r}, and the Hub gives no adapter of that name"):
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            path = fetch_adapter(name)
     if path.is_file():
         raise CommandError(f"The adapter is {name!r}, but that is a file. Give the folder that the adapter is in.")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (path / file).is_file()]

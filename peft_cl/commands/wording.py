@@ -14,16 +14,27 @@ from .sections import DatasetSettings, ScenarioSettings
 
 #: Words of a message -> how the command has it.
 PHRASES = (
+    (r"Load the backbone with dtype=torch\.float32, or write", "Leave --dtype out, or write"),
     (r"more passes are task_free\(\.\.\., passes=\.\.\.\)", "more passes are --scenario.passes"),
     (r"[Tt]rain anew without resume_from_checkpoint(, in another output_dir)?", "begin anew with --overwrite"),
     (r"Call train\(resume_from_checkpoint=True\) to go on with it", "--resume goes on with it"),
     (r"set bad_images, of the training arguments, to '(\w+)'", r"give --training.bad_images \1"),
     (r"\bby resuming it\b", "by --resume"),
+    (r"\bby token=", "by --training.hub_token"),
     (r", or call model\.load_sums\(folder\)", ""),
     (r"; with a loop of your own, model\.save_sums\(folder\)", ""),
     (r"examples\.(\S+): was \S+, is '\w+'", r"the images of \1 are others"),
 )
 
+#: The same, for arguments of `push_adapter`.
+OF_PUSH = (
+    (r"\bby token=", "by --token"),
+    (r"\bby sums=False", "by --no-sums"),
+    (r"\brevision= or pull_request=", "--revision or --pull-request"),
+    (r"\brevision=", "--revision"),
+    (r"\bprivate=True", "--private"),
+    (r"\bbase_model=", "--model"),
+)
 
 #: `name=`, with a value or without.
 SETTING = r"(?<![\w.(-])([a-z]\w+)=(True|False|None|'\w+'|[\d.]*\d|\[[^\]]*\])?(?=[\s,.;:)]|$)"
@@ -50,7 +61,7 @@ def for_the_command_line(message: str, word: str = "train") -> str:
         >>> for_the_command_line("Set train_mask=False, or name another by label_column=.")
         'Set --adapter.train_mask False, or name another by --dataset.label_column.'
     """
-    for words, option in PHRASES:
+    for words, option in (*(OF_PUSH if word == "push" else ()), *PHRASES):
         message = re.sub(words, option, message)
     known = sections()
 

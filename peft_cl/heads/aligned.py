@@ -79,6 +79,10 @@ class AlignedHead(CompositeHead):
         super().keep_rows(rows)
         self.fit()
 
+    def unite(self, heads, rows):
+        super().unite(heads, rows)
+        self.fit()
+
     def observe(self, features, labels, query=None):
         self.gaussians.observe(features, labels)
 

@@ -35,6 +35,19 @@ class CompositeHead(Head):
             part.keep_rows(rows)
         self.classes = len(rows)
 
+    @property
+    def can_divide(self) -> bool:
+        return all(part.can_divide for part in self.parts.values())
+
+    def pick_rows(self, rows: Sequence[int]) -> None:
+        for part in self.parts.values():
+            part.pick_rows(rows)
+        self.classes = len(rows)
+
+    def unite(self, heads: Sequence[Head], rows: Sequence[Sequence[int]]) -> None:
+        for name, part in self.parts.items():
+            part.unite([getattr(head, name) for head in heads], rows)
+
     def check_classes(self, classes: int) -> None:
         for part in self.parts.values():
             part.check_classes(classes)

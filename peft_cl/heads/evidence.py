@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -50,6 +50,12 @@ class TaskEvidence(nn.Module):
         self.task_queries = F.pad(self.task_queries, (0, 0, 0, began))
         self.task_counts = F.pad(self.task_counts, (0, began))
 
+    def take(self, parts: Sequence[tuple[TaskEvidence, Sequence[int]]]) -> None:
+        """Have the means of these tasks of others, one behind the other."""
+        for name in ("task_queries", "task_counts"):
+            rows = [getattr(evidence, name)[list(tasks)] for evidence, tasks in parts]
+            setattr(self, name, torch.cat(rows).to(getattr(self, name)))
+
     @torch.no_grad()
     def observe(self, query: torch.Tensor) -> None:
         """Let the current task's mean see the queries (B, D) of a training step; a query that is not finite is left
@@ -69,12 +75,17 @@ class TaskEvidence(nn.Module):
         self.task_queries[-1] = total(self.task_queries[-1] * self.task_counts[-1]) / count.clamp_min(1)
         self.task_counts[-1] = count
 
-    def forward(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """(B, D) queries, and which classes each task has, (tasks, classes) -> (B, classes)."""
+    def similarity(self, query: torch.Tensor) -> torch.Tensor:
+        """Cosine of queries (B, D) with each task's mean query, (B, tasks); the mean of the others where there is
+        none yet."""
         observed = self.task_counts > 0
         similarity = F.linear(F.normalize(query.float(), dim=-1), F.normalize(self.task_queries.float(), dim=-1))
         mean = similarity.where(observed, 0).sum(-1, keepdim=True) / observed.sum().clamp_min(1)
-        scores = self.config.task_evidence * similarity.where(observed, mean)
+        return similarity.where(observed, mean)
+
+    def forward(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(B, D) queries, and which classes each task has, (tasks, classes) -> (B, classes)."""
+        scores = self.config.task_evidence * self.similarity(query)
         highest = scores.amax(-1, keepdim=True)
         tiny = torch.finfo(scores.dtype).tiny
         return highest + ((scores - highest).exp() @ rows.float()).clamp_min(tiny).log()

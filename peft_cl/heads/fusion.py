@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from .checks import check_choice, check_number
 from .composite import CompositeHead
-from .head import HEADS, Head, Sizes, make_head, register_head
+from .head import HEADS, Sizes, make_head, register_head
 from .linear import Init
 
 
@@ -55,6 +55,10 @@ class FusionHead(CompositeHead):
         self.title = f"{self.prompted.title} and {self.query.title} of the query"
         self.guides_prompts, self.needs_features = self.prompted.guides_prompts, self.prompted.needs_features
 
+    @property
+    def needs_training(self) -> bool:
+        return self.prompted.needs_training or self.query.needs_training
+
     @classmethod
     def settle(cls, options: Mapping[str, Any], base: nn.Module) -> Mapping[str, Any]:
         parts = {}
@@ -64,6 +68,10 @@ class FusionHead(CompositeHead):
             if settled:
                 parts[f"{part}_options"] = dict(settled)
         return {**options, **parts}
+
+    def expect_few(self, options):
+        own = ((f"{name}_options", part) for name, part in self.parts.items())
+        return {**options, **{name: dict(part.expect_few(options.get(name) or {})) for name, part in own}}
 
     def forward(self, features, query=None):
         logits = self.prompted(features)
@@ -75,7 +83,11 @@ class FusionHead(CompositeHead):
                 "forward(features, query)."
             )
         with torch.autocast(features.device.type, enabled=False):
-            return logits.float().log_softmax(-1) + self.weight * self.query(query.to(self.query.dtype))
+            return logits.float().log_softmax(-1) + self.weight * self.foretell(query)
+
+    def foretell(self, query):
+        with torch.autocast(query.device.type, enabled=False):
+            return self.query(query.to(self.query.dtype))
 
     def observe(self, features, labels, query=None):
         self.prompted.observe(features, labels)
@@ -83,11 +95,3 @@ class FusionHead(CompositeHead):
 
     def move(self, old, new, how):
         self.prompted.move(old, new, how)  # the query's features stay
-
-    def add(self, other: Head, rows: Sequence[int]) -> None:
-        if not isinstance(other, FusionHead):
-            raise ValueError(
-                f"A {self.title} head cannot take in the sums of a {other.title} head. Join heads of one kind."
-            )
-        self.prompted.add(other.prompted, rows)
-        self.query.add(other.query, rows)

@@ -56,6 +56,11 @@ class Head(nn.Module):
         self.training_head: Head | None = None
 
     @property
+    def needs_training(self) -> bool:
+        """Whether the row of a new class says nothing before the training loss has moved it."""
+        return not self.observes
+
+    @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
         return next((tensor.dtype for tensor in (*self.parameters(), *self.buffers())), torch.float32)
@@ -63,6 +68,11 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         """Features (B, F), and for a head with `needs_query` the frozen model's (B, Q) -> logits (B, classes)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(features, query)")
+
+    def foretell(self, query: torch.Tensor) -> torch.Tensor | None:
+        """What the frozen model's features (B, Q) alone say of the classes, before there are prompted ones: logits
+        (B, classes); None: nothing. Of adapters that were joined, it decides whose prompts an image takes."""
+        return None
 
     def grow(self, classes: int, *, keep: int) -> None:
         """Have `classes` rows, of which the first `keep` are the present ones; the others begin anew."""
@@ -83,6 +93,10 @@ class Head(nn.Module):
     def describe(self, names: Sequence[str], base: nn.Module, *, known: bool = False) -> None:
         """Hear the names of its classes, in the order of its rows, when a task begins; or, `known`, when the head is
         made for rows that come from a file."""
+
+    def expect_few(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Be ready for classes with far fewer images than the others have; the options that make such a head."""
+        return options
 
     # ----------------------------------------------------------------------------------------------- observing
 
@@ -118,12 +132,21 @@ class Head(nn.Module):
         """Whether it can learn on: it knows what it has observed (or needs no such knowledge)."""
         return True
 
-    def add(self, other: Head, rows: Sequence[int]) -> None:
-        """Add what another head of this kind observed; its row i is this head's row `rows[i]`. Then call `fit`."""
-        raise ValueError(
-            f"A {self.title} head is trained step by step, and two of them cannot be joined. Join heads that are "
-            "computed from sums, such as 'lda' or 'ridge'."
-        )
+    # ----------------------------------------------------------------------------------------------- joining
+
+    def unite(self, heads: Sequence[Head], rows: Sequence[Sequence[int]]) -> None:
+        """Know what several heads of this kind and these options know: row i of `heads[k]` is this head's row
+        `rows[k][i]`. What this head knew before is gone."""
+        raise ValueError(f"{self.title} heads cannot be joined: {type(self).__name__} does not define unite.")
+
+    @property
+    def can_divide(self) -> bool:
+        """Whether it can go on with some of its rows as if the others had never been; `pick_rows` if not."""
+        return self.has_sums
+
+    def pick_rows(self, rows: Sequence[int]) -> None:
+        """Have these rows as they are, in this order, to predict with: it need not be able to learn on."""
+        self.keep_rows(rows)
 
 
 #: Name in configurations -> class.

@@ -52,6 +52,19 @@ class TrainedRows(Head):
             setattr(self, name, nn.Parameter(kept, requires_grad=old.requires_grad))
         self.classes = len(rows)
 
+    @torch.no_grad()
+    def unite(self, heads, rows):
+        """A class of several heads has the mean of their rows, and so has what belongs to no class."""
+        for name, own in self.named_parameters(recurse=False):
+            theirs = [getattr(head, name).to(own) for head in heads]
+            if name not in self.row_names:
+                own.copy_(torch.stack(theirs).mean(0))
+                continue
+            place = torch.tensor([row for of_head in rows for row in of_head], device=own.device)
+            total = torch.zeros_like(own).index_add_(0, place, torch.cat(theirs))
+            heard = torch.bincount(place, minlength=len(own)).clamp_min(1)
+            own.copy_(total / heard.view(-1, *[1] * (own.ndim - 1)))
+
 
 @register_head("linear")
 class LinearHead(TrainedRows):

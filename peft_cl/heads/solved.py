@@ -86,9 +86,20 @@ class SolvedHead(Head):
                 "`head_sums.safetensors` beside the adapter's file."
             )
         self.sums.keep(rows)
-        self.classes = len(rows)
-        self.weight, self.bias, self.seen = self.weight[list(rows)], self.bias[list(rows)], self.seen[list(rows)]
+        self._index(rows)
         self.fit()
+
+    @property
+    def can_divide(self) -> bool:
+        return self.sums is not None and self.sums.gram is None
+
+    def pick_rows(self, rows: Sequence[int]) -> None:
+        self.sums_unknown()
+        self._index(rows)
+
+    def _index(self, rows: Sequence[int]) -> None:
+        self.classes = len(rows)
+        self.weight, self.bias, self.seen = (each[list(rows)] for each in (self.weight, self.bias, self.seen))
 
     # ----------------------------------------------------------------------------------------------- observing
 
@@ -144,7 +155,7 @@ class SolvedHead(Head):
     # ----------------------------------------------------------------------------------------------- going on
 
     def sums_unknown(self) -> None:
-        self.sums = None
+        self.sums = self.pending = None
 
     @property
     def has_sums(self) -> bool:
@@ -177,7 +188,25 @@ class SolvedHead(Head):
             )
         return Sums.unpacked(packed)
 
+    def unite(self, heads: Sequence[Head], rows: Sequence[Sequence[int]]) -> None:
+        """The rows are solved from the sums of all heads."""
+        self.forget_observed()
+        again = set()
+        for head, places in zip(heads, rows, strict=True):
+            before = self.sums.clone()
+            self.add(head, places)
+            again |= {row for row in places if _is_doubled(before.totals[row], self.sums.totals[row])}
+        if again:
+            warnings.warn(
+                f"{len(again)} of {self.classes} classes have the same sums in several of the adapters, so they were "
+                "learnt from the same images, which now count twice. Their means are right; in 'lda' and 'ridge' "
+                "they weigh more than other classes. Join adapters of which one alone has learnt these classes.",
+                stacklevel=2,
+            )
+        self.fit()
+
     def add(self, other: Head, rows: Sequence[int]) -> None:
+        """Add what another head of this kind observed; its row i is this head's row `rows[i]`. Then call `fit`."""
         is_alike = type(other) is type(self) and other.width == self.width
         if not is_alike or self._map_settings() != other._map_settings():
             raise ValueError(
@@ -190,11 +219,16 @@ class SolvedHead(Head):
                 "One of the adapters was loaded without the sums of its head. Keep `head_sums.safetensors` beside the "
                 "adapter's file, and load it with is_trainable=True."
             )
-        self.sums.add(other.sums, rows)
+        for sums in filter(None, (other.sums, other.pending)):
+            self.sums.add(sums, rows)
 
     def _map_settings(self) -> tuple:
         """What two heads must have in common for their sums to be of the same h."""
         return (self.by_class,)
+
+
+def _is_doubled(before: torch.Tensor, after: torch.Tensor) -> bool:
+    return bool(before.any()) and torch.equal(after.to(before), 2 * before)
 
 
 def below_the_seen(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

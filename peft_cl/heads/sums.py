@@ -182,10 +182,10 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     """The lower Cholesky factor of a symmetric positive semi-definite matrix, with as much jitter as it takes."""
     scale = matrix.diagonal().abs().mean().clamp_min(torch.finfo(matrix.dtype).tiny ** 0.5)
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     jitter = 0.0
     while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + jitter * scale * eye if jitter else matrix)
+        jittered = matrix + jitter * scale * torch.eye(len(matrix)).to(matrix) if jitter else matrix
+        factor, failed = torch.linalg.cholesky_ex(jittered)
         if not failed.item() and factor.diagonal().gt(0).all():
             return factor
         jitter = max(1e-12, jitter * 10)

@@ -33,6 +33,7 @@ class TextHead(Head):
     title = "class names"
     guides_prompts = True
     needs_features = "cls"
+    needs_training = False
 
     def __init__(
         self,
@@ -131,7 +132,17 @@ class TextHead(Head):
         self.names = [self.names[row] for row in rows] if self.names else []
         self.classes = len(rows)
 
-    def add(self, other: Head, rows: Sequence[int]) -> None:
-        """Names say the same in every adapter: there is nothing to add."""
-        if self.context is not None or not isinstance(other, TextHead):
-            super().add(other, rows)
+    @torch.no_grad()
+    def unite(self, heads, rows):
+        """A name says the same in every adapter, unless a context was learnt for it."""
+        if self.context is not None and any(not torch.equal(heads[0].context, head.context) for head in heads[1:]):
+            raise ValueError(
+                "The adapters have learnt different contexts of the class names (head_options: context), and one head "
+                "has one. Join adapters with head_options={'context': 0}, or with the same context."
+            )
+        for name, own in self.named_parameters():
+            own.copy_(getattr(heads[0], name))
+        for name in ("projection", "scale", "bias"):
+            getattr(self, name).copy_(getattr(heads[0], name))
+        for head, places in zip(heads, rows, strict=True):
+            self.embeddings[list(places)] = head.embeddings.to(self.embeddings)

@@ -5,9 +5,7 @@ Every number on it comes from `RunResults`; nothing is filled in that was not me
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +17,15 @@ from ..disk import read_json, replacing
 from ..metrics import RunResults, chance_level, results_table, standard_error
 from ..metrics.chance import compared_without_prompts
 from ..metrics.same_rows import same_rows
+from ..plots.run import MATRIX_FILE
 from ..text import code, in_markdown, percent, plain
 from .additions import evidence_added, head_added, own_metrics_added
 from .papers import PAPERS, Paper
+from .parts import citation, classes_in_order, settings_of_method, table, table_row, tags
+from .present_card import check_card
 from .sources import Source, find_source, without_folders
-from .terms import METRICS, NOT_SETTINGS, SETTINGS
-from .usage import usage
+from .terms import METRICS, SETTINGS
+from .usage import PROCESSOR_FILES, UNNAMED, usage
 
 
 def model_card(
@@ -35,6 +36,7 @@ def model_card(
     *,
     adapter_id: str | None = None,
     has_processor: bool = False,
+    has_picture: bool = False,
     license: str | None = None,
     limits: Sequence[str] = (),
     paper: Paper | None = None,
@@ -53,6 +55,7 @@ def model_card(
         dataset: Hub id or path of the data set; `None`: that of the results.
         adapter_id: Hub id of the adapter, for the title of its results and the usage example.
         has_processor: Whether the adapter's folder has its own image processor; else the backbone's is used.
+        has_picture: Whether the accuracy matrix is drawn beside the card (`accuracy_matrix.png`), which shows it then.
         license: The adapter's licence, an identifier of the Hub such as `"apache-2.0"`. `None`: none stated.
         limits: Further limits of the adapter, a sentence or two of Markdown each, such as the licence of the data
             that the backbone was trained on.
@@ -73,11 +76,11 @@ def model_card(
     parts = [
         f"---\n{_metadata(results, backbone, data, adapter_id, license).to_yaml()}\n---",
         _introduction(results, backbone, data, paper),
-        usage(backbone, adapter_id or "path/to/adapter", has_processor),
-        _measured(results),
+        usage(backbone, adapter_id or UNNAMED, has_processor),
+        _measured(results, has_picture),
         _protocol(results, results.hyperparameters.get("adapter", {}) if config is None else config, backbone, data),
         _limits(results, data, limits),
-        _citation(paper),
+        citation(paper),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -85,8 +88,8 @@ def model_card(
 def write_model_card(folder: str | Path, results: RunResults, **options: Any) -> Path:
     """Write the model card of the adapter in `folder` to its `README.md`, in place of one that is there.
 
-    The configuration is read from the folder's `adapter_config.json` if it is there, and the usage example takes the
-    image processor from the folder if it holds one.
+    The configuration is read from the folder's `adapter_config.json` if it is there, the usage example takes the
+    image processor from the folder if it holds one, and the picture of the accuracy matrix is shown if it lies there.
 
     Args:
         folder: The adapter's folder, made if missing.
@@ -95,6 +98,10 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
 
     Returns:
         `Path`: the file written.
+
+    Raises:
+        ValueError: The Hub would refuse the metadata, for instance a `license` that is no identifier. Nothing is
+            written.
 
     Example:
         ```python
@@ -110,11 +117,12 @@ def write_model_card(folder: str | Path, results: RunResults, **options: Any) ->
             options["config"] = read_json(config_file)
         except ValueError as error:  # the record says what the card needs
             warnings.warn(f"{error} The card is made without it.", stacklevel=2)
-    processor_files = ("preprocessor_config.json", "processor_config.json")
-    options.setdefault("has_processor", any((folder / name).is_file() for name in processor_files))
+    options.setdefault("has_processor", any((folder / name).is_file() for name in PROCESSOR_FILES))
+    options.setdefault("has_picture", (folder / MATRIX_FILE).is_file())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
     text = model_card(results, **options)
+    check_card(text)
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
@@ -157,12 +165,7 @@ def _metadata(
         base_model_relation="adapter" if base_model else None,
         datasets=[data.hub_id] if data.hub_id and not data.is_local else None,
         metrics=["accuracy"] if eval_results else None,
-        tags=[
-            "peft",
-            "peft-cl",
-            "continual-learning",
-            *_tags(scenario.get("name"), *results.method.partition(" with ")[0].split(" + ")),
-        ],
+        tags=tags(scenario.get("name"), *results.method.partition(" with ")[0].split(" + ")),
         model_name=name if eval_results else None,
         eval_results=eval_results or None,
     )
@@ -170,11 +173,6 @@ def _metadata(
 
 def _plain(value: Any) -> Any:
     return plain(value) if isinstance(value, str) else value
-
-
-def _tags(*names: str | None) -> list[str]:
-    """Names in the form of tags: "CODA-Prompt" becomes "coda-prompt"."""
-    return [re.sub(r"[^a-z0-9]+", "-", plain(name).lower()).strip("-") for name in names if name]
 
 
 def _introduction(results: RunResults, backbone: Source, data: Source, paper: Paper | None) -> str:
@@ -218,7 +216,7 @@ def _data_link(data: Source) -> str:
     return data.link("data set", path="datasets/")
 
 
-def _measured(results: RunResults) -> str:
+def _measured(results: RunResults, has_picture: bool) -> str:
     done = results.finished_tasks
     if done == 0:
         return "## Results\n\nNothing is measured yet: no task is finished."
@@ -233,12 +231,12 @@ def _measured(results: RunResults) -> str:
             "predicted class is one of their own task's)"
         )
     names = [in_markdown(name) for name in results.task_names[:done]]
-    header = _row(["After task", *names]) + "\n|---|" + "---:|" * done
+    header = table_row(["After task", *names]) + "\n|---|" + "---:|" * done
     measured = list(zip(names, results.accuracy_matrix[:done], strict=True))
     if results.baseline is not None:
         measured.insert(0, ("(before the first)", results.baseline))
     rows = [
-        _row([name, *(_matrix_cell(value, i, j) for j, value in enumerate(row[:done]))])
+        table_row([name, *(_matrix_cell(value, i, j) for j, value in enumerate(row[:done]))])
         for i, (name, row) in enumerate(measured, start=done - len(measured))
     ]
     parts = [
@@ -251,6 +249,7 @@ def _measured(results: RunResults) -> str:
         "### Accuracy matrix",
         "Accuracy in % on the task of the column, after training on the task of the row:",
         "\n".join([header, *rows]),
+        f"![The accuracy matrix as a picture]({MATRIX_FILE})" if has_picture else None,
         *own_metrics_added(results),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -303,14 +302,12 @@ def _protocol(results: RunResults, config: Mapping[str, Any], backbone: Source, 
     facts["Command"] = code(without_folders(results.command[:5000]), 2000) if results.command else None
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     facts["Versions"] = in_markdown(versions, 500) or None
-    settings = {name: value for name, value in config.items() if name not in NOT_SETTINGS and value is not None}
-    parts = ["## Protocol", _table(("", ""), {name: value for name, value in facts.items() if value is not None})]
-    if settings:
-        shown = {code(name): code(json.dumps(value, default=str), 500) for name, value in settings.items()}
-        parts += ["### Settings of the method", _table(("Setting", "Value"), shown)]
-    if scenario.get("class_order"):
-        classes = ", ".join(in_markdown(name) for name in scenario["class_order"])
-        parts.append(f"<details><summary>Classes, in their order</summary>\n\n{classes}\n\n</details>")
+    parts = [
+        "## Protocol",
+        table(("", ""), {name: value for name, value in facts.items() if value is not None}),
+        *settings_of_method(config),
+        *classes_in_order(scenario.get("class_order")),
+    ]
     return "\n\n".join(parts)
 
 
@@ -356,15 +353,3 @@ def _limits(results: RunResults, data: Source, limits: Sequence[str]) -> str:
         *limits,
     ]
     return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
-
-
-def _citation(paper: Paper | None) -> str:
-    return f"## Citation\n\n```bibtex\n{paper.bibtex}\n```" if paper else ""
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    return "\n".join([_row(header), "|---|---|", *(_row([name, str(value)]) for name, value in rows.items())])

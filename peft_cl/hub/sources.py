@@ -69,9 +69,12 @@ def without_folders(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # no command line
         return PATH_INSIDE.sub(_last_name, command)
-    return shlex.join(
-        (PATH_ALONE if PATH_ALONE.fullmatch(word) else PATH_INSIDE).sub(_last_name, word) for word in words
-    )
+    return shlex.join(map(without_path, words))
+
+
+def without_path(text: str) -> str:
+    """Return a text with the last name alone of the local path that it is, or of those that are in it."""
+    return (PATH_ALONE if PATH_ALONE.fullmatch(text) else PATH_INSIDE).sub(_last_name, text)
 
 
 def _last_name(path: re.Match[str]) -> str:

@@ -52,6 +52,8 @@ NOT_SETTINGS = {field.name for field in fields(PeftConfig)} | {
     "tasks",
     "rows_in_use",
     "grown",
+    "joined",
+    "joined_prompts",
     "stream",
     "base_weights",
     "temperature",

@@ -6,6 +6,10 @@ from ..text import literal
 from .sources import Source
 
 
+#: Files of an image processor, any of which is one.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+#: What stands for an adapter that has no name yet.
+UNNAMED = "path/to/adapter"
 NAME_LETTERS = 300  # of a name in the usage example; those of the Hub have 96 at most
 
 

@@ -81,6 +81,8 @@ def hyperparameters(args: Any, model: Any, config: Any, augmentation: Any) -> di
         "tasks",
         "rows_in_use",
         "grown",
+        "joined",
+        "joined_prompts",
         "stream",
         "base_weights",
         "temperature",

@@ -11,9 +11,7 @@ from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..hub.card import write_model_card
 from ..metrics import RunResults
-from ..metrics.results import FILE_NAME
 from ..plots.run import write_pictures
 from ..scenarios import Scenario, Task
 from ..text import percent
@@ -29,10 +27,10 @@ from .files import check_writable, explained_writes, written_aside
 from .guards import Guards
 from .learning_rates import check_parts
 from .loss import check_loss
-from .measuring import MeasuringTrainer
 from .own_metrics import OwnMetrics
 from .per_task import for_each_task, settings_of_task
 from .record import adapter_folder, learnt_of, metrics_of, record_of
+from .sharing import SharingTrainer
 from .snapshot import STATE_FOLDER
 from .strategy import Combined, Strategy
 
@@ -40,7 +38,7 @@ from .strategy import Combined, Strategy
 logger = logging.get_logger(__name__)
 
 
-class ContinualTrainer(MeasuringTrainer):
+class ContinualTrainer(SharingTrainer):
     """A `transformers.Trainer` that learns the tasks of a scenario one after the other and measures as it goes.
 
     For each task the model's head and pool start the task, optimizer and schedule are new, and the arguments hold as
@@ -347,28 +345,26 @@ class ContinualTrainer(MeasuringTrainer):
 
     def save(self) -> None:
         """Write adapter, processor, `results.json` and card into the output folder; whole files replace old ones."""
+        self.save_adapter()
+        if self.is_world_process_zero():
+            self.results.save(self.folder)
+            self.create_model_card()
+
+    def save_adapter(self) -> None:
+        """Write the adapter as it is now, the sums of its head and the processor into the output folder."""
         with written_aside(self.folder, self.is_world_process_zero()) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.is_world_process_zero():
                 self.tuner.save_sums(adapter_folder(aside, self.model.active_adapter))
                 self.strategy.save(self, aside)
-        if self.is_world_process_zero():
-            self.results.save(self.folder)
-            self.create_model_card()
 
     def draw(self) -> None:
         """Draw the run into its folder, on the first process; where that fails, say why and go on."""
         if self.is_world_process_zero():
             with spared(f"No pictures of {self.folder}"):
                 write_pictures(self.folder, self.results)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card with the measured results, which `push_to_hub` shares with the adapter."""
-        if self.is_world_process_zero():
-            with spared(f"No model card of {self.folder}"):
-                record = self.folder / FILE_NAME
-                results = RunResults.load(record) if record.is_file() else self.results
-                write_model_card(self.folder, results, limits=self.strategy.limits, adapter_id=self.hub_model_id)
+                self.drawn_tasks = self.finished_tasks
+            self.create_model_card()
 
     @property
     def results(self) -> RunResults:

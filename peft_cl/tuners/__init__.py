@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base.bare_models import enter_transformers
 from .base.config import PromptPoolConfig
+from .base.joining import join_adapters, split_adapter
 from .base.model import PromptPoolModel
 from .base.pool_size import suggested_pool_size
 from .coda import CodaPromptConfig, CodaPromptModel
@@ -23,6 +24,8 @@ __all__ = [
     "LinearProbeModel",
     "PromptPoolConfig",
     "PromptPoolModel",
+    "join_adapters",
+    "split_adapter",
     "suggested_pool_size",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ class Call:
     reads_own: bool = False
     read: torch.Tensor | None = None
     classify: Callable[[torch.Tensor], torch.Tensor] | None = None  # the head, where the encoder calls it
+    mixed: Any = None  # the `MixedBatch` whose first adapter this call is of
     prompts: Prompts | None = None  # until the encoder has run
 
     def check(self, batch: int, width: int | None = None) -> None:

@@ -17,6 +17,7 @@ from .call import Call
 from .config import PromptPoolConfig
 from .encoder import PromptedEncoder
 from .layer import AdapterLayer
+from .mixing import MixedBatch
 
 
 class ClassifierHead(AdapterLayer):
@@ -38,6 +39,8 @@ class ClassifierHead(AdapterLayer):
         configs: the adapters' configurations, by name.
         last_losses: the terms of the last loss, by name, detached and weighted.
         last_selected: the pool rows that the last call chose, as `Prompts.selected`.
+        last_weights: how much of each row the images of the last call got, as `Prompts.weights`.
+        mixed: the batch of several adapters that the next call is of; None: the active adapter answers.
         own_loss: what stands in the place of the cross-entropy, `(logits, labels, class_names) -> loss`, as
             `ContinualTrainer` describes it; None: nothing does.
     """
@@ -49,7 +52,9 @@ class ClassifierHead(AdapterLayer):
         self.encoder_name = encoder_name
         self.last_losses: dict[str, torch.Tensor] = {}
         self.last_selected: torch.Tensor | None = None
+        self.last_weights: torch.Tensor | None = None
         self.configs: dict[str, PromptPoolConfig] = {}
+        self.mixed: MixedBatch | None = None
         self._rows: dict[str, torch.Tensor] = {}
         #: Takes a training call's logits with their graph, before any is masked, while it is a list.
         self._logits: list[torch.Tensor] | None = None
@@ -186,7 +191,11 @@ class ClassifierHead(AdapterLayer):
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Take what the base model's forward must not see: `labels`, `task_ids`, `query`."""
         getattr(model, self.encoder_name).lock.acquire()
-        call = Call(task_ids=kwargs.pop("task_ids", None), query=kwargs.pop("query", None), classify=self)
+        mixed, self.mixed = self.mixed, None  # the calls inside a mixed one are of one adapter each
+        if mixed is not None:
+            args, kwargs = mixed.begin(args, kwargs)
+        task_ids, query = kwargs.pop("task_ids", None), kwargs.pop("query", None)
+        call = Call(task_ids=task_ids, query=query, mixed=mixed, classify=self)
         if self.active is not None:
             images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0] if args else None
             config, head = self.config, self.active
@@ -204,10 +213,13 @@ class ClassifierHead(AdapterLayer):
 
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Mask the logits, and add the loss where labels were given."""
+        encoder: PromptedEncoder = getattr(model, self.encoder_name)
+        mixed = None if encoder.call is None else encoder.call.mixed
         try:
-            return self.finish(model, output)
+            output = self.finish(model, output)
+            return output if mixed is None or output is None else mixed.finish(model, output)
         finally:
-            getattr(model, self.encoder_name).lock.release()
+            encoder.lock.release()
 
     def finish(self, model: nn.Module, output: Any) -> Any:
         """What `after_forward` returns; `output` is None if the forward raised."""
@@ -229,7 +241,7 @@ class ClassifierHead(AdapterLayer):
         if self._logits is not None:
             self._logits[:] = [logits]
         logits = self.mask(logits, call.task_ids, training=model.training, labels=call.labels)
-        self.last_selected = call.prompts.selected
+        self.last_selected, self.last_weights = call.prompts.selected, call.prompts.weights
         loss = None
         if call.labels is not None:
             name, of_labels = self.loss_of_labels(logits, call.labels)
@@ -260,6 +272,15 @@ class ClassifierHead(AdapterLayer):
                 rows = self.rows_of_tasks(logits.device)
                 return logits.float() + evidence(call.query[:, : evidence.size], rows).float()
         return logits
+
+    def foretell(self, query: torch.Tensor) -> torch.Tensor | None:
+        """What the frozen features (B, Q) say of the tasks before there are prompted ones: scores (B, tasks), by the
+        head or else by the task evidence; None: nothing."""
+        head, rows = self.active, self.rows_of_tasks(query.device)
+        said = head.foretell(query)
+        if said is not None:
+            return said[:, None].masked_fill(~rows, -torch.inf).logsumexp(-1)
+        return None if head.evidence is None else head.evidence.similarity(query[:, : head.evidence.size])
 
     def mask(
         self,

@@ -190,17 +190,7 @@ class PromptPoolConfig(HeadConfig):
         Raises:
             ValueError: no names, names that are no strings, repeated names, or a pool that cannot hold another task.
         """
-        if isinstance(class_names, str):
-            raise ValueError(f"class_names is the string {class_names!r}, but must be a list of names, one per class.")
-        names = list(class_names)
-        if not names:
-            raise ValueError("class_names is empty, but a task has at least one class. Name it.")
-        wrong = [name for name in names if not isinstance(name, str)]
-        if wrong:
-            raise ValueError(f"class_names holds {wrong[:5]}, but names are strings. Convert them with str().")
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise ValueError(f"class_names repeats {repeated}: name each class of a task once.")
+        names = _checked_names(class_names)
         if self.stream:
             raise ValueError(
                 "The adapter is learnt from a stream, which has no tasks: another cannot begin. Start with a new "
@@ -213,6 +203,26 @@ class PromptPoolConfig(HeadConfig):
         self.classes = classes
         self.tasks = [*(self.tasks or ()), [row[name] for name in names]]
         return len(known)
+
+    def add_classes(self, class_names: Sequence[str]) -> int:
+        """Record new classes of the task begun last; nothing is written unless all of it is in order.
+
+        Returns:
+            The number of classes known before.
+
+        Raises:
+            ValueError: no names, names that are no strings, repeated or known names, or no task has begun.
+        """
+        names = _checked_names(class_names)
+        if not self.tasks:
+            raise ValueError("No task has begun that classes could be added to. Call begin_task(names) instead.")
+        known = [name for name in names if name in self.classes]
+        if known:
+            raise ValueError(f"{brief(known)} are classes that the adapter knows already. Leave them out.")
+        count = len(self.classes)
+        self.classes = [*self.classes, *names]
+        self.tasks = [*self.tasks[:-1], [*self.tasks[-1], *range(count, len(self.classes))]]
+        return count
 
     def add_stream(self, class_names: Sequence[str]) -> None:
         """Record that all is learnt from one stream with these classes.
@@ -323,6 +333,22 @@ class PromptPoolConfig(HeadConfig):
                 f"{name} is {value}, but a prefix needs an even number: its first half are keys, its second half "
                 f"values. Set it to {value + 1}."
             )
+
+
+def _checked_names(class_names: Sequence[str]) -> list[str]:
+    """The names of classes, which are texts, one at least, and distinct."""
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names is the string {class_names!r}, but must be a list of names, one per class.")
+    names = list(class_names)
+    if not names:
+        raise ValueError("class_names is empty, but a task has at least one class. Name it.")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"class_names holds {wrong[:5]}, but names are strings. Convert them with str().")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"class_names repeats {repeated}: name each class of a task once.")
+    return names
 
 
 def _is_number(layer: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...backbones import Family
-from ...backbones.modes import draws, evaluation_mode, without_own_checkpointing
+from ...backbones.modes import draws, evaluation_mode, without_autocast, without_own_checkpointing
 from ...backbones.reading import can_read, is_watched, read_layer
 from ...heads import CLS, OWN, Features
 from .call import Call, Trace, in_front, recording
@@ -92,8 +92,10 @@ class PromptedEncoder(AdapterLayer):
             query, start = self._query(pixel_values, interpolate, first)
             call.query = query
         # The pool computes in its own precision, whatever the passes run in.
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            pool.known_tasks = call.task_ids
+        with without_autocast(pixel_values.device):
+            pool.known_tasks, pool.task_scores = call.task_ids, None
+            if pool.asks_for_tasks and call.classify is not None:
+                pool.task_scores = call.classify.foretell(query)
             prompts = pool(query[:, : self.hidden_size] if pool.needs_query else None)
         if start is None or trace.wanted or not self._is_fixed(pixel_values, first):
             start = self._start(pixel_values, interpolate, first, trace)
@@ -102,7 +104,7 @@ class PromptedEncoder(AdapterLayer):
             call.query = feature.detach()
         if prompts.parts:
             features = self._features_of_parts(start, first, prompts)
-            with torch.autocast(pixel_values.device.type, enabled=False):
+            with without_autocast(pixel_values.device):
                 prompts.losses.update(pool.compare(features))
         call.prompts = prompts
         if feature is not None:

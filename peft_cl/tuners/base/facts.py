@@ -9,6 +9,7 @@ from ...text import brief
 
 if TYPE_CHECKING:
     from .config import PromptPoolConfig
+    from .pool_config import PoolConfig
 
 
 #: Weights of terms above it only overflow: logits are float32.
@@ -36,6 +37,31 @@ def check_facts(config: PromptPoolConfig) -> None:
         raise ValueError(f"stream is True, but tasks are {brief(config.tasks)}, and a stream is one. {_REMEDY}")
     if config.rows_in_use is not None and not _is_count(config.rows_in_use):
         raise ValueError(f"rows_in_use is {brief(config.rows_in_use)}, but must be a whole number from 0. {_REMEDY}")
+
+
+def check_joined(config: PoolConfig) -> None:
+    """Refuse parts of a joined adapter that its rows and tasks do not divide into."""
+    joined = config.joined
+    if joined is None:
+        return
+    are_pairs = isinstance(joined, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_count, pair)) and pair[1] for pair in joined
+    )
+    if not are_pairs or not joined or sum(tasks for _, tasks in joined) >= config.num_tasks:
+        raise ValueError(
+            f"joined is {brief(joined)}, but must hold the rows and tasks of each adapter but the last, which has "
+            f"some of the {config.num_tasks} tasks too. {_REMEDY}"
+        )
+    own, shared = config.rows_per_task, config.rows_per_task is None and isinstance(config.pool_size, int)
+    each = 1 if config.train_prompts == "first_task" else None
+    wrong = own is not None and any(rows != own * (each or tasks) for rows, tasks in joined)
+    wrong |= shared and sum(rows for rows, _ in joined) >= config.total_rows
+    wrong |= config.is_apart and not all(rows for rows, _ in joined)
+    if wrong:
+        raise ValueError(
+            f"joined is {brief(joined)}, but with these settings the pools of so many tasks have other numbers of "
+            f"rows. {_REMEDY}"
+        )
 
 
 def check_rows_in_use(config: PromptPoolConfig, rows: int) -> None:

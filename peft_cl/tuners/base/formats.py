@@ -43,6 +43,7 @@ SINCE_FORMAT: dict[int, dict[str, Any]] = {
         "temperature": 1.0,
         "storage_dtype": "float32",
     },
+    4: {"joined": None, "joined_prompts": "apart"},
 }
 #: The same of settings that other methods had before, or that begin otherwise there, by `PromptPoolConfig.method`.
 OF_METHOD: dict[str, dict[int, dict[str, Any]]] = {

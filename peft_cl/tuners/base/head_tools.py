@@ -13,10 +13,11 @@ from ...heads import Head, LinearHead, Sizes
 from ...heads.files import SUMS_FILE, load_sums, save_sums
 from ...text import brief
 from .config import PromptPoolConfig
-from .digests import digest_in_bfloat16, digest_of_tensors, digest_of_weights
+from .digests import digest_in_bfloat16, digest_of_tensors
 from .encoder import evaluation_mode
 from .merged import merged
 from .saved import file_beside
+from .shares import POOL_FACTS, new_config, share_of
 
 
 class HeadTools:
@@ -97,17 +98,26 @@ class HeadTools:
             )
         self.head.active.go_on(load_sums(path, self._facts_of_sums()))
 
-    def need_sums(self) -> None:
-        """Have the sums of the active adapter's head: an adapter that was loaded finds them where its file lies.
+    def find_sums(self, adapter_name: str) -> bool:
+        """Have the sums of an adapter's head, where they are in memory or beside its file; False: there are none."""
+        head = self.head.entries[adapter_name]
+        file = None if head.has_sums else file_beside(self.peft_config[adapter_name].source, SUMS_FILE)
+        if file is not None:
+            head.go_on(load_sums(file, self._facts_of_sums(adapter_name)))
+        return head.has_sums
+
+    def need_sums(self, adapter_name: str | None = None) -> None:
+        """Have the sums of an adapter's head, by default the active one's: an adapter that was loaded finds them where
+        its file lies.
 
         Raises:
             ValueError: they are not there.
         """
-        head, config = self.head.active, self._active_config()[1]
-        if head is None or head.has_sums:
+        if adapter_name is None and self.head.active is None:
             return
-        file = file_beside(config.source, SUMS_FILE)
-        if file is None:
+        name = adapter_name or self._active_config()[0]
+        config = self.peft_config[name]
+        if not self.find_sums(name):
             where = f" beside it in {config.source[0]!r}" if config.source else ""
             raise ValueError(
                 f"The head {config.head!r} of this adapter is computed from sums over all training images, and to "
@@ -115,11 +125,11 @@ class HeadTools:
                 "adapter was trained (the trainer writes it; with a loop of your own, model.save_sums(folder)), or "
                 "call model.load_sums(folder)."
             )
-        self.load_sums(file.parent)
 
-    def _facts_of_sums(self) -> dict[str, Any]:
+    def _facts_of_sums(self, adapter_name: str | None = None) -> dict[str, Any]:
         """What sums belong to."""
-        config, head = self._active_config()[1], self.head.active
+        name = adapter_name or self._active_config()[0]
+        config, head = self.peft_config[name], self.head.entries[name]
         saved = ((name, value) for name, value in head.state_dict().items() if not name.startswith("training_head"))
         return {
             "head": config.head,
@@ -160,10 +170,48 @@ class HeadTools:
 
     # ----------------------------------------------------------------------------------------------- classes
 
+    def add_classes(self, class_names: Sequence[str]) -> None:
+        """Add classes to the active adapter without a new task: they belong to the task begun last, and no prompt
+        changes. Then call `fit_head` with some images of them.
+
+        `begin_task` gives CODA-Prompt, DualPrompt and a masked L2P new rows, which take part in every prediction from
+        then on. Nobody trains them where a class is only to be shown to the head, so here there are none. An LDA is
+        told that some classes have fewer images than others (its option `few_images`).
+
+        Args:
+            class_names: names of the classes, new ones.
+
+        Raises:
+            ValueError: a head whose rows are trained, names that are known or none, an adapter without a task or
+                without the sums of its head, or one that was loaded for inference.
+
+        Example:
+            >>> model = PeftModel.from_pretrained(base, "out", is_trainable=True)    # doctest: +SKIP
+            >>> model.add_classes(["okapi"])                                         # doctest: +SKIP
+            >>> label = model.config.label2id["okapi"]                               # doctest: +SKIP
+            >>> model.fit_head([{"pixel_values": pixels, "labels": [label] * len(pixels)}])    # doctest: +SKIP
+        """
+        adapter, config = self._learning_config()
+        head = self.head.entries[adapter]
+        if head.needs_training:
+            raise ValueError(
+                f"The {head.title} head of this adapter learns a class by training alone. Begin a task with the class "
+                "(begin_task) and train it, or take a head that is computed from images: 'ncm', 'lda', 'ridge', "
+                "'aligned', or a 'fusion' of these."
+            )
+        self.need_sums()
+        head.check_classes(len(config.classes or ()) + len(class_names))
+        known = config.add_classes(class_names)
+        config.head_options = dict(head.expect_few(config.head_options))
+        config.forget_temperature()
+        self._grow_head(head, known)
+        self.head.show_labels()
+
     def forget_classes(self, class_names: Sequence[str]) -> None:
         """Take classes out of the active adapter: its head then is that of a model that never saw them.
 
-        Rows of later classes move up. Sums over pairs of features hold all classes together unless
+        Rows of later classes move up. A task of which no class is left goes too, with the rows that it brought into
+        the pool. Sums over pairs of features hold all classes together unless
         `head_options={"by_class": True}` keeps them apart, so only then can `lda` and `ridge` forget; nearest class
         means can in any case, and the rows of a trained head are taken out.
 
@@ -192,10 +240,14 @@ class HeadTools:
         head.keep_rows(kept)
         if head.training_head is not None:
             head.training_head.keep_rows(kept)
-        place = {row: index for index, row in enumerate(kept)}
-        config.classes = [config.classes[row] for row in kept]
-        config.tasks = [[place[row] for row in rows if row in place] for rows in config.tasks]
         config.forget_temperature()
+        place = {row: index for index, row in enumerate(kept)}
+        left = [task for task, rows in enumerate(config.tasks) if place.keys() & set(rows)]
+        if len(left) < config.num_tasks:
+            self._forget_tasks(adapter, left)
+        config.classes = [config.classes[row] for row in kept]
+        config.tasks = [[place[row] for row in config.tasks[task] if row in place] for task in left]
+        config.rows_in_use = self.pool.rows_in_use
         self.head.forget_rows()
         self.head.show_labels()
         if any(True for _ in self.pool.parameters()) or head.evidence is not None:
@@ -205,61 +257,20 @@ class HeadTools:
                 stacklevel=2,
             )
 
-    def join(self, adapter_name: str) -> None:
-        """Add to the active adapter what another adapter of this model has learnt: classes, tasks and sums.
-
-        Both must see the same features: heads on the frozen model, or on the same prompts. The result is that of one
-        adapter that has learnt the tasks of both, in any order.
-
-        Args:
-            adapter_name: the other adapter, which stays as it is.
-
-        Raises:
-            ValueError: no such adapter, other prompts, or heads that cannot be joined.
-
-        Example:
-            >>> model = PeftModel.from_pretrained(base, "a", is_trainable=True)    # doctest: +SKIP
-            >>> model.load_adapter("b", "b", is_trainable=True)                    # doctest: +SKIP
-            >>> model.join("b")                                                    # doctest: +SKIP
-        """
-        adapter, config = self._learning_config()
-        if adapter_name not in self.peft_config or adapter_name == adapter:
-            raise ValueError(
-                f"{adapter_name!r} is no other adapter of this model, which has {list(self.peft_config)}. Load it "
-                "first: load_adapter(folder, adapter_name)."
-            )
-        other, theirs = self.peft_config[adapter_name], self.head.entries[adapter_name]
-        own, others = (digest_of_weights(self.encoder.entries[name]) for name in (adapter, adapter_name))
-        if own != others:
-            raise ValueError(
-                f"{adapter!r} and {adapter_name!r} have different prompts, so their heads see different features. "
-                "Join adapters without prompts, or with the same ones."
-            )
-        self.need_sums()
-        self.set_adapter(adapter_name)
-        try:
-            self.need_sums()
-        finally:
-            self.set_adapter(adapter)
-        head, known = self.head.entries[adapter], len(config.classes)
-        if not theirs.classes or not head.classes:
-            raise ValueError(
-                "One of the adapters has learnt no task yet, so there is nothing to join. Train it first."
-            )
-        classes = list(dict.fromkeys([*config.classes, *other.classes]))
-        row = {name: index for index, name in enumerate(classes)}
-        head.check_classes(len(classes))
-        if (config.head, config.head_options, config.features) != (other.head, other.head_options, other.features):
-            raise ValueError(
-                f"The heads differ ({config.head!r} and {other.head!r}, or their options or features), so their sums "
-                "cannot be added. Join adapters of one configuration."
-            )
-        head.grow(len(classes), keep=known)
-        head.add(theirs, [row[name] for name in other.classes])
-        head.fit()
-        config.classes = classes
-        config.tasks = [*config.tasks, *([row[other.classes[index]] for index in rows] for rows in other.tasks)]
-        config.forget_temperature()
-        self._set_training_head(head, config, known, backbone_learns=self.encoder.learns)
-        self.head.forget_rows()
-        self.head.show_labels()
+    def _forget_tasks(self, adapter: str, left: Sequence[int]) -> None:
+        """Take what other tasks than those `left` brought out of an adapter's pool and evidence."""
+        config, pool, head = self.peft_config[adapter], self.encoder.entries[adapter], self.head.entries[adapter]
+        share = share_of(config, pool, head, left)
+        facts = new_config([share], getattr(config, "joined_prompts", "apart"))
+        smaller = type(pool)(facts, facts.geometry)
+        smaller.take([share])
+        learns = {name: value.requires_grad for name, value in pool.named_parameters()}
+        for name, value in smaller.named_parameters():
+            value.requires_grad_(learns[name])
+        for name in POOL_FACTS:
+            if hasattr(config, name):
+                setattr(config, name, getattr(facts, name))
+        smaller.config = config
+        self.encoder.add_entry(adapter, smaller)
+        if head.evidence is not None:
+            head.evidence.take([(head.evidence, left)])

@@ -19,6 +19,7 @@ class CallLock:
     def __init__(self):
         self.lock = threading.Lock()
         self.owner: int | None = None
+        self.keeps = False
 
     def __reduce__(self) -> tuple:
         return CallLock, ()
@@ -36,7 +37,7 @@ class CallLock:
         """Does nothing in a thread that does not hold it: the hook that calls this runs after every failure."""
         if torch.compiler.is_compiling():
             return
-        if self.owner == threading.get_ident():
+        if self.owner == threading.get_ident() and not self.keeps:
             self.owner = None
             self.lock.release()
 
@@ -50,4 +51,15 @@ class CallLock:
         try:
             yield
         finally:
+            self.release()
+
+    @contextmanager
+    def held_throughout(self) -> Iterator[None]:
+        """For the length of the block, over several calls of the model: none of them releases it."""
+        self.acquire()
+        self.keeps = True
+        try:
+            yield
+        finally:
+            self.keeps = False
             self.release()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from .encoder import PromptedEncoder
 from .facts import check_rows_in_use
 from .head_tools import HeadTools
 from .layer import AdapterLayer, check_name
+from .mixing import MixedBatches
 from .pool import PromptPool
 from .pool_tools import PoolTools
 from .saved import check_sizes, check_tensors, file_beside, read_header
@@ -33,7 +33,7 @@ from .storage import stored
 TRAINING_HEAD = ".training_head."
 
 
-class PromptPoolModel(PoolTools, HeadTools, BaseTuner):
+class PromptPoolModel(PoolTools, HeadTools, MixedBatches, BaseTuner):
     """Base of the methods' tuners. A method sets `prefix` and `pool_class`; everything else is here.
 
     All state sits in the base model, in two modules: a `PromptedEncoder` in the encoder's place and a `ClassifierHead`
@@ -313,16 +313,6 @@ class PromptPoolModel(PoolTools, HeadTools, BaseTuner):
 
     # ----------------------------------------------------------------------------------------------- adapters
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way to mix adapters in a batch: refused, as it would be ignored."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names is given, but each prompt adapter has a head and classes of its own, so one batch has "
-                "one adapter. Call set_adapter, and the model once for each adapter."
-            )
-        yield
-
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
@@ -342,7 +332,7 @@ class PromptPoolModel(PoolTools, HeadTools, BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             "Prompt adapters cannot be added up: each has a head, classes and keys of its own. Keep them side by "
-            "side, and choose by set_adapter(name)."
+            "side and choose by set_adapter(name), or make one of them that knows all classes by join_adapters."
         )
 
     # ----------------------------------------------------------------------------------------------- state dict

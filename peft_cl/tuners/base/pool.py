@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...backbones import Geometry
 from .config import PromptPoolConfig
+from .parts import Part
 from .prompts import Prompts
+
+
+if TYPE_CHECKING:
+    from .shares import Share
 
 
 class PromptPool(nn.Module):
@@ -35,6 +41,11 @@ class PromptPool(nn.Module):
 
     #: The tasks of the images of this call, (B,), where they are known; the encoder sets it.
     known_tasks: torch.Tensor | None = None
+
+    #: What the head says of each task of the images of this call by the frozen features, (B, tasks); the encoder sets
+    #: it where the pool asks for it.
+    task_scores: torch.Tensor | None = None
+    asks_for_tasks = False
 
     #: What the head reads: what the base model's own classifier does (`"cls"`: in ViT it is that token), or an output
     #: of the prompt tokens, `"prompt"`, `"cls+prompt"`, `"mean"` (of all).
@@ -95,6 +106,15 @@ class PromptPool(nn.Module):
 
     def begin_stream(self) -> None:
         """Make the pool ready for a stream without task boundaries. Default: nothing changes."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """The rows and tasks of each adapter that was joined; of another adapter, all of them are one part."""
+        return [Part(range(self.rows_in_use), range(self.config.num_tasks))]
+
+    def take(self, shares: Sequence[Share]) -> None:
+        """Have these shares of other pools, one behind the other, in the place of what there is. Default: there is
+        nothing to take."""
 
     def forward(self, query: torch.Tensor | None) -> Prompts:
         """Prompts for a batch.

@@ -11,6 +11,7 @@ from ...backbones import Geometry
 from ...heads.checks import check_count, check_number
 from ...text import brief
 from .config import PromptPoolConfig
+from .facts import check_joined
 from .initialisation import FROM_ADAPTER, PATCHES, check_source
 from .pool_size import AUTO, suggested_pool_size
 
@@ -131,6 +132,19 @@ class PoolConfig(PromptPoolConfig):
     grown: list[int] | None = field(
         default=None, metadata={"help": "Rows that each growth of the pool added (written)."}
     )
+    joined: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Of each adapter that was joined, but the last: how many rows of its pool, and tasks (written)."
+        },
+    )
+    joined_prompts: Literal["apart", "together"] = field(
+        default="apart",
+        metadata={
+            "help": "Of a joined adapter: an image takes the prompts of one of the adapters, which it fits best, or "
+            "those of all take part (written)."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -198,7 +212,38 @@ class PoolConfig(PromptPoolConfig):
     @property
     def past_count(self) -> int:
         """Of a pool that is shared: rows that learn no more."""
-        return self.total_rows - self.grown[-1] if self.grown and self.past_rows == "frozen" else 0
+        from_before = self.total_rows - self.grown[-1] if self.grown and self.past_rows == "frozen" else 0
+        return max(from_before, self.rows_apart)
+
+    @property
+    def rows_per_task(self) -> int | None:
+        """Rows that each task brings; None: all tasks share the rows."""
+        return None
+
+    @property
+    def rows_apart(self) -> int:
+        """Rows of adapters that were joined and are kept apart, but the last one's: they learn no more."""
+        return sum(rows for rows, _ in self.joined) if self.is_apart else 0
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it was joined, and an image takes the prompts of one of the adapters."""
+        return bool(self.joined) and self.joined_prompts == "apart"
+
+    @property
+    def parts_can_be_apart(self) -> bool:
+        """Whether keys can say which of several joined adapters an image fits."""
+        return self.has_query
+
+    def take_sizes(self, total: int, others: list[PoolConfig]) -> None:
+        """Settle the sizes of a pool of `total` rows that are those of others; it learns on with the last one's."""
+        if self.shares_rows:
+            last, frozen = others[-1], self.past_rows == "frozen" and len(others) > 1
+            self.grown = last.grown or ([last.total_rows] if frozen else None)
+            self.pool_size = total - sum(self.grown or ())
+            self.max_pool_size = _sum_of([each.max_pool_size for each in others])
+        else:
+            self.pool_size = _sum_of([each.pool_size for each in others])
 
     def grow(self, count: int) -> None:
         """Record that the pool has grown."""
@@ -259,6 +304,7 @@ class PoolConfig(PromptPoolConfig):
 
     def _check_rows(self) -> None:
         """Called by a method once its own settings are in order."""
+        check_joined(self)
         if self.token_order != "prompts_first" and self.prompt_type != "tokens":
             raise ValueError(
                 f"token_order is {self.token_order!r}, but prompt_type is {self.prompt_type!r}, which adds no tokens. "
@@ -336,3 +382,8 @@ class PoolConfig(PromptPoolConfig):
             or self.growth == "adaptive"
             or self.adaptive_orthogonality
         )
+
+
+def _sum_of(limits: list[int | None]) -> int | None:
+    """The limit of several pools together; None: one of them has none."""
+    return None if None in limits else sum(limits)

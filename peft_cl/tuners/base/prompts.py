@@ -45,12 +45,14 @@ class Prompts:
         losses: the pool's own loss terms, already weighted, to be added to the cross-entropy; empty outside training.
         selected: chosen rows, (B, N) or (layers, B, N); None where all rows take part.
         parts: prompts whose features the pool wants to compare in training (`PromptPool.compare`), by name.
+        weights: how much of each row an image gets, (layers, B, rows), without a graph; None where rows are chosen.
     """
 
     layers: Mapping[int, Injection] = field(default_factory=dict)
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     selected: torch.Tensor | None = None
     parts: dict[str, Prompts] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
 
     def at(self, layer: int, hidden_states: torch.Tensor) -> Injection | None:
         """What enters `layer`, whose input is `hidden_states` (B, N, D). A pool may decide by that input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,10 @@ from .initialisation import (
     some_of,
 )
 from .pair_sums import DIVERSITY, FORMS, PairSums
+from .parts import Part, best_part, likely_part, outside, parts_of, parts_of_tasks
 from .pool import PromptPool
 from .pool_config import PoolConfig
+from .shares import Share
 from .similarity import cosine, evenness, pull_term, selection_entropy_term
 from .storage import round_prompts, storage_dtype
 
@@ -208,7 +211,70 @@ class RowPool(PromptPool):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.spans.clear()  # they were of other rows
+        self._rows_are_others()
+
+    # ----------------------------------------------------------------------------------------------- joined pools
+
+    @property
+    def task(self) -> int:
+        if self.config.train_prompts == "first_task":  # one for each adapter that was joined
+            return len(self.config.joined or ())
+        return super().task
+
+    @property
+    def parts(self) -> list[Part]:
+        return parts_of(self.config, self.rows_in_use)
+
+    @property
+    def asks_for_tasks(self) -> bool:
+        """Whether the head is asked which adapter an image may be of: where they brought the same classes, it cannot
+        tell, and the keys decide."""
+        tasks = self.config.tasks
+        if not self.config.is_apart or self.training or not self.needs_query:
+            return False
+        return len({frozenset(row for task in part.tasks for row in tasks[task]) for part in self.parts}) > 1
+
+    def out_of_part(self, similarity: torch.Tensor) -> torch.Tensor | None:
+        """Boolean (B, rows): the rows of other adapters than the one whose prompts an image takes; None: it may take
+        those of all. In training it takes those of the last one, with which learning goes on.
+
+        Args:
+            similarity: of the batch with the keys, (sets, B, rows).
+        """
+        if not self.config.is_apart:
+            return None
+        rows = similarity.shape[-1]
+        parts = parts_of(self.config, rows)
+        if self.training:
+            chosen = torch.full(similarity.shape[1:2], len(parts) - 1, device=similarity.device)
+        elif self.known_tasks is not None:
+            chosen = parts_of_tasks(self.known_tasks.to(similarity.device), parts)
+        elif self.task_scores is not None:
+            chosen = likely_part(self.task_scores, parts)
+        else:
+            chosen = best_part(similarity, parts)
+        return outside(chosen, parts, rows)
+
+    @torch.no_grad()
+    def take(self, shares: Sequence[Share]) -> None:
+        for name, axis in self.row_axes.items():
+            rows = torch.cat([_rows_at(share.pool.rows(name), axis, share.rows) for share in shares], dim=axis)
+            unused = [_rows_at(share.pool.rows(name), axis, share.unused) for share in shares]
+            rows, own = torch.cat([rows, *unused], dim=axis), getattr(self, name)
+            past = rows.shape[axis] - own.shape[axis]
+            if hasattr(self, f"past_{name}"):
+                getattr(self, f"past_{name}").copy_(rows.narrow(axis, 0, past))
+            own.copy_(rows.narrow(axis, past, own.shape[axis]))
+        self.query_projection.load_state_dict(shares[0].pool.query_projection.state_dict())
+        if self.config.adaptive_orthogonality:
+            means = [share.pool.mean_queries[share.pool_tasks] for share in shares]
+            self.mean_queries.copy_(torch.cat(means))
+            self.task_coefficient.copy_(shares[-1].pool.task_coefficient)
+        self._rows_are_others()
+
+    def _rows_are_others(self) -> None:
+        """Forget what was computed from the rows that were there."""
+        self.spans.clear()
         self.pair_sums.past.clear()
         self.waiting = {}
 
@@ -321,3 +387,7 @@ class RowPool(PromptPool):
     def _total(self, key: tuple[str, str], pairs: Any) -> torch.Tensor:
         current, past = self._compared(key[1])
         return self.pair_sums.total(key, pairs, current, past, max(1, current.shape[1]))
+
+
+def _rows_at(rows: torch.Tensor, axis: int, places: Sequence[int]) -> torch.Tensor:
+    return rows.index_select(axis, torch.tensor(places, dtype=torch.long, device=rows.device))

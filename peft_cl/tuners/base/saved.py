@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...disk import check_file
 from ...text import brief
+from .fetched import check_fetched
 
 
 #: Formats of numbers in a file, by their names there. Others (float8, 4 bits) are none that adapters are saved in.
@@ -95,9 +96,11 @@ def file_beside(source: tuple[str, Mapping[str, Any]] | None, name: str) -> Path
     known = ("revision", "cache_dir", "token", "force_download", "local_files_only")
     given = {word: value for word, value in words.items() if word in known and value is not None}
     try:
-        return Path(hf_hub_download(place, name, subfolder=subfolder or None, **given))
+        path = Path(hf_hub_download(place, name, subfolder=subfolder or None, **given))
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return None
+    check_fetched(path)
+    return path
 
 
 def check_sizes(method: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, Stored]) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 #: What is stored so. Keys, attention vectors and the query's map decide by small differences of cosines, and take
 #: little room: they stay float32, as does the head.
-NAMES = ("prompts", "g_prompts", "past_prompts")
+NAMES = ("prompts", "g_prompts", "past_prompts", "past_g_prompts")
 
 
 def storage_dtype(name: str, config: PromptPoolConfig) -> torch.dtype | None:

@@ -133,6 +133,10 @@ class CodaPromptConfig(PoolConfig):
         return self.components_per_task is None
 
     @property
+    def rows_per_task(self) -> int | None:
+        return self.components_per_task
+
+    @property
     def size_option(self) -> str:
         return "components_per_task=None with pool_size"
 

@@ -60,7 +60,7 @@ class CodaPromptPool(RowPool):
         similarity, prompts = self.weigh(query)
         layers = {layer: self.injection(prompts[place]) for place, layer in enumerate(self.config.layers)}
         losses = self.terms(similarity) if self.training else {}
-        return Prompts(layers, losses, self.selected(similarity))
+        return Prompts(layers, losses, self.selected(similarity), weights=self.weights(similarity))
 
     def weigh(self, query: torch.Tensor, place: int | slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (..., B, rows) and prompts (..., B, L, D) of the layers at `place`.
@@ -73,6 +73,11 @@ class CodaPromptPool(RowPool):
         ]
         weights = [self.similarity(query, keys, attention) for _, keys, attention in parts]
         similarity = torch.cat(weights, dim=-1)
+        out_of_part = self.out_of_part(similarity) if similarity.ndim == 3 else None
+        if out_of_part is not None:
+            nothing = torch.finfo(similarity.dtype).min if self.config.selection == "top1" else 0.0
+            similarity = similarity.masked_fill(out_of_part, nothing)
+            weights = similarity.split([part.shape[-1] for part in weights], dim=-1)
         if self.config.selection == "top1":
             chosen = F.one_hot(similarity.argmax(-1), similarity.shape[-1]).to(similarity.dtype)
             weights = chosen.split([part.shape[-1] for part in weights], dim=-1)
@@ -97,6 +102,9 @@ class CodaPromptPool(RowPool):
 
     def selected(self, similarity: torch.Tensor) -> torch.Tensor | None:
         return similarity.argmax(-1, keepdim=True) if self.config.selection == "top1" else None
+
+    def weights(self, similarity: torch.Tensor) -> torch.Tensor | None:
+        return None if self.config.selection == "top1" else similarity.detach()
 
     def injection(self, prompts: torch.Tensor) -> Injection:
         """(B, L, D) -> what enters the layer."""
@@ -127,7 +135,7 @@ class LayerwisePrompts(Prompts):
         self.similarities.append(similarity)
         if len(self.similarities) == len(self.places):
             similarity = torch.stack(self.similarities)
-            self.selected = pool.selected(similarity)
+            self.selected, self.weights = pool.selected(similarity), pool.weights(similarity)
             if pool.training:
                 self.losses.update(pool.terms(similarity))
         return pool.injection(prompts)

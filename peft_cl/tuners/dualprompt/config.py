@@ -161,6 +161,14 @@ class DualPromptConfig(KeyPoolConfig):
         return self.expert_choice == "key"
 
     @property
+    def rows_per_task(self) -> int | None:
+        return None if self.shares_rows or not self.layers else 1
+
+    @property
+    def parts_can_be_apart(self) -> bool:
+        return bool(self.layers)
+
+    @property
     def size_option(self) -> str:
         return "expert_choice='key'"
 

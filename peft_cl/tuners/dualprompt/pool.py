@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from torch import nn
 from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
 from ..base.row_pool import RowPool
+from ..base.shares import Share
 from ..base.similarity import batch_vote, compare
+from ..base.storage import storage_dtype
 from .config import DualPromptConfig
 
 
@@ -20,7 +22,8 @@ class DualPromptPool(RowPool):
     `keys` (k_t), (key sets, rows, D). On the axis of 2 stand keys and values; as tokens it is an axis of 1. `prompts`
     and `keys` hold the current task's row, `past_prompts` and `past_keys` those before. For a stream, and with
     `expert_choice="key"`, they hold all rows, from which each image takes the one with the nearest key, in training
-    too. Without expert layers there is `g_prompts` alone.
+    too. Without expert layers there is `g_prompts` alone. Of adapters that were joined and are kept apart,
+    `past_g_prompts`, (adapters but the last, G layers, 2, L_g, D), has the general prompts of all but the last.
     """
 
     config: DualPromptConfig
@@ -35,6 +38,9 @@ class DualPromptPool(RowPool):
         general = (len(config.g_layers), parts, config.g_prompt_length, wide)
         by_layer = config.init_layers == "hierarchical" and bool(config.g_layers)
         self.g_prompts = nn.Parameter(self.drawn(general, by_layer))
+        if config.is_apart:
+            dtype = storage_dtype("past_g_prompts", config)
+            self.register_buffer("past_g_prompts", torch.zeros(len(config.joined), *general, dtype=dtype))
         if not layers:  # the general prompt alone: nothing is chosen
             self.row_axes = {}
             return
@@ -81,14 +87,13 @@ class DualPromptPool(RowPool):
 
     def select(self, query: torch.Tensor) -> Prompts:
         config, losses = self.config, {}
-        general = {layer: self.g_prompts[place][:, None] for place, layer in enumerate(config.g_layers)}
         if not self.row_axes:
-            return Prompts(self._inject(general, {}))
+            return Prompts(self._inject(self._general(None), {}))
         if self.training:
             # Of a task there is one row, which all take: those of earlier tasks are not compared.
             keys = self.rows("keys") if config.shares_rows else self.keys
             similarity = compare(query, keys, config.similarity)  # (sets, B, rows)
-            chosen = similarity.argmax(-1, keepdim=True)
+            chosen = self._nearest(similarity) if config.shares_rows else similarity.argmax(-1, keepdim=True)
             losses = self.terms_of_choice(query, keys, similarity, chosen)
             selected = chosen + self.rows_in_use - keys.shape[-2]
             experts = {
@@ -100,7 +105,7 @@ class DualPromptPool(RowPool):
                 layer: self._chosen(place, selected[place if config.keys_per_layer else 0, :, 0])
                 for place, layer in enumerate(config.layers)
             }
-        parts = {}
+        general, parts = self._general(selected), {}
         if self.training and config.separation_coefficient:
             parts = {"general": Prompts(self._inject(general, {})), "expert": Prompts(self._inject({}, experts))}
         return Prompts(self._inject(general, experts), losses, selected.squeeze(0), parts)
@@ -111,8 +116,43 @@ class DualPromptPool(RowPool):
         if config.known_task_rows and self.known_tasks is not None:
             known = self.known_tasks.to(query.device).clamp(0, self.task)  # the head says what is wrong with others
             return known[None, :, None].expand(len(keys), -1, -1)
-        selected = compare(query, keys, config.similarity).argmax(-1, keepdim=True)
+        selected = self._nearest(compare(query, keys, config.similarity))
         return batch_vote(selected, self.rows_in_use) if config.batchwise_prompt_at_test else selected
+
+    def _nearest(self, similarity: torch.Tensor) -> torch.Tensor:
+        """(sets, B, 1) rows of the nearest keys, from the similarities (sets, B, rows)."""
+        out_of_part = self.out_of_part(similarity)
+        if out_of_part is not None:
+            similarity = similarity.masked_fill(out_of_part, -torch.inf)
+        return similarity.argmax(-1, keepdim=True)
+
+    def _general(self, selected: torch.Tensor | None) -> dict[int, torch.Tensor]:
+        """General prompts (2 or 1, B or 1, L, D) of each layer: where several are kept apart, at test, those of the
+        adapter that the rows (sets, B, 1) chosen for an image are of."""
+        past = getattr(self, "past_g_prompts", None)
+        if past is None or self.training or selected is None:
+            return {layer: self.g_prompts[place][:, None] for place, layer in enumerate(self.config.g_layers)}
+        ends = selected.new_tensor([part.rows[-1] for part in self.parts[:-1]])
+        part = torch.bucketize(selected[0, :, 0], ends)
+        every = self.general_of_parts()
+        return {layer: every[:, place][part].transpose(0, 1) for place, layer in enumerate(self.config.g_layers)}
+
+    @torch.no_grad()
+    def take(self, shares: Sequence[Share]) -> None:
+        super().take(shares)
+        every = torch.cat([share.pool.general_of_parts()[share.part_numbers] for share in shares])
+        if hasattr(self, "past_g_prompts"):
+            self.past_g_prompts.copy_(every[:-1])
+            self.g_prompts.copy_(every[-1])
+        else:
+            self.g_prompts.copy_(every.mean(0))
+
+    def general_of_parts(self) -> torch.Tensor:
+        """The general prompts of each part, (parts, G layers, 2 or 1, L, D)."""
+        past = getattr(self, "past_g_prompts", None)
+        if past is None:
+            return self.g_prompts.expand(len(self.parts), *self.g_prompts.shape)
+        return torch.cat([past.to(self.g_prompts), self.g_prompts[None]])
 
     def _experts(self, place: int, chosen: torch.Tensor, count: int) -> torch.Tensor:
         """Of the last `count` rows, those (2 or 1, B or 1, L, D) that a layer takes in training; one row serves the

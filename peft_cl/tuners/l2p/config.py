@@ -225,6 +225,10 @@ class L2PConfig(KeyPoolConfig):
             )
 
     @property
+    def rows_per_task(self) -> int | None:
+        return self.top_k if self.use_prompt_mask else None
+
+    @property
     def prompted_layers(self) -> tuple[int, ...]:
         return tuple(self.layers)
 

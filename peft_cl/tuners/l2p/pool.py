@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
 from ..base.row_pool import RowPool
 from ..base.search import KeyIndex
+from ..base.shares import Share
 from ..base.similarity import batch_vote, compare
 from .config import L2PConfig
 
@@ -61,6 +62,7 @@ class L2PPool(RowPool):
         first, end = index * self.config.top_k, (index + 1) * self.config.top_k
         if self.config.shared_prompt_pool and end <= self.config.pool_size:
             with torch.no_grad():
+                first, end = first - self.config.rows_apart, end - self.config.rows_apart
                 self.prompts[:, first:end] = self.prompts[:, first - self.config.top_k : first]
         if self.config.frequency_penalty:
             self.chosen_before += self.chosen_now
@@ -79,6 +81,14 @@ class L2PPool(RowPool):
             for name in ("chosen_before", "chosen_now"):
                 setattr(self, name, torch.zeros(len(self.keys), self.config.total_rows, device=self.keys.device))
 
+    def take(self, shares: Sequence[Share]) -> None:
+        super().take(shares)
+        if self.config.frequency_penalty:
+            for name in ("chosen_before", "chosen_now"):
+                counts = [getattr(share.pool, name)[:, share.rows] for share in shares]
+                unused = [getattr(share.pool, name)[:, share.unused] for share in shares]
+                getattr(self, name).copy_(torch.cat([*counts, *unused], dim=-1))
+
     def merge_counts(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.config.frequency_penalty:
             self.chosen_now = total(self.chosen_now)
@@ -87,7 +97,8 @@ class L2PPool(RowPool):
         config = self.config
         keys = self.rows("keys")
         similarity, losses = None, {}
-        if self.training or config.search == "exact":
+        # No graph knows which adapter's rows an image may take.
+        if self.training or config.search == "exact" or config.is_apart:
             similarity = compare(query, keys, config.similarity)  # (sets, B, M)
         selected = self._choose(query, keys, similarity)  # (sets, B, N)
         if self.training:
@@ -128,6 +139,9 @@ class L2PPool(RowPool):
             elif config.frequency_penalty and self.task > 0:
                 frequency = self.chosen_before / self.chosen_before.sum(-1, keepdim=True).clamp_min(1)
                 similarity = -(1 - similarity) * frequency[:, None]
+            out_of_part = self.out_of_part(similarity)
+            if out_of_part is not None:
+                similarity = similarity.masked_fill(out_of_part, -torch.inf)
             selected = similarity.topk(config.top_k, dim=-1).indices
         if config.batchwise_prompt if self.training else config.batchwise_prompt_at_test:
             selected = batch_vote(selected, config.total_rows)
