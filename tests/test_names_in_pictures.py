@@ -192,7 +192,7 @@ def test_names_of_money_train_draw_and_resume(make_trainer, data) -> None:
     make_trainer(CONFIGS["l2p"](), scenario=scenario, max_steps=1, pictures=True).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("fault", ["write_pictures", "write_model_card", "push_to_hub"])
+@pytest.mark.parametrize("fault", ["trainer.write_pictures", "sharing.write_model_card", "push_to_hub"])
 def test_what_fails_beside_the_results_fails_no_run(make_trainer, monkeypatch, caplog, fault) -> None:
     def fail(*args, **kwargs):
         raise RuntimeError("a fault\nof two lines")
@@ -202,7 +202,7 @@ def test_what_fails_beside_the_results_fails_no_run(make_trainer, monkeypatch, c
         trainer.args.push_to_hub = True
         monkeypatch.setattr(trainer, fault, fail)
     else:
-        monkeypatch.setattr(f"peft_cl.trainer.trainer.{fault}", fail)
+        monkeypatch.setattr(f"peft_cl.trainer.{fault}", fail)
     trainer.train()
     assert RunResults.load(trainer.folder).finished_tasks == 2
     said = [record.getMessage() for record in caplog.records if "a fault" in record.getMessage()]
