@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def environment(hub: LoopbackHub, home: Path, token: str | None = None) -> dict[
     # Xet, the Hub's own way to store large files, is not imitated; without it the client takes git-LFS.
     kept |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     return kept | ({"HF_TOKEN": token} if token else {})
+
+
+@contextmanager
+def hub_with_base(place: Path, *tokens: str) -> Iterator[LoopbackHub]:
+    """A loopback Hub that has the fixture's base model as `user/base`, pushed with the first of the tokens."""
+    with LoopbackHub(tokens=tokens) as hub:
+        files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+        hub.add_commit("user/base", "initial commit", tokens[0], files)
+        yield hub
 
 
 class Session:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cases import environment
+from hub_cases import environment, hub_with_base
 from hub_process import CLASSES
 from hub_server import Commit, LoopbackHub
 from huggingface_hub import ModelCard
@@ -37,9 +37,7 @@ def client(hub: LoopbackHub, home: Path, *words: object, token: str | None = Non
 
 @pytest.fixture(scope="module")
 def hub(place):
-    with LoopbackHub(tokens=(OWN_TOKEN, GIVEN_TOKEN)) as hub:
-        files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
-        hub.add_commit("user/base", "initial commit", OWN_TOKEN, files)
+    with hub_with_base(place, OWN_TOKEN, GIVEN_TOKEN) as hub:
         yield hub
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_cases import TOKEN, Session, environment
-from hub_server import LoopbackHub
+from hub_cases import TOKEN, Session, environment, hub_with_base
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -27,9 +26,7 @@ OTHER_TOKEN = "hf_TokenGivenToTheCommand"
 
 @pytest.fixture(scope="module")
 def hub(place):
-    with LoopbackHub(tokens=(TOKEN, OTHER_TOKEN)) as hub:
-        files = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
-        hub.add_commit("user/base", "initial commit", TOKEN, files)
+    with hub_with_base(place, TOKEN, OTHER_TOKEN) as hub:
         yield hub
 
 

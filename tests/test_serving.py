@@ -4,58 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-import warnings
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from serving_cases import HEADS, METHODS, pictures, processor, session
+from transformers import AutoImageProcessor
 from tuner_cases import config, prompted, tiny
 from tuner_cases import images as pixels_of
 
-from peft_cl.heads import LDAHead, Sizes
-from peft_cl.heads.lda import trust_in_means
-from peft_cl.scenarios import ImageTransform
 from peft_cl.serving import Session
-from peft_cl.serving.images import ImageFault, read_image
-
-
-HEADS = {
-    "ncm": {"head": "ncm"},
-    "lda": {"head": "lda"},
-    "lda by class": {"head": "lda", "head_options": {"by_class": True}},
-    "kernel lda": {"head": "lda", "head_options": {"fourier": 30}},
-    "ridge": {"head": "ridge"},
-    "ridge of a projection": {"head": "ridge", "head_options": {"projection": 300}},
-    "aligned": {"head": "aligned", "head_options": {"samples": 64, "epochs": 100, "learning_rate": 0.1}},
-    "fusion": {"head": "fusion", "head_options": {"prompted": "aligned", "query": "lda"}},
-}
-METHODS = ("l2p", "l2p-textbook", "dualprompt", "coda", "coda-layer-mean", "linear-probe")
-#: The colour of each class, far enough from the others for a random backbone.
-COLOURS = dict(zip("abcdefgh", np.random.default_rng(3).integers(0, 256, (8, 3)), strict=True))
-
-
-def pictures(colour: str, count: int = 5, seed: int = 0) -> list[Image.Image]:
-    rng = np.random.default_rng([seed, ord(colour)])
-    noisy = np.array(COLOURS[colour]) + rng.normal(0, 12, (count, 16, 16, 3))
-    return [Image.fromarray(each.clip(0, 255).astype(np.uint8)) for each in noisy]
-
-
-def processor() -> ViTImageProcessorPil:
-    return ViTImageProcessorPil(size={"height": 16, "width": 16})
-
-
-def session(method: str = "linear-probe", head: str = "lda", **more) -> Session:
-    """An adapter that has learnt the classes a to d in two tasks, as a session."""
-    torch.manual_seed(0)  # rows of the aligned head begin at random
-    model, transform = prompted(method, tasks=0, **HEADS[head], **more), ImageTransform(processor())
-    for names in ("ab", "cd"):
-        model.begin_task([*names])
-        rows = model.config.label2id
-        model.fit_head({"pixel_values": transform(pictures(name, 12)), "labels": [rows[name]] * 12} for name in names)
-    return Session(model, processor(), name="letters", task_names=("first", "second"))
 
 
 def state(served: Session) -> dict:
@@ -408,81 +366,7 @@ def test_a_task_begins_after_classes_were_added():
     assert model.base_model.pool.rows_in_use == 3 * config("coda").components_per_task
 
 
-# ------------------------------------------------------------------------------------------------- images of visitors
-
-
-def test_images_of_visitors(tmp_path):
-    from peft_cl.serving import images as limits
-
-    whole = tmp_path / "a.png"
-    pictures("a", 1)[0].save(whole)
-    assert read_image(str(whole), processor()).size == (16, 16)
-    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
-    (tmp_path / "empty.png").touch()
-    Image.new("1", (limits.MOST_PIXELS // 1000 + 1, 1000)).save(tmp_path / "large.png")
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
-    for name, expected in (
-        ("cut", "is damaged"),
-        ("text", "not one that can be read"),
-        ("empty", "not one that can be read"),
-        ("large", "Make it smaller"),
-        ("bomb", "far too many pixels"),
-    ):
-        with warnings.catch_warnings(), pytest.raises(ImageFault, match=expected) as fault:
-            warnings.simplefilter("error")
-            read_image(str(tmp_path / f"{name}.png"), processor())
-        assert str(tmp_path) not in str(fault.value)
-
-
 # ------------------------------------------------------------------------------------------------- few images
-
-
-def test_a_class_of_few_images_beside_classes_of_many():
-    """Noise in 300 directions takes the mean of 4 images far from all images, its own class's included."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(0, 0.25, (6, 300))
-
-    def drawn(row: int, count: int) -> torch.Tensor:
-        return torch.from_numpy(centres[row] + rng.normal(0, 1, (count, 300))).float()
-
-    accuracies = {}
-    train = [drawn(row, 200 if row < 5 else 4) for row in range(6)]
-    test = [drawn(row, 200) for row in range(6)]
-    for few in (False, True):
-        head = LDAHead(Sizes(300, 0), 6, few_images=few)
-        for row, own in enumerate(train):
-            head.observe(own, torch.full((len(own),), row))
-        head.fit()
-        accuracies[few] = [(head(own).argmax(-1) == row).float().mean().item() for row, own in enumerate(test)]
-    assert accuracies[False][5] < 0.1 and accuracies[True][5] > 0.8
-    assert np.mean(accuracies[True][:5]) > np.mean(accuracies[False][:5]) - 0.1
-
-
-def test_equal_counts_change_nothing():
-    features, labels = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
-    weights = []
-    for few in (False, True):
-        head = LDAHead(Sizes(12, 0), 4, few_images=few)
-        head.observe(features, labels)
-        head.fit()
-        weights.append(head.weight)
-    assert torch.equal(*weights)
-
-
-@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
-def test_how_far_a_mean_is_trusted(shrinkage):
-    """Equation 4 with the exact trace in the place of the estimate."""
-    spread = torch.randn(90, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sigma = spread.T @ spread / 90
-    covariance = (1 - shrinkage) * sigma + shrinkage * sigma.diagonal().mean() * torch.eye(60, dtype=torch.float64)
-    trace = torch.linalg.solve(covariance, sigma).trace()
-    counts = torch.tensor([50.0, 50.0, 80.0, 5.0, 0.0], dtype=torch.float64)
-    lengths = torch.tensor([3.0, 4.0, 5.0, 20.0, 0.0], dtype=torch.float64)
-    found = trust_in_means(counts, lengths, torch.linalg.cholesky(covariance), shrinkage)
-    expected = 4 / (4 + trace * (1 / 5 - 1 / 50))
-    assert found[:3].tolist() == [1, 1, 1] and found[3].item() == pytest.approx(expected.item(), rel=0.1)
-    assert found.isfinite().all()
 
 
 def test_teaching_tells_the_head_that_images_are_few(tmp_path):

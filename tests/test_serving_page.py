@@ -18,7 +18,7 @@ import pytest
 from conftest import BROWSERS
 from gradio_client import Client, handle_file
 from peft import PeftModel
-from test_serving import pictures, processor, session
+from serving_cases import pictures, processor, session
 from tuner_cases import images as pixels_of
 from tuner_cases import prompted, tiny
 

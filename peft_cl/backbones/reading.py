@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attention import attention_function
 from .family import Family
+from .modes import without_autocast
 
 
 def read_layer(
@@ -84,7 +85,7 @@ def can_read(family: Family, layer: nn.Module) -> bool:
         attention = family.attention_of(layer)
         attention.config._attn_implementation = "eager"
         width = getattr(attention, family.projections[0]).in_features
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), without_autocast(torch.device("cpu")):
             hidden = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
             expected = family.run(layer, hidden, family.arguments)
             found = read_layer(family, layer, hidden, 1, 3)

@@ -66,6 +66,11 @@ class SavedAdapter:
         return cls(name, folder, config, results)
 
     @property
+    def names_of_tasks(self) -> tuple[str, ...]:
+        """A name for each of its tasks: those on record, or `task_0`, `task_1`, ..."""
+        return self.task_names or tuple(f"task_{number}" for number in range(self.config.num_tasks))
+
+    @property
     def base_model(self) -> str | None:
         """The base model beside it, as fine-tuning saves one, or else the one that it names."""
         beside = self.folder / BACKBONE_FOLDER

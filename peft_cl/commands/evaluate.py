@@ -22,7 +22,7 @@ from .learnt_images import learnt_images
 from .networks import network_of
 from .output import say, say_json
 from .sections import DatasetSettings, ModelSettings
-from .sources import load_data, split_of
+from .sources import load_data, load_processor, split_of
 from .tasks import task_of_rows
 
 
@@ -48,6 +48,10 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: bool = True) 
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in training")
     if batch_size:
         parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+    add_trust_option(parser)
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -156,6 +160,12 @@ def load_adapter(
     backbone = adapter.load_base(name, dtype, trust_remote_code=trust_remote_code)
     with explained(f"The adapter {str(adapter.folder)!r} cannot be loaded on {name!r}"):
         return PeftModel.from_pretrained(backbone, str(adapter.folder), adapter_name, is_trainable=is_trainable).eval()
+
+
+def processor_of(adapter: SavedAdapter, model: PeftModel, trust_remote_code: bool = False) -> Any:
+    """The image processor that the adapter was learnt with, or else that of the base model it is on."""
+    place = adapter.processor or model.get_base_model().config._name_or_path
+    return load_processor(place, trust_remote_code=trust_remote_code)
 
 
 def load_networks(

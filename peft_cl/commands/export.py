@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..disk import local_path
-from ..exporting import FORMATS, export_adapter, facts_of, format_of
+from ..exporting import FORMATS, export_adapter, format_of
 from ..text import counted, size
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
-from .evaluate import add_model_options, load_adapter
+from .evaluate import add_model_options, load_adapter, processor_of
 from .networks import network_of
 from .output import say
-from .sources import load_processor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     trust = arguments.trust_remote_code
     dtype = arguments.dtype or ("float32" if kind == "onnx" else adapter.dtype)
     model = load_adapter(adapter, arguments.model, dtype, trust)
-    processor = load_processor(
-        adapter.processor or model.get_base_model().config._name_or_path, trust_remote_code=trust
-    )
+    processor = processor_of(adapter, model, trust)
     with explained(f"The adapter cannot be exported to {arguments.output!r}"):
         export_adapter(model, processor, path, dynamic_batch=not arguments.fixed_batch, opset=arguments.opset)
-    count = len(facts_of(model, processor)["classes"])
-    say(
-        f"{path}: {size(path.stat().st_size)}, {counted(count, 'class')}. It was run, and gives the logits of the "
-        "model."
-    )
+    classes = counted(len(adapter.config.classes), "class")
+    say(f"{path}: {size(path.stat().st_size)}, {classes}. It was run, and gives the logits of the model.")

@@ -8,7 +8,6 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..disk import replacing
 from ..hub.bare_card import bare_card
 from ..serving.saving import check_output, save_adapter
 from ..strategies.fine_tuning import BACKBONE_FOLDER
@@ -87,9 +86,7 @@ def write_made(model: PeftModel, processor: Any, output: Path, words: str) -> No
     model.set_adapter(MADE)
     config = model.peft_config[MADE]
     with explained(f"The adapter cannot be written to {str(output)!r}"):
-        save_adapter(model, processor, output)
-        with replacing(output / "README.md") as aside:
-            aside.write_text(card_of(config, words), encoding="utf-8")
+        save_adapter(model, processor, output, card=card_of(config, words))
     say(f"{plain(words, None)} {described(config)}: {output}")
 
 

@@ -21,10 +21,10 @@ from ..text import counted, percent, plain
 from .abstain import add_threshold, check_threshold
 from .adapters import SavedAdapter
 from .errors import CommandError, explained, refuse_below_one, unknown
-from .evaluate import add_model_options, load_adapter
+from .evaluate import add_model_options, load_adapter, processor_of
 from .networks import network_of
 from .output import complain, say
-from .sources import CONFIG_FILE, load_processor
+from .sources import CONFIG_FILE
 
 
 #: Exit status where an image could not be read; the others are predicted.
@@ -65,10 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     trust = arguments.trust_remote_code
     model = load_adapter(adapter, arguments.model, arguments.dtype or adapter.dtype, trust)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(
-        adapter.processor or model.get_base_model().config._name_or_path, trust_remote_code=trust
-    )
-    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    processor = processor_of(adapter, model, trust)
+    names = adapter.names_of_tasks
     task = find_task(arguments.task, names, model, adapter)
     found, unreadable = [], []
     shown = tqdm(total=len(files), desc="images", unit="image", leave=False, disable=None if len(files) > 1 else True)

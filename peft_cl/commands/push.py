@@ -14,9 +14,8 @@ from ..hub.sources import find_source
 from ..hub.spaces import METRICS_NAME, push_demo, push_metrics
 from .adapters import SavedAdapter
 from .errors import CommandError, explained
-from .evaluate import load_adapter
+from .evaluate import add_trust_option, load_adapter
 from .output import say
-from .sections import ModelSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="base model that the adapter is tried on; its name on the Hub, where the adapter names a folder here",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help=ModelSettings.__dataclass_fields__["trust_remote_code"].metadata["help"],
-    )
+    add_trust_option(parser)
     parser.add_argument("--space", metavar="OWNER/NAME", help="also push a Space with the page of the adapter")
     parser.add_argument(
         "--metrics",

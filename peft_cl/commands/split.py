@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     output, adapter = free_folder(arguments.output), read_source(arguments.adapter)
-    names = adapter.task_names or tuple(f"task_{number}" for number in range(adapter.config.num_tasks))
+    names = adapter.names_of_tasks
     tasks = find_tasks(arguments.tasks, names)
     processor = processor_of(adapter, arguments)
     model = load_source(adapter, arguments, "source")

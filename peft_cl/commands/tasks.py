@@ -98,7 +98,7 @@ def _of(task: str, classes: Sequence[str]) -> bool:
 
 
 def _by_class(adapter: SavedAdapter, truth: np.ndarray) -> ImageTasks:
-    names = adapter.task_names or tuple(f"task_{number}" for number in range(len(adapter.config.tasks)))
+    names = adapter.names_of_tasks
     return ImageTasks(task_of_rows(adapter)[truth], names)
 
 

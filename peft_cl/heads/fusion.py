@@ -86,8 +86,7 @@ class FusionHead(CompositeHead):
             return logits.float().log_softmax(-1) + self.weight * self.foretell(query)
 
     def foretell(self, query):
-        with torch.autocast(query.device.type, enabled=False):
-            return self.query(query.to(self.query.dtype))
+        return self.query(query.to(self.query.dtype))
 
     def observe(self, features, labels, query=None):
         self.prompted.observe(features, labels)

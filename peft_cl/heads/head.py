@@ -71,7 +71,8 @@ class Head(nn.Module):
 
     def foretell(self, query: torch.Tensor) -> torch.Tensor | None:
         """What the frozen model's features (B, Q) alone say of the classes, before there are prompted ones: logits
-        (B, classes); None: nothing. Of adapters that were joined, it decides whose prompts an image takes."""
+        (B, classes); None: nothing. Of adapters that were joined, it decides whose prompts an image takes. It is
+        called without autocast."""
         return None
 
     def grow(self, classes: int, *, keep: int) -> None:

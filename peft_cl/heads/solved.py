@@ -193,9 +193,9 @@ class SolvedHead(Head):
         self.forget_observed()
         again = set()
         for head, places in zip(heads, rows, strict=True):
-            before = self.sums.clone()
+            before = self.sums.totals.clone()
             self.add(head, places)
-            again |= {row for row in places if _is_doubled(before.totals[row], self.sums.totals[row])}
+            again |= {row for row in places if _is_doubled(before[row], self.sums.totals[row])}
         if again:
             warnings.warn(
                 f"{len(again)} of {self.classes} classes have the same sums in several of the adapters, so they were "

@@ -6,9 +6,8 @@ import torch
 
 from ..commands.adapters import SavedAdapter
 from ..commands.errors import CommandError
-from ..commands.evaluate import load_adapter
+from ..commands.evaluate import load_adapter, processor_of
 from ..commands.networks import network_of
-from ..commands.sources import load_processor
 from ..disk import local_path
 from ..text import plain
 from .session import Session
@@ -49,9 +48,7 @@ def load_session(
         )
     loaded = load_adapter(saved, model, dtype or saved.dtype, trust_remote_code, is_trainable=not read_only)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(
-        saved.processor or loaded.get_base_model().config._name_or_path, trust_remote_code=trust_remote_code
-    )
+    processor = processor_of(saved, loaded, trust_remote_code)
     # No path of this machine is shown to others.
     name = local_path(adapter).resolve().name if local_path(adapter).exists() else adapter
-    return Session(loaded, processor, name=plain(name), task_names=saved.task_names)
+    return Session(loaded, processor, name=plain(name), task_names=saved.names_of_tasks)

@@ -32,12 +32,13 @@ def check_output(folder: str | Path) -> Path:
     return path
 
 
-def save_adapter(model: Any, processor: Any, folder: Path, *, replace: bool = False) -> Path:
+def save_adapter(model: Any, processor: Any, folder: Path, *, card: str | None = None, replace: bool = False) -> Path:
     """Write a model's active adapter with the sums of its head, its image processor, and a backbone that lies beside
     it, as fine-tuning leaves one.
 
     Args:
         folder: See `check_output`.
+        card: Its `README.md`; `None`: there is none.
         replace: Whether it may be there; it is replaced as a whole.
     """
     path = local_path(folder) if replace else check_output(folder)
@@ -58,6 +59,8 @@ def save_adapter(model: Any, processor: Any, folder: Path, *, replace: bool = Fa
         finally:
             config.base_model_name_or_path = base
         (own / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        if card is not None:
+            (own / "README.md").write_text(card, encoding="utf-8")
         tuner.save_sums(own)
         processor.save_pretrained(own)
     return path

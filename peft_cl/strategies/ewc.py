@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
+from ..backbones.modes import without_autocast
 from ..scenarios import Task
 from ..scenarios.columns import check_flag
 from ..trainer import ContinualTrainer, Strategy, register_strategy
@@ -123,7 +124,7 @@ class EWC(Strategy):
         model.eval()  # no dropout, and nothing is counted
         used = set()
         for batch in trainer.plain_batches(some, batch_size=1):
-            with torch.autocast(trainer.args.device.type, enabled=False):  # squares of small gradients
+            with without_autocast(trainer.args.device):  # squares of small gradients
                 logits = model(pixel_values=batch["pixel_values"]).logits
             # Over the classes that the training loss is over.
             loss = F.cross_entropy(trainer.tuner.head.mask(logits.float(), None, training=True), batch["labels"])

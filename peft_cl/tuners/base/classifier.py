@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...backbones.modes import without_autocast
 from ...heads import Head
 from .call import Call
 from .config import PromptPoolConfig
@@ -263,7 +264,7 @@ class ClassifierHead(AdapterLayer):
                     "no mean queries. Set it in the configuration before get_peft_model."
                 )
             return logits
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             if training:
                 # A forward in training mode for another purpose (no labels, no graph) is nothing to learn from.
                 if call.labels is not None and torch.is_grad_enabled() and not config.inference_mode:

@@ -156,7 +156,8 @@ def _make(tuner: PromptPoolModel, new_name: str, shares: Sequence[Share], prompt
         tuner.head.forget_rows()
     except BaseException:
         for layer in (tuner.encoder, tuner.head):
-            layer.entries.pop(new_name) if new_name in layer.entries else None
+            if new_name in layer.entries:
+                del layer.entries[new_name]
         tuner.peft_config.pop(new_name, None)
         raise
     finally:  # which injecting has set for the new one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...backbones.modes import without_autocast
 from ..base.pool import Geometry
 from ..base.prompts import Injection, Prompts
 from ..base.row_pool import RowPool
@@ -130,7 +131,7 @@ class LayerwisePrompts(Prompts):
         source = pool.config.query_source
         first = pool.geometry.special_tokens if source == "layer_patches" else 0
         own = hidden_states[:, 0] if source == "layer_cls" else hidden_states[:, first:].mean(dim=1)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             similarity, prompts = pool.weigh(own.to(pool.keys.dtype), place)
         self.similarities.append(similarity)
         if len(self.similarities) == len(self.places):
