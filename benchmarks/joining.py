@@ -18,12 +18,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, load_dataset
+from heads import spread
 from peft import PeftModel, get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -197,15 +197,9 @@ def table(options: argparse.Namespace) -> str:
     for name, entry in METHODS.items():
         records = [json.loads(path.read_text()) for path in sorted(options.output.glob(f"{name}-seed*.json"))]
         if records:
-            cells = [shown([record[column] for record in records if column in record]) for column in columns]
+            cells = [spread([record[column] for record in records if column in record]) for column in columns]
             lines.append(f"| {entry.title} (n = {len(records)}) | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def shown(values: list[float]) -> str:
-    if not values:
-        return "–"
-    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:
